@@ -1,0 +1,56 @@
+"""hf_switch_sae: attach Switch Sparse Autoencoders to running Hugging Face models; show, steer,
+clamp, ablate features."""
+
+from hf_switch_sae.attach import ResidualHandle, attach, hook_residual, status
+from hf_switch_sae.base_model import fingerprint
+from hf_switch_sae.config import SwitchSAEConfig
+from hf_switch_sae.edits import Ablate, Clamp, Patch, Recipe, Scale, Steer
+from hf_switch_sae.errors import (
+    AttachError,
+    BaseModelError,
+    ConfigError,
+    EditError,
+    FeatureIdError,
+    HookpointError,
+    NonFiniteError,
+    SwitchSAEError,
+    WidthError,
+)
+from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
+from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
+from hf_switch_sae.session import AttachedSAE, Preflight, Session
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Ablate",
+    "AttachError",
+    "AttachedSAE",
+    "BaseModelError",
+    "Clamp",
+    "ConfigError",
+    "EditError",
+    "FeatureIdError",
+    "HookpointError",
+    "NonFiniteError",
+    "Patch",
+    "Preflight",
+    "Recipe",
+    "ResidualBlocks",
+    "ResidualHandle",
+    "Scale",
+    "Session",
+    "SparseFeatures",
+    "Steer",
+    "SwitchSAE",
+    "SwitchSAEConfig",
+    "SwitchSAEError",
+    "SwitchSAEOutput",
+    "WidthError",
+    "attach",
+    "find_residual_blocks",
+    "fingerprint",
+    "hook_residual",
+    "status",
+]

@@ -1,0 +1,497 @@
+"""SAEs onto a running model: the only room that registers hooks, and the one that removes every
+trace of them.
+
+One hook a place, shared by all sessions: each tap sees the residual stream as it arrived, and what
+the taps want added is added once. So the order in which sessions were opened does not matter.
+Beside the places, the module that owns the blocks gets a hook that notes its arguments (for
+positions), and `generate` of this one model object is shadowed by a function that notes what it was
+given; both go with the last session.
+
+Beware transformers records hidden states through hooks of its own: ours are prepended, or their
+       edit would be missing there. Dynamo does not look for new hooks on code it has compiled:
+       adding one resets it. Hooks take device and dtype from the stream, never from a block's
+       weights, which may be on `meta` under accelerate.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_switch_sae.base_model import check_base_model
+from hf_switch_sae.edits import PreparedEdits, check_conflicts
+from hf_switch_sae.errors import AttachError, HookpointError, WidthError
+from hf_switch_sae.hookpoints import (
+    Hookpoint,
+    read_residual,
+    read_residual_input,
+    replace_residual,
+    replace_residual_input,
+    resolve,
+    unwrap,
+)
+from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.positions import Call, Generation, Tokens
+from hf_switch_sae.session import AttachedSAE, Session, Tap, check_splices
+
+_BOARD = "_hf_switch_sae_board"
+_SEQUENCE_FIRST = {"xlnet", "fsmt"}  # their residual stream is [seq, batch, d]
+
+
+class ResidualHandle:
+    """Removes a hook that `hook_residual` placed."""
+
+    def __init__(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._handle = handle
+
+    def remove(self) -> None:
+        """Remove the hook; doing it twice does nothing."""
+        self._handle.remove()
+
+    def __enter__(self) -> ResidualHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def hook_residual(
+    model: nn.Module, at: int | str, fn: Callable[[Tensor], Tensor | None]
+) -> ResidualHandle:
+    """Call `fn` on the residual stream at a place, each time it comes by; for your own probes.
+
+    Args:
+        model: any Hugging Face transformer, wrapped or not.
+        at: a layer, a hookpoint (`layers.7.resid_post`, `layers.7.resid_pre`) or a module path.
+        fn: gets the residual stream, mostly [batch, seq, hidden_size] (see `find_residual_blocks`
+            for the exceptions); returns the tensor to go on with, or None to leave it as it is.
+
+    Returns:
+        A handle with `remove()`, also a context manager.
+
+    Raises:
+        HookpointError: no such place.
+    """
+    place = resolve(model, at)
+    _forget_compiled_code()
+    return _hook_place(place, fn)
+
+
+def _hook_place(place: Hookpoint, fn: Callable[[Tensor], Tensor | None]) -> ResidualHandle:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = fn(read_residual_input(args, kwargs))
+        return None if new is None else replace_residual_input(args, kwargs, new)
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        new = fn(read_residual(output))
+        return None if new is None else replace_residual(output, new)
+
+    if place.site == "resid_pre":
+        return ResidualHandle(
+            place.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        )
+    return ResidualHandle(place.module.register_forward_hook(after, prepend=True))
+
+
+def attach(
+    lm: nn.Module,
+    saes: SwitchSAE | Mapping[int | str, SwitchSAE],
+    at: int | str | None = None,
+    *,
+    splice: bool = False,
+    allow_mismatch: bool = False,
+    all_threads: bool | None = None,
+) -> Session:
+    """Attach one SAE, or several at once, to a running language model.
+
+    Without edits the model computes bit for bit what it did before. Use it as a context manager, or
+    call `detach()`.
+
+    Args:
+        lm: any Hugging Face transformer, wrapped (PEFT, DDP, torch.compile, accelerate) or not.
+        saes: an SAE, or {place: SAE}.
+        at: the place of a single SAE: layer, hookpoint or module path; its own `config.hookpoint`
+            by default.
+        splice: replace the residual stream by the SAE's reconstruction (edits still apply).
+        allow_mismatch: accept another language model than the SAE was trained on.
+        all_threads: whether the session also acts in threads without a session of their own on this
+            model; by default if it is opened in the main thread.
+
+    Raises:
+        WidthError, BaseModelError, AttachError: the SAE does not fit.
+        HookpointError: no such place, or none given.
+        EditError: two splices at one place.
+    All of them before anything was changed.
+    """
+    root = unwrap(lm)
+    taps: dict[str, Tap] = {}
+    for sae, place in _places(root, saes, at):
+        _check_fit(root, sae, place, allow_mismatch)
+        if place.name in taps:
+            raise AttachError(
+                f"two SAEs are given for {place.name}; open a second session for the second one."
+            )
+        taps[place.name] = Tap(sae, place, splice)
+    if all_threads is None:
+        all_threads = threading.current_thread() is threading.main_thread()
+    board = root.__dict__.get(_BOARD) or _Board(root)
+    return board.open(lm, taps, all_threads)
+
+
+def status(lm: nn.Module) -> list[AttachedSAE]:
+    """Every SAE attached to a model, by all sessions and threads, with its live edits; empty if
+    there is none."""
+    board = unwrap(lm).__dict__.get(_BOARD)
+    return (
+        [] if board is None else [line for session in board.sessions for line in session.status()]
+    )
+
+
+def _places(
+    root: nn.Module, saes: SwitchSAE | Mapping[int | str, SwitchSAE], at: int | str | None
+) -> list[tuple[SwitchSAE, Hookpoint]]:
+    if isinstance(saes, Mapping):
+        if at is not None:
+            raise AttachError(
+                "with several SAEs the places are the keys of the mapping; leave `at` out."
+            )
+        if not saes:
+            raise AttachError("no SAE to attach: the mapping is empty.")
+        return [(sae, resolve(root, place)) for place, sae in saes.items()]
+    where = saes.config.hookpoint if at is None else at
+    if where is None:
+        raise HookpointError(
+            "the SAE's config names no hookpoint: pass at=, e.g. at=15 or at='model.layers.15'."
+        )
+    return [(saes, resolve(root, where))]
+
+
+def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch: bool) -> None:
+    if not isinstance(sae, SwitchSAE):
+        raise AttachError(f"attach takes a SwitchSAE; got {type(sae).__name__}.")
+    if not sae.dtype.is_floating_point or sae.dtype.itemsize < 2:
+        raise AttachError(
+            f"the SAE's weights are {sae.dtype}; load it as float32, bfloat16 or float16."
+        )
+    if sae.b_dec.device.type == "meta":
+        raise AttachError(
+            "the SAE has no weights, it is on the meta device: load it with from_pretrained."
+        )
+    if sae.training and sae.config.activation == "batch_topk":
+        raise AttachError(
+            "a batch_topk SAE in training mode selects across the batch: call sae.eval() first."
+        )
+    width, wanted = _width(place), sae.config.hidden_size
+    if width is not None and width != wanted:
+        raise WidthError(
+            f"the residual stream of {type(root).__name__} at {place.name} is {width} wide; the "
+            f"SAE reads {wanted}."
+        )
+    if not allow_mismatch:
+        check_base_model(root, sae.config.base_model, sae.config.base_model_fingerprint)
+
+
+def _width(place: Hookpoint) -> int | None:
+    """Width of the stream at a block, where its norms and its config agree on it; else the first
+    forward tells."""
+    if place.blocks is None or place.module not in place.blocks.blocks:
+        return None
+    config = getattr(place.blocks.owner, "config", None)
+    config = (
+        config.get_text_config()
+        if place.blocks.decoding and hasattr(config, "get_text_config")
+        else config
+    )
+    width = getattr(config, "hidden_size", None)
+    norms = {
+        p.shape[0]
+        for name, p in place.module.named_parameters()
+        if p.ndim == 1 and "norm" in name.lower()
+    }
+    return width if isinstance(width, int) and width in norms and len(norms) == 1 else None
+
+
+class _Board:
+    """All that is attached to one model object: places, sessions, and each thread's call under
+    way."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.sessions: list[Session] = []
+        self.lock = threading.RLock()
+        self.flow = _Flow()
+        self._places: dict[tuple[int, str], _Place] = {}
+        self._owners: dict[int, _Owner] = {}
+        self._generate: Any = None
+
+    def open(self, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool) -> Session:
+        with self.lock:
+            session = _BoardSession(self, lm, taps, all_threads)
+            for tap in taps.values():
+                check_splices([other for _, other in self.taps_at(tap.place)], tap)
+            _forget_compiled_code()
+            try:
+                setattr(self.root, _BOARD, self)
+                self._watch_generate()
+                for tap in taps.values():
+                    self._watch_place(tap.place)
+                self.sessions.append(session)
+            except BaseException:
+                self._release()
+                raise
+            return session
+
+    def close(self, session: Session) -> None:
+        with self.lock:
+            if session in self.sessions:
+                self.sessions.remove(session)
+            self._release()
+
+    def _release(self) -> None:
+        """Remove every hook that no session needs any more."""
+        used = {_key(tap.place) for session in self.sessions for tap in session.taps.values()}
+        for key in [key for key in self._places if key not in used]:
+            self._places.pop(key).handle.remove()
+        owners = {
+            id(owner) for place in self._places.values() for owner in self._owners_of(place.place)
+        }
+        for key in [key for key in self._owners if key not in owners]:
+            self._owners.pop(key).remove()
+        if not self.sessions:
+            self._unwatch_generate()
+            self.root.__dict__.pop(_BOARD, None)
+
+    def _watch_place(self, place: Hookpoint) -> None:
+        if _key(place) not in self._places:
+            self._places[_key(place)] = _Place(self, place)
+        for owner in self._owners_of(place):
+            if id(owner) not in self._owners:
+                self._owners[id(owner)] = _Owner(owner, self.flow, is_root=owner is self.root)
+
+    def _owners_of(self, place: Hookpoint) -> list[nn.Module]:
+        owner = self.root if place.blocks is None else place.blocks.owner
+        return [self.root] if owner is self.root else [self.root, owner]
+
+    def _watch_generate(self) -> None:
+        generate = getattr(self.root, "generate", None)
+        if self._generate is not None or not callable(generate):
+            return
+        flow = self.flow
+
+        @functools.wraps(generate)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if (
+                flow.generation is not None
+            ):  # a draft within this call: what the user gave is known already
+                return generate(*args, **kwargs)
+            flow.generation = _generation(self.root, args, kwargs)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                flow.generation = None
+
+        self._generate = (watched, self.root.__dict__.get("generate"))
+        self.root.__dict__["generate"] = watched
+
+    def _unwatch_generate(self) -> None:
+        if self._generate is None:
+            return
+        watched, before = self._generate
+        if self.root.__dict__.get("generate") is watched:
+            del self.root.__dict__["generate"]
+            if before is not None:
+                self.root.__dict__["generate"] = before
+        self._generate = None
+
+    def taps_at(self, place: Hookpoint, acting: bool = False) -> list[tuple[Session, Tap]]:
+        """Taps of all sessions at a place; `acting`: only those that act in this thread."""
+        ident = threading.get_ident()
+        sessions = self.sessions
+        if acting:
+            own = [session for session in sessions if session.thread == ident]
+            sessions = own or [session for session in sessions if session.all_threads]
+        taps = ((session, tap) for session in sessions for tap in session.taps.values())
+        return [(session, tap) for session, tap in taps if _key(tap.place) == _key(place)]
+
+    def pass_by(self, place: Hookpoint, stream: Tensor) -> Tensor | None:
+        """Show a stream to the taps at a place; the new stream, or None if nobody changes it."""
+        taps = self.taps_at(place, acting=True)
+        if not taps:
+            return None
+        if not stream.is_floating_point():
+            raise HookpointError(
+                f"what {place.path} returns is {stream.dtype}, not a residual stream."
+            )
+        layout = _Layout(stream, taps[0][1].sae.config.hidden_size, self._is_sequence_first(place))
+        x = layout.rows
+        decoding = place.blocks is None or place.blocks.decoding
+        call = self._call(place, decoding) if layout.has_rows else None
+        tokens = Tokens.of(x, call, self.flow.generation, decoding)
+        changes = [tap.pass_by(x, tokens, _read_only(session)) for session, tap in taps]
+        wanted = [change for change in changes if change is not None]
+        if not wanted:
+            return None
+        total, edited = x.float(), torch.zeros_like(tokens.real)
+        for delta, where in wanted:
+            total = total + delta.to(x.device, torch.float32)
+            edited = edited | where
+        return layout.restore(torch.where(edited[..., None], total.to(x.dtype), x))
+
+    def _call(self, place: Hookpoint, decoding: bool) -> Call | None:
+        """The owner's call; its mask from the whole model's where only that is still
+        two-dimensional."""
+        owner = self.root if place.blocks is None else place.blocks.owner
+        call, outer = self.flow.calls.get(id(owner)), self.flow.calls.get(id(self.root))
+        if call is None or outer is None or not decoding:
+            return call
+        is_pair = bool(getattr(getattr(self.root, "config", None), "is_encoder_decoder", False))
+        mask = outer.decoder_mask if is_pair else outer.mask
+        if (
+            isinstance(mask, Tensor)
+            and mask.ndim == 2
+            and not (isinstance(call.mask, Tensor) and call.mask.ndim == 2)
+        ):
+            return replace(call, mask=mask)
+        return call
+
+    def _is_sequence_first(self, place: Hookpoint) -> bool:
+        owner = self.root if place.blocks is None else place.blocks.owner
+        return getattr(getattr(owner, "config", None), "model_type", None) in _SEQUENCE_FIRST
+
+
+class _BoardSession(Session):
+    """A session that knows its neighbours."""
+
+    def __init__(
+        self, board: _Board, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool
+    ) -> None:
+        super().__init__(lm, taps, all_threads, board.close)
+        self._board = board
+
+    def check_with_others(self, tap: Tap, prepared: PreparedEdits) -> None:
+        for other_session, other in self._board.taps_at(tap.place):
+            together = other_session.thread == self.thread or (
+                other_session.all_threads and self.all_threads
+            )
+            if other is not tap and other.sae is tap.sae and together:
+                check_conflicts([*other.edits.edits, *prepared.edits])
+
+
+class _Place:
+    """The one hook at a place."""
+
+    def __init__(self, board: _Board, place: Hookpoint) -> None:
+        self.place = place
+        # Not traced: which taps there are and what they change is read anew at every call.
+        self.handle = _hook_place(
+            place, torch.compiler.disable(functools.partial(board.pass_by, place))
+        )
+
+
+class _Flow(threading.local):
+    """What the calls under way in this thread were given."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+        self.generation: Generation | None = None
+
+
+class _Owner:
+    """Notes what a module that owns blocks is called with, while it runs."""
+
+    def __init__(self, module: nn.Module, flow: _Flow, is_root: bool) -> None:
+        names = [
+            name for name in inspect.signature(type(module).forward).parameters if name != "self"
+        ]
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            flow.calls[id(module)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            call = flow.calls.pop(id(module), None)
+            if is_root and call is not None and flow.generation is not None:
+                flow.generation.seen += call.length
+
+        self._handles = (
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Layout:
+    """A residual stream of any layout as rows of tokens [B, T, d], and back."""
+
+    def __init__(self, stream: Tensor, width: int, sequence_first: bool) -> None:
+        self._stream = stream
+        # convolutional stages are [batch, d, height, width]
+        self._channels_first = (
+            stream.ndim == 4 and stream.shape[-1] != width and stream.shape[1] == width
+        )
+        self._sequence_first = sequence_first and stream.ndim == 3
+        self.has_rows = stream.ndim == 3
+        """Whether batch and sequence are the model's own, so that its mask speaks of them."""
+        x = stream.movedim(1, -1) if self._channels_first else stream
+        x = x.transpose(0, 1) if self._sequence_first else x
+        self._shape = x.shape
+        self.rows = (
+            x[None] if x.ndim == 2 else x.reshape(x.shape[0], -1, x.shape[-1]) if x.ndim > 3 else x
+        )
+        if x.ndim < 2:
+            raise HookpointError(
+                "a residual stream has at least two dimensions; this tensor is "
+                f"{list(stream.shape)}."
+            )
+
+    def restore(self, rows: Tensor) -> Tensor:
+        x = rows.reshape(self._shape)
+        x = x.transpose(0, 1) if self._sequence_first else x
+        return x.movedim(-1, 1) if self._channels_first else x
+
+
+def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
+    """What `generate` was given: rows, and columns of the prompt where they can be told before it
+    runs."""
+    given = {**kwargs, **({"inputs": args[0]} if args else {})}
+    tensors = [value for value in given.values() if isinstance(value, Tensor) and value.ndim >= 2]
+    rows = tensors[0].shape[0] if tensors else None
+    is_pair = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
+    names = ("decoder_input_ids",) if is_pair else ("inputs_embeds", "input_ids", "inputs")
+    prompt = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+    is_text = prompt is not None and (
+        prompt.ndim == 2 or (prompt.ndim == 3 and prompt is given.get("inputs_embeds"))
+    )
+    return Generation(
+        rows=rows, columns=prompt.shape[1] if is_text and prompt is not None else None
+    )
+
+
+def _key(place: Hookpoint) -> tuple[int, str]:
+    return id(place.module), place.site
+
+
+def _read_only(session: Session) -> bool:
+    return threading.get_ident() in session.read_only_in
+
+
+def _forget_compiled_code() -> None:
+    """Make Dynamo trace again, if it has compiled anything: it does not guard on hooks, so it would
+    miss a new one."""
+    if "torch._dynamo" in sys.modules and sum(torch._dynamo.utils.counters["frames"].values()):
+        torch.compiler.reset()
+
+
+SwitchSAE._open_session = staticmethod(attach)

@@ -1,0 +1,169 @@
+"""Which language model an SAE belongs to: from a model to a fingerprint, and from two fingerprints
+to yes or no.
+
+A fingerprint is the architecture's sizes and a few sampled weights with their names. It survives
+dtype, path, wrappers and task heads, so a local copy is recognised; a fine-tune moves at least some
+of the samples, so it is told apart.
+
+Beware The residual stream's width is not always the config's hidden_size (see `hooks`); `attach`
+       checks it again on the tensors. Weights that are quantised, sharded away or on `meta` can't
+       be sampled and are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_switch_sae.errors import BaseModelError
+from hf_switch_sae.hookpoints import unwrap
+
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+_NUM_WEIGHTS, _NUM_ENTRIES = 12, 8
+# bfloat16 rounds by up to 2**-9 of a value; two different roundings of it can differ by twice that.
+_TOLERANCE = 2**-8
+
+
+def fingerprint(lm: nn.Module) -> dict[str, Any]:
+    """What identifies a language model: its sizes, whether it is quantised, and sampled weights.
+
+    Returns:
+        A JSON-able dict: model_type, hidden_size, num_hidden_layers, vocab_size (None where the
+        config has none), quantized, and weights {parameter name within the base model: 8 evenly
+        spaced entries}.
+    """
+    model = unwrap(lm)
+    config = _text_config(model)
+    weights = _sampled(_readable_weights(model))
+    return {
+        **{name: _get(config, name) for name in _SIZES},
+        "quantized": _is_quantized(model),
+        "weights": {
+            name: [float(f"{value:.5g}") for value in values] for name, values in weights.items()
+        },
+    }
+
+
+def base_model_fields(lm: nn.Module) -> dict[str, Any]:
+    """The SwitchSAEConfig fields that a language model determines: hidden_size, base_model and its
+    fingerprint."""
+    print_of = fingerprint(lm)
+    name = _name(unwrap(lm))
+    fields: dict[str, Any] = {"base_model": name or None, "base_model_fingerprint": print_of}
+    if print_of["hidden_size"] is not None:
+        fields["hidden_size"] = print_of["hidden_size"]
+    return fields
+
+
+def check_base_model(lm: nn.Module, name: str | None, expected: dict[str, Any] | None) -> None:
+    """Raise unless `lm` is the language model an SAE was trained on, as far as that is known.
+
+    Args:
+        lm: the model, wrapped or not.
+        name: the Hub id in the SAE's config, or None.
+        expected: the fingerprint in the SAE's config, or None. It decides where weights can be
+            compared; the name decides where they can't, or where one of the two models is
+            quantised.
+
+    Raises:
+        BaseModelError: naming what differs.
+    """
+    if name is None and expected is None:
+        return
+    model = unwrap(lm)
+    same_name = name is not None and _name(model).lower() == name.lower()
+    difference = None if expected is None else _difference(model, expected)
+    if difference == "":
+        return
+    quantized = _is_quantized(model) or bool(expected and expected.get("quantized"))
+    if same_name and (difference is None or quantized):
+        return
+    raise BaseModelError(
+        f"this SAE was trained on {name or 'another model'}, not on the model given "
+        f"({_name(model) or type(model).__name__}): {difference or 'the names differ'}. Load the "
+        "SAE's own base "
+        "model, or pass allow_mismatch=True if you mean to use it on this one."
+    )
+
+
+def _difference(model: nn.Module, expected: dict[str, Any]) -> str | None:
+    """What tells the model from the fingerprint; "" if nothing does, None if no weight could be
+    compared."""
+    config = _text_config(model)
+    for size in _SIZES:
+        here, there = _get(config, size), expected.get(size)
+        if here is not None and there is not None and here != there:
+            return f"{size} is {here} here and {there} there"
+    weights = dict(_readable_weights(model))
+    compared, moved = 0, []
+    for name, values in expected.get("weights", {}).items():
+        if name in weights:
+            here, there = _entries(weights[name]), torch.tensor(values)
+            slack = _TOLERANCE * there.abs() + 1e-6 * there.abs().max()
+            compared += len(there)
+            moved += [name] * int(((here - there).abs() > slack).sum())
+    if moved:
+        count = f"{len(moved)} of {compared} sampled weights"
+        return f"{count} differ, the first in {moved[0]} (a fine-tune?)"
+    return "" if compared else None
+
+
+def _readable_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Floating parameters of the base model (heads left out) under names that wrappers and adapters
+    do not change."""
+    base = getattr(model, "base_model", model)
+    found = []
+    for name, weight in base.named_parameters():
+        plain = re.sub(r"\.(base_layer|_orig_mod|_checkpoint_wrapped_module)(?=\.)", "", name)
+        adapter = re.search(r"(^|\.)(lora_|modules_to_save|prompt_encoder|ia3_)", name)
+        if (
+            weight.is_floating_point()
+            and weight.device.type != "meta"
+            and weight.numel()
+            and not adapter
+        ):
+            found.append((plain, weight))
+    return sorted(found, key=lambda item: item[0])
+
+
+def _sampled(weights: list[tuple[str, Tensor]]) -> dict[str, list[float]]:
+    # Matrices only: norms are often left alone by a fine-tune. Evenly over the names, so over kinds
+    # and layers.
+    matrices = [item for item in weights if item[1].ndim >= 2] or weights
+    step = max(1, len(matrices) // _NUM_WEIGHTS)
+    return {name: _entries(weight).tolist() for name, weight in matrices[::step][:_NUM_WEIGHTS]}
+
+
+def _entries(weight: Tensor) -> Tensor:
+    at = torch.linspace(0, weight.numel() - 1, min(_NUM_ENTRIES, weight.numel())).long()
+    # Indexed dimension by dimension: a flat view would copy a weight that is not contiguous.
+    index = torch.unravel_index(at.to(weight.device), weight.shape)
+    return weight.detach()[index].float().cpu()
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _get(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except (
+        Exception
+    ):  # configs with settings per layer raise what they like for a name they hold per layer
+        return None
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return _get(getattr(model, "config", None), "quantization_config") is not None
+
+
+def _name(model: nn.Module) -> str:
+    """The Hub id a model was loaded from; "" for one built in memory or loaded from a folder."""
+    name = str(_get(getattr(model, "config", None), "_name_or_path") or "")
+    return "" if Path(name).exists() else name

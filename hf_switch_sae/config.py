@@ -1,0 +1,219 @@
+"""What an SAE is, in numbers and names: from keywords or a `config.json` to a checked
+`SwitchSAEConfig`.
+
+Everything inference needs that is not a tensor lives here, so nothing is ever guessed at load:
+shape, activation rule, router, the place in the language model, and the identity of that language
+model.
+
+Beware `PreTrainedConfig` keeps unknown keywords silently, and `strict` wraps what a validator
+       raises; both are undone here, so a slip (`num_expert=8`) is a ConfigError when the config is
+       built. `strict` reads annotations as
+       objects: no `from __future__ import annotations` in this file.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any, ClassVar, Literal, TypeVar
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from hf_switch_sae.errors import ConfigError
+
+Activation = Literal["topk", "batch_topk", "jumprelu", "relu"]
+
+# What PreTrainedConfig itself reads from a config.json without having a field for it.
+_HOST_KEYWORDS = {
+    *(
+        "attn_implementation",
+        "experts_implementation",
+        "output_attentions",
+        "name_or_path",
+        "_name_or_path",
+    ),
+    *(
+        "torch_dtype",
+        "num_labels",
+        "_commit_hash",
+        "model_type",
+        "auto_map",
+        "quantization_config",
+        "tags",
+    ),
+    *("transformers_weights", "distributed_config", "fusion_config"),
+}
+
+_Config = TypeVar("_Config", bound=type[Any])
+
+
+def _with_plain_errors(cls: _Config) -> _Config:
+    """Turn the `StrictDataclassError`s of a config class into ConfigErrors that carry the first
+    cause."""
+
+    def plain(method: Callable[..., None]) -> Callable[..., None]:
+        @wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> None:
+            try:
+                method(self, *args, **kwargs)
+            except StrictDataclassError as err:
+                raise ConfigError(f"{cls.__name__}: {err.__cause__ or err}") from None
+
+        return call
+
+    cls.__init__ = plain(cls.__init__)
+    cls.__setattr__ = plain(cls.__setattr__)
+    return cls
+
+
+@_with_plain_errors
+@strict
+class SwitchSAEConfig(PreTrainedConfig):
+    """Configuration of a `SwitchSAE`; all fields are keywords, checked when it is built.
+
+    `num_experts=1` is a plain SAE. Raises `ConfigError` for an unknown keyword, a wrong type, or
+    numbers that contradict each other (`k` above `features_per_expert`, `num_features` not a
+    multiple of `num_experts`, ...).
+
+    Source: Mudide et al. 2024, arXiv:2410.08201.
+    """
+
+    model_type = "switch_sae"
+    attribute_map: ClassVar[dict[str, str]] = {"d_in": "hidden_size", "d_sae": "num_features"}
+
+    hidden_size: int = 768
+    """Width of the residual stream, as in the language model's own config; also readable as
+    `d_in`."""
+
+    num_features: int = 24_576
+    """Features over all experts together, a multiple of `num_experts`; also readable as `d_sae`."""
+
+    num_experts: int = 32
+    """Experts the features are split over, in equal contiguous parts; 1 is a plain SAE without a
+    router."""
+
+    num_experts_per_token: int = 1
+    """Experts each token is encoded by, with one joint top-k over their features; 1 is the Switch
+    SAE."""
+
+    k: int | None = 32
+    """Features kept per token (`batch_topk`: on average over a training batch). Only `relu` and
+    `jumprelu` allow
+    None: as many as are active."""
+
+    activation: Activation = "topk"
+    """How the active features of a token are chosen among the routed ones.
+    topk: the k largest. batch_topk: in training the k * num_tokens largest of the batch, at
+    inference those above `threshold`. jumprelu: those above their own `threshold`. relu: all that
+    are positive."""
+
+    encoder_bias: bool = False
+    """Whether there is a `b_enc` [num_experts, features_per_expert]; the paper's experts have
+    none."""
+
+    subtract_b_dec: bool = True
+    """Whether the encoder sees the residual less `b_dec` (the paper) or the residual as it is."""
+
+    apply_router_probs: bool = True
+    """Whether an activation includes its expert's router probability. Without it (the `heaviside`
+    of the paper's code) the router learns nothing from the reconstruction. Of no effect with one
+    expert."""
+
+    norm_topk_prob: bool = False
+    """Whether the probabilities of a token's chosen experts are divided by their sum; needs
+    `num_experts_per_token` >= 2, as one expert alone would always have weight 1."""
+
+    hookpoint: str | None = None
+    """Where the SAE reads and writes: `layers.<i>.resid_post`, `layers.<i>.resid_pre` or a module
+    path."""
+
+    base_model: str | None = None
+    """Hub id of the language model it was trained on."""
+
+    base_model_revision: str | None = None
+    """Commit of `base_model`."""
+
+    base_model_fingerprint: dict[str, Any] | None = None
+    """What `fingerprint(lm)` said of it: recognises a local copy, tells a fine-tune apart."""
+
+    metrics: dict[str, Any] | None = None
+    """Figures measured when it was released, at least `fvu` and `l0`; `session.preflight` compares
+    with them."""
+
+    fvu_loss_coef: float | int = 1.0
+    """Weight of the reconstruction error (as FVU of the batch) in `loss`."""
+
+    router_aux_loss_coef: float | int = 0.16
+    """Weight of the load balance num_experts * sum(f_e * P_e) in `loss`; relative to FVU, so free
+    of scale. 0.16 is the published 3 * hidden_size on GPT-2's activations."""
+
+    initializer_range: float | int | None = None
+    """Bound of the uniform start of encoder and router; None: 1 / sqrt(hidden_size)."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {f.name for f in fields(self)} | set(self.attribute_map) | _HOST_KEYWORDS
+        for name in kwargs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = (
+                    f"did you mean {close[0]!r}?"
+                    if close
+                    else "if a newer version wrote it, update hf-switch-sae."
+                )
+                raise ConfigError(f"SwitchSAEConfig has no field {name!r}; {hint}")
+        if "d_in" in kwargs:
+            self.hidden_size = kwargs.pop("d_in")
+        if "d_sae" in kwargs:
+            self.num_features = kwargs.pop("d_sae")
+        super().__post_init__(**kwargs)
+
+    def validate_numbers(self) -> None:
+        """Sizes are positive, features divide into experts, a token's experts exist and hold k
+        features."""
+        for name in ("hidden_size", "num_features", "num_experts", "num_experts_per_token"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_features % self.num_experts:
+            below = self.num_features // self.num_experts * self.num_experts
+            raise ConfigError(
+                f"num_features={self.num_features} is not a multiple of "
+                f"num_experts={self.num_experts}; "
+                f"the nearest are {below} and {below + self.num_experts}."
+            )
+        if self.num_experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_token={self.num_experts_per_token} is more than "
+                f"num_experts={self.num_experts}."
+            )
+        if self.norm_topk_prob and self.num_experts_per_token == 1:
+            raise ConfigError(
+                "norm_topk_prob=True needs num_experts_per_token >= 2: the one expert's weight "
+                "would always be 1 and "
+                "the router would learn nothing. Use apply_router_probs=False if that is what "
+                "you want."
+            )
+
+        routed = self.features_per_expert * self.num_experts_per_token
+        if self.k is None:
+            if self.activation in ("topk", "batch_topk"):
+                raise ConfigError(
+                    f"activation={self.activation!r} needs k; only 'relu' and 'jumprelu' go "
+                    "without."
+                )
+        elif not 1 <= self.k <= routed:
+            raise ConfigError(
+                f"k={self.k} is outside 1 to {routed}: each token is encoded by "
+                f"{self.num_experts_per_token} of "
+                f"{self.num_experts} experts with {self.features_per_expert} features each."
+            )
+
+        for name in ("fvu_loss_coef", "router_aux_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
+
+    @property
+    def features_per_expert(self) -> int:
+        """Features of one expert, m = num_features / num_experts."""
+        return self.num_features // self.num_experts

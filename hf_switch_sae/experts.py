@@ -1,0 +1,164 @@
+"""The experts' weights and where they lie: rows in, sparse code out, and back.
+
+A device map places modules, not slices of a tensor, so the experts are cut into groups, each a
+module of its own that may be on another device, on the CPU or on disk. With one group (the default)
+nothing is ever copied or joined.
+
+Beware An offloaded group's weights are on `meta` outside its forward: accelerate's hooks bring them
+       in around `ExpertGroup.forward`, which is why every use of a weight is a function handed to
+       it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_switch_sae import ops
+
+_T = TypeVar("_T")
+
+
+class ExpertGroup(nn.Module):
+    """Consecutive experts that a device map moves as one: W_enc, W_dec [e, m, d], b_enc [e, m] or
+    None."""
+
+    def __init__(
+        self, num_experts: int, features_per_expert: int, hidden_size: int, bias: bool
+    ) -> None:
+        super().__init__()
+        self.W_enc = nn.Parameter(torch.empty(num_experts, features_per_expert, hidden_size))
+        self.W_dec = nn.Parameter(torch.empty(num_experts, features_per_expert, hidden_size))
+        self.b_enc = nn.Parameter(torch.empty(num_experts, features_per_expert)) if bias else None
+
+    def forward(self, compute: Callable[..., _T], *args: Any) -> _T:
+        """`compute(self, *args)` while the weights are in place and the tensors among `args` beside
+        them."""
+        return compute(self, *args)
+
+
+class Experts(nn.ModuleList):
+    """All experts, in `num_groups` groups of equal size."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_experts: int,
+        features_per_expert: int,
+        hidden_size: int,
+        bias: bool,
+    ) -> None:
+        self.experts_per_group = num_experts // num_groups
+        self.features_per_group = self.experts_per_group * features_per_expert
+        groups = (
+            ExpertGroup(self.experts_per_group, features_per_expert, hidden_size, bias)
+            for _ in range(num_groups)
+        )
+        super().__init__(groups)
+
+    def joined(self, name: str) -> Tensor:
+        """One parameter of all groups as a single tensor; the parameter itself if there is one
+        group."""
+        parts = [group(lambda g: getattr(g, name)) for group in self]
+        return (
+            parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
+        )
+
+    def encode(
+        self,
+        z: Tensor,
+        expert_ids: Tensor,
+        gates: Tensor | None,
+        k: int | None,
+        threshold: Tensor | None,
+        batch_topk: bool,
+        input_scale: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `ops.routed_encode`, over the groups; `b_enc` is divided by `input_scale` []."""
+
+        def encode(
+            g: ExpertGroup,
+            z: Tensor,
+            expert_ids: Tensor,
+            gates: Tensor | None,
+            threshold: Tensor | None,
+            s: Tensor,
+        ) -> tuple[Tensor, Tensor]:
+            bias = None if g.b_enc is None else (g.b_enc.float() / s).to(z.dtype)
+            return ops.routed_encode(
+                z, g.W_enc, bias, expert_ids, gates, k, threshold, batch_topk and alone
+            )
+
+        alone = len(self) == 1
+        if alone:
+            acts, ids = self[0](encode, z, expert_ids, gates, threshold, input_scale)
+            return acts.to(z.device), ids.to(z.device)
+        if batch_topk:
+            # the border lies between all groups' features: first keep all, then the k * n largest
+            wanted, k = k, None
+        parts = []
+        (n, t), size = expert_ids.shape, self.experts_per_group
+        pair_experts, pair_gates = (
+            expert_ids.reshape(-1),
+            None if gates is None else gates.reshape(-1, 1),
+        )
+        for index, group in enumerate(self):
+            pairs = (pair_experts // size == index).nonzero()[:, 0]
+            if len(pairs):
+                own = slice(index * size, (index + 1) * size)
+                acts, ids = group(
+                    encode,
+                    z[pairs // t],
+                    (pair_experts[pairs] - own.start)[:, None],
+                    None if pair_gates is None else pair_gates[pairs],
+                    None if threshold is None else threshold[own],
+                    input_scale,
+                )
+                parts.append(
+                    (pairs, acts.to(z.device), ids.to(z.device) + index * self.features_per_group)
+                )
+        acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t, z))
+        return ops.keep_largest(acts, ids, wanted if batch_topk else k, batch_topk)
+
+    def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
+        """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d] on the device of
+        `acts`."""
+
+        def decode(g: ExpertGroup, acts: Tensor, ids: Tensor) -> Tensor:
+            return ops.sparse_decode(acts.to(g.W_dec.dtype), ids, g.W_dec)
+
+        if len(self) == 1:
+            return self[0](decode, acts, ids).to(acts.device)
+        total = None
+        for index, group in enumerate(self):
+            mine = (ids // self.features_per_group == index) & (acts != 0)
+            rows = mine.any(1).nonzero()[:, 0]
+            if len(rows):
+                local = torch.where(mine, ids - index * self.features_per_group, 0)[rows]
+                part = group(decode, torch.where(mine, acts, 0)[rows], local).to(acts.device)
+                total = part.new_zeros(len(acts), part.shape[1]) if total is None else total
+                total = total.index_add(0, rows, part)
+        if total is None:
+            return torch.zeros(
+                len(acts), self[0].W_dec.shape[-1], dtype=self[0].W_dec.dtype, device=acts.device
+            )
+        return total
+
+
+def _in_pair_order(
+    parts: list[tuple[Tensor, Tensor, Tensor]], num_pairs: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(pairs, acts, ids) of each group -> acts, ids [num_pairs, s], narrower parts padded with
+    empty slots."""
+    width = max((acts.shape[1] for _, acts, _ in parts), default=1)
+    out_acts = like.new_zeros(num_pairs, width)
+    out_ids = torch.zeros(num_pairs, width, dtype=torch.int64, device=like.device)
+    for pairs, acts, ids in parts:
+        short = width - acts.shape[1]
+        out_acts = out_acts.index_copy(0, pairs, nn.functional.pad(acts, (0, short)))
+        # an empty slot repeats the row's first id, so that it still names the token's own expert
+        out_ids[pairs] = torch.cat([ids, ids[:, :1].expand(-1, short)], 1)
+    return out_acts, out_ids

@@ -1,0 +1,189 @@
+"""The sparse code of tokens, and the only currency between the rooms.
+
+A token's features are k pairs (act, id). Nothing here is ever as wide as the dictionary except
+`to_dense()`, which a user asks for by name.
+
+Beware A slot whose act is 0 is padding: its id names some feature of the token's own expert, and
+       means nothing. Count a feature as active only where its act is > 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.errors import FeatureIdError
+
+
+@dataclass(frozen=True, eq=False)
+class SparseFeatures:
+    """Active features of tokens: `acts[..., j]` is how much feature `ids[..., j]` adds along its
+    decoder row.
+
+    Args:
+        acts: [..., k], floating; in the language model's own units, router weight included. 0 is an
+            empty slot.
+        ids: [..., k], int64 in [0, num_features), counted over all experts; distinct within a token
+            where acts > 0.
+        num_features: width of the dictionary.
+
+    Leading dimensions are whatever the tokens had, e.g. [batch, seq]; indexing works on them.
+    """
+
+    acts: Tensor
+    ids: Tensor
+    num_features: int
+
+    def __post_init__(self) -> None:
+        if self.acts.shape != self.ids.shape or self.acts.ndim == 0:
+            raise ValueError(
+                f"acts {tuple(self.acts.shape)} and ids {tuple(self.ids.shape)} must have one "
+                "shape [..., k]."
+            )
+
+    @property
+    def k(self) -> int:
+        """Slots per token."""
+        return self.acts.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tokens, without the slots."""
+        return self.acts.shape[:-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where both tensors lie."""
+        return self.acts.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `acts`."""
+        return self.acts.dtype
+
+    def __len__(self) -> int:
+        return self.acts.shape[0]
+
+    def __getitem__(self, index: Any) -> SparseFeatures:
+        """Index the token dimensions, e.g. `features[0, -1]`: the last token of the first row."""
+        parts = index if isinstance(index, tuple) else (index,)
+        index = parts if any(part is Ellipsis for part in parts) else (*parts, ...)
+        # A trailing full slice keeps the slots out of the user's reach, so k is never cut by
+        # accident.
+        index = (*index, slice(None))
+        return SparseFeatures(self.acts[index], self.ids[index], self.num_features)
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseFeatures(tokens={list(self.shape)}, k={self.k}, "
+            f"num_features={self.num_features}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> SparseFeatures:
+        """Move both tensors; a dtype applies to `acts` only. Arguments as of `Tensor.to`."""
+        acts = self.acts.to(*args, **kwargs)
+        return SparseFeatures(acts, self.ids.to(acts.device), self.num_features)
+
+    def cpu(self) -> SparseFeatures:
+        """The same on the CPU."""
+        return self.to("cpu")
+
+    def detach(self) -> SparseFeatures:
+        """The same without gradient."""
+        return SparseFeatures(self.acts.detach(), self.ids, self.num_features)
+
+    def reshape(self, *shape: int) -> SparseFeatures:
+        """The same with the token dimensions in another shape, e.g. `features.reshape(-1)`: one row
+        a token."""
+        return SparseFeatures(
+            self.acts.reshape(*shape, self.k), self.ids.reshape(*shape, self.k), self.num_features
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[SparseFeatures], dim: int = 0) -> SparseFeatures:
+        """Join along a token dimension; parts with fewer slots are padded with empty ones.
+
+        Raises:
+            ValueError: no parts, or parts of dictionaries of different width.
+        """
+        if not parts:
+            raise ValueError("nothing to join: give at least one SparseFeatures.")
+        widths = {part.num_features for part in parts}
+        if len(widths) > 1:
+            raise ValueError(
+                f"these features are of dictionaries of different width: {sorted(widths)}."
+            )
+        k = max(part.k for part in parts)
+        dim = dim if dim >= 0 else dim - 1  # a negative dim counts token dimensions, not slots
+        acts = torch.cat(
+            [torch.nn.functional.pad(part.acts, (0, k - part.k)) for part in parts], dim
+        )
+        ids = torch.cat([torch.nn.functional.pad(part.ids, (0, k - part.k)) for part in parts], dim)
+        return SparseFeatures(acts, ids, widths.pop())
+
+    def select(self, feature_ids: int | Sequence[int] | Tensor) -> Tensor:
+        """Activations of the named features, [..., len(feature_ids)]; 0 where a feature is not
+        active.
+
+        An int selects one feature and drops the last dimension.
+
+        Raises:
+            FeatureIdError: an id outside 0 to num_features - 1.
+        """
+        if isinstance(feature_ids, int):
+            return self.select([feature_ids])[..., 0]
+        wanted = check_feature_ids(feature_ids, self.num_features).to(self.device)
+        columns = [
+            torch.where(self.ids == feature, self.acts, torch.zeros_like(self.acts)).sum(-1)
+            for feature in wanted
+        ]
+        return torch.stack(columns, -1) if columns else self.acts.new_zeros(*self.shape, 0)
+
+    def topk(self, n: int) -> SparseFeatures:
+        """The n strongest features of each token, strongest first."""
+        acts, slots = self.acts.topk(min(n, self.k), dim=-1)
+        return SparseFeatures(acts, self.ids.gather(-1, slots), self.num_features)
+
+    def l0(self) -> Tensor:
+        """Mean count of active features per token, a 0-d float tensor."""
+        return (self.acts > 0).sum(-1).float().mean()
+
+    def to_dense(self) -> Tensor:
+        """[..., num_features], the one place where the full width is laid out; for small inputs."""
+        dense = self.acts.new_zeros(*self.shape, self.num_features)
+        # scatter_add, as empty slots may repeat the id of an active one
+        return dense.scatter_add(-1, self.ids, self.acts)
+
+    def to_csr(self) -> Tensor:
+        """[num_tokens, num_features] as a torch sparse CSR tensor without the empty slots, columns
+        in rising order."""
+        acts, ids = self.acts.reshape(-1, self.k), self.ids.reshape(-1, self.k)
+        ids, order = ids.sort(dim=-1)
+        acts = acts.gather(-1, order)
+        active = acts > 0
+        crow = torch.zeros(acts.shape[0] + 1, dtype=torch.int64, device=self.device)
+        crow[1:] = active.sum(-1).cumsum(0)
+        return torch.sparse_csr_tensor(
+            crow,
+            ids[active],
+            acts[active],
+            (acts.shape[0], self.num_features),
+            check_invariants=True,
+        )
+
+
+def check_feature_ids(feature_ids: int | Sequence[int] | Tensor, num_features: int) -> Tensor:
+    """The ids as an int64 tensor, or FeatureIdError naming the first that is not a feature and the
+    range."""
+    ids = torch.as_tensor(feature_ids, dtype=torch.int64).reshape(-1)
+    wrong = ids[(ids < 0) | (ids >= num_features)]
+    if len(wrong):
+        raise FeatureIdError(
+            f"no feature {int(wrong[0])}: this SAE has features 0 to {num_features - 1}."
+        )
+    return ids

@@ -1,0 +1,520 @@
+"""Residual stream -> SparseFeatures -> reconstruction: the Switch SAE as a `PreTrainedModel`.
+
+    logits = router.weight @ (s * x - b_router)          e = argmax,  p = softmax(logits)[e]
+    acts   = topk_k( p * relu(W_enc[e] @ (x - b_dec / s) + b_enc[e] / s) )
+    x_hat  = sum_j acts[j] * W_dec[ids[j]] + b_dec / s
+
+`s` is `input_scale`, a buffer: biases, router and thresholds live in the scaled units in which
+training is well conditioned, while `x`, `acts` and `x_hat` are in the language model's own. So an
+activation is exactly what is added along its decoder row, and no weight needs folding.
+
+In memory the experts lie in groups (`experts.py`); in the checkpoint `W_enc` and `W_dec` are one
+tensor each, however many groups there are.
+
+Beware transformers gives back buffers that are not persistent as uninitialised memory, so every
+buffer here is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
+from transformers.utils import ModelOutput
+
+from hf_switch_sae import ops
+from hf_switch_sae.base_model import base_model_fields
+from hf_switch_sae.config import SwitchSAEConfig
+from hf_switch_sae.errors import AttachError, ConfigError, WidthError
+from hf_switch_sae.experts import ExpertGroup, Experts
+from hf_switch_sae.features import SparseFeatures, check_feature_ids
+from hf_switch_sae.hookpoints import resolve
+
+
+@dataclass
+class SwitchSAEOutput(ModelOutput):
+    """What `SwitchSAE.forward` returns; n is the number of tokens, [...] their shape."""
+
+    loss: Tensor | None = None
+    """0-d: fvu_loss_coef * fvu + router_aux_loss_coef * router_aux_loss, over the tokens of the
+    mask."""
+    reconstruction: Tensor | None = None
+    """[..., hidden_size], in the LM's own units and the dtype of the input."""
+    features: SparseFeatures | None = None
+    """acts and ids [..., slots]."""
+    router_logits: Tensor | None = None
+    """[n, num_experts] float32; None with one expert."""
+    fvu: Tensor | None = None
+    """0-d float32: squared error over squared deviation from the mean token; nan with fewer than
+    two tokens."""
+    router_aux_loss: Tensor | None = None
+    """0-d float32: num_experts * sum(f_e * P_e), 1 at perfect balance; 0 with one expert."""
+
+
+class Router(nn.Module):
+    """Scores the experts for a token. Always float32, so that all devices and dtypes choose
+    alike."""
+
+    def __init__(self, num_experts: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+
+    def forward(
+        self, x: Tensor, center: Tensor, scale: Tensor, num_experts_per_token: int
+    ) -> tuple[Tensor, ...]:
+        """Logits of scale * x - center: x [n, d] -> logits [n, E], probs [n, E], expert ids [n,
+        t]."""
+        weight = self.weight.float()
+        return ops.route(x, weight * scale, -(weight @ center.float()), num_experts_per_token)
+
+
+class SwitchSAE(PreTrainedModel):
+    """A sparse autoencoder whose features are split over experts; each token is encoded by the one
+    routed to.
+
+    Parameters, E experts of m features over a residual stream of width d:
+        W_enc [E, m, d], W_dec [E, m, d] (one feature = one row in both), b_enc [E, m] or None,
+        b_dec [d], router.weight [E, d] and b_router [d] (with E > 1).
+    Buffers, all persistent and float32:
+        input_scale [], threshold [F] (jumprelu, batch_topk), feature_max [F], feature_rate [F],
+        residual_norm [],
+        statistics_tokens [] (how many tokens the last three were measured on; 0: not measured).
+
+    Args:
+        config: a SwitchSAEConfig.
+        expert_groups: G, a divisor of E or "each" for E: in how many modules the experts lie in
+            memory. Also an argument of `from_pretrained`, where an automatic `device_map` makes
+            "each" the default.
+
+    Raises:
+        ConfigError: expert_groups does not divide num_experts.
+
+    Source: Mudide et al. 2024, arXiv:2410.08201.
+    """
+
+    config_class = SwitchSAEConfig
+    config: SwitchSAEConfig
+    main_input_name = "hidden_states"
+    base_model_prefix = ""
+    input_modalities = ("residual_stream",)
+    _no_split_modules: ClassVar[list[str]] = ["ExpertGroup", "Router"]  # type: ignore[misc]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [  # type: ignore[misc]
+        *(
+            "router",
+            "b_router",
+            "input_scale",
+            "threshold",
+            "feature_max",
+            "feature_rate",
+            "residual_norm",
+        ),
+    ]
+    input_scale: Tensor
+    threshold: Tensor
+    feature_max: Tensor
+    feature_rate: Tensor
+    residual_norm: Tensor
+    statistics_tokens: Tensor
+    _open_session: ClassVar[Callable[..., Any] | None] = (
+        None  # attach.py, a floor above, fills this in
+    )
+
+    def __init__(self, config: SwitchSAEConfig, expert_groups: int | Literal["each"] = 1) -> None:
+        super().__init__(config)
+        groups = config.num_experts if expert_groups == "each" else expert_groups
+        if not isinstance(groups, int) or groups < 1 or config.num_experts % groups:
+            raise ConfigError(
+                f"expert_groups={groups} does not divide num_experts={config.num_experts}; "
+                "choose one of "
+                f"{[g for g in range(1, config.num_experts + 1) if config.num_experts % g == 0]}."
+            )
+        self.experts = Experts(
+            groups,
+            config.num_experts,
+            config.features_per_expert,
+            config.hidden_size,
+            config.encoder_bias,
+        )
+        self.b_dec = nn.Parameter(torch.empty(config.hidden_size))
+        if config.num_experts > 1:
+            self.router = Router(config.num_experts, config.hidden_size)
+            self.b_router = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
+        for name, shape in self._statistics_shapes(config).items():
+            dtype = torch.int64 if name == "statistics_tokens" else torch.float32
+            self.register_buffer(name, torch.empty(shape, dtype=dtype), persistent=True)
+        self.post_init()
+
+    @staticmethod
+    def _statistics_shapes(config: SwitchSAEConfig) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_scale": (),
+            "residual_norm": (),
+            "statistics_tokens": (),
+        }
+        shapes["feature_max"] = shapes["feature_rate"] = (config.num_features,)
+        if config.activation in ("jumprelu", "batch_topk"):
+            shapes["threshold"] = (config.num_features,)
+        return shapes
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Encoder and router uniform within 1 / sqrt(d); decoder = encoder with rows of length 1;
+        biases 0."""
+        bound = self.config.initializer_range or 1 / math.sqrt(self.config.hidden_size)
+        if isinstance(module, Router):
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, ExpertGroup):
+            init.uniform_(module.W_enc, -bound, bound)
+            init.copy_(module.W_dec, nn.functional.normalize(module.W_enc, dim=-1))
+            if module.b_enc is not None:
+                init.zeros_(module.b_enc)
+        elif isinstance(module, SwitchSAE):
+            init.zeros_(module.b_dec)
+            if self.config.num_experts > 1:
+                init.zeros_(module.b_router)
+            for name in self._statistics_shapes(self.config):
+                init.zeros_(getattr(module, name))
+            init.ones_(module.input_scale)
+            if self.config.activation == "batch_topk":
+                init.constant_(module.threshold, -1.0)  # not known before training or calibrate()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SwitchSAE:  # type: ignore[override]
+        """As `PreTrainedModel.from_pretrained` (subfolder, revision, dtype, device_map, ...), and
+        `expert_groups`.
+
+        With `device_map="auto"` (or another automatic one) every expert becomes a module of its
+        own, so that the map can spread them over devices, CPU and disk; only the routed ones are
+        then brought in.
+        """
+        if kwargs.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
+            kwargs.setdefault("expert_groups", "each")
+        with warnings.catch_warnings():
+            # accelerate looks for modules of the names of our root parameters; they are placed all
+            # the same
+            warnings.filterwarnings(
+                "ignore", "The following device_map keys do not match", UserWarning
+            )
+            return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def for_lm(cls, lm: nn.Module, at: int | str, **config: Any) -> SwitchSAE:
+        """A fresh SAE for a place in a language model: width, hookpoint and base model filled in
+        from it.
+
+        Args:
+            lm: any Hugging Face transformer, wrapped or not.
+            at: a layer, a hookpoint such as `layers.7.resid_post`, or a module path.
+            config: further fields of SwitchSAEConfig, e.g. `num_features=6144, num_experts=8`.
+
+        Raises:
+            HookpointError: there is no such place in `lm`.
+            ConfigError: fields that contradict each other.
+        """
+        place = resolve(lm, at)
+        known = {"hookpoint": place.name, **base_model_fields(lm)}
+        return cls(SwitchSAEConfig(**{**known, **config}))
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[E, m, d], encoder; the parameter itself with one expert group, else joined from the
+        groups."""
+        return self.experts.joined("W_enc")
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[E, m, d], decoder, rows of length 1 after training; as for `W_enc`."""
+        return self.experts.joined("W_dec")
+
+    @property
+    def b_enc(self) -> Tensor | None:
+        """[E, m] or None, encoder bias in scaled units; as for `W_enc`."""
+        return self.experts.joined("b_enc") if self.config.encoder_bias else None
+
+    def decoder_rows(self, feature_ids: int | Sequence[int] | Tensor) -> Tensor:
+        """[len(feature_ids), hidden_size]: what each feature adds to the residual stream per unit
+        of activation.
+
+        Raises:
+            FeatureIdError: an id outside 0 to num_features - 1.
+        """
+        ids = check_feature_ids(feature_ids, self.config.num_features).to(self.device)[:, None]
+        return self.experts.decode(torch.ones(ids.shape, dtype=self.dtype, device=self.device), ids)
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale every decoder row to length 1, in float32; call it after each optimizer step."""
+        for group in self.experts:
+            group(
+                lambda g: g.W_dec.div_(g.W_dec.float().norm(dim=-1, keepdim=True).clamp_min_(1e-12))
+            )
+
+    @torch.no_grad()
+    def project_decoder_grad(self) -> None:
+        """Remove from each decoder row's gradient the part along the row, so that a step keeps its
+        length."""
+        for group in self.experts:
+            if group.W_dec.grad is not None:
+                along = (group.W_dec.grad * group.W_dec).sum(-1, keepdim=True)
+                group.W_dec.grad.addcmul_(group.W_dec, along, value=-1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are taken and outputs appear: the device of `b_dec`, wherever the experts
+        lie."""
+        return self.b_dec.device
+
+    def encode(self, hidden_states: Tensor) -> SparseFeatures:
+        """Features of each token: hidden_states [..., hidden_size], floating -> acts and ids [...,
+        slots].
+
+        Raises:
+            WidthError: the last dimension is not `hidden_size`.
+            ConfigError: a batch_topk SAE without a threshold, outside training.
+        """
+        return self._encode(hidden_states)[0]
+
+    def decode(self, features: SparseFeatures) -> Tensor:
+        """Reconstruction [..., hidden_size] of features, linear in the activations, `b_dec`
+        included."""
+        return self.decode_delta(features) + self._bias().to(self.dtype)
+
+    def decode_delta(self, features: SparseFeatures) -> Tensor:
+        """sum_j acts[..., j] * W_dec[ids[..., j]] without `b_dec`; activations of any sign -> [...,
+        hidden_size]."""
+        flat = features.reshape(-1).to(self.device, self.dtype)
+        return self.experts.decode(flat.acts, flat.ids).reshape(*features.shape, -1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> SwitchSAEOutput | tuple[Any, ...]:
+        """Reconstruct tokens, with the loss to train on.
+
+        Args:
+            hidden_states: [..., hidden_size], floating, in the LM's own units.
+            attention_mask: [...], nonzero for the tokens that count in the losses; all by default.
+            return_dict: False for a plain tuple.
+
+        Raises:
+            WidthError: the last dimension is not `hidden_size`.
+        """
+        features, logits, expert_ids = self._encode(hidden_states)
+        reconstruction = self.decode(features)
+        x = hidden_states.reshape(-1, self.config.hidden_size).to(self.device, torch.float32)
+        x_hat, counted_logits = reconstruction.reshape(x.shape).float(), logits
+        if attention_mask is not None:
+            counted = attention_mask.reshape(-1).to(self.device).bool()
+            x, x_hat, expert_ids = x[counted], x_hat[counted], expert_ids[counted]
+            counted_logits = None if logits is None else logits[counted]
+        error = (x - x_hat).square().sum()
+        fvu = error / (x - x.mean(0)).square().sum() if len(x) > 1 else error * torch.nan
+        balance = (
+            _balance(counted_logits, expert_ids)
+            if counted_logits is not None
+            else torch.zeros_like(fvu)
+        )
+        if self.training and self.config.activation == "batch_topk":
+            self._follow_threshold(features.acts)
+        output = SwitchSAEOutput(
+            loss=self.config.fvu_loss_coef * fvu + self.config.router_aux_loss_coef * balance,
+            reconstruction=reconstruction.to(hidden_states.device, hidden_states.dtype),
+            features=features,
+            router_logits=logits,
+            fvu=fvu,
+            router_aux_loss=balance,
+        )
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _bias(self) -> Tensor:
+        """`b_dec` in the LM's own units, float32."""
+        return self.b_dec.float() / self.input_scale
+
+    def _encode(self, hidden_states: Tensor) -> tuple[SparseFeatures, Tensor | None, Tensor]:
+        """Features, router logits [n, E] (None with one expert), expert ids [n, t]."""
+        config = self.config
+        if hidden_states.shape[-1] != config.hidden_size:
+            raise WidthError(
+                f"the SAE reads a residual stream of width {config.hidden_size}; this one is "
+                f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
+            )
+        x = hidden_states.reshape(-1, config.hidden_size).to(self.device)
+        logits, expert_ids, gates = self._route(x)
+        z = (x - self._bias() if config.subtract_b_dec else x).to(self.dtype)
+        in_batch = config.activation == "batch_topk" and self.training
+        acts, ids = self.experts.encode(
+            z,
+            expert_ids,
+            gates,
+            config.k if config.activation != "batch_topk" or in_batch else None,
+            self._threshold_in_use(),
+            in_batch,
+            self.input_scale,
+        )
+        features = SparseFeatures(acts, ids, config.num_features).reshape(*hidden_states.shape[:-1])
+        return features, logits, expert_ids
+
+    def _route(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        config = self.config
+        if config.num_experts == 1:
+            return None, torch.zeros(len(x), 1, dtype=torch.int64, device=x.device), None
+        logits, probs, expert_ids = self.router(
+            x, self.b_router, self.input_scale, config.num_experts_per_token
+        )
+        if not config.apply_router_probs:
+            return logits, expert_ids, None
+        gates = probs.gather(1, expert_ids)
+        return (
+            logits,
+            expert_ids,
+            gates / gates.sum(1, keepdim=True) if config.norm_topk_prob else gates,
+        )
+
+    def _threshold_in_use(self) -> Tensor | None:
+        """[E, m] in the LM's own units, or None where the activation rule has none now."""
+        rule = self.config.activation
+        if rule not in ("jumprelu", "batch_topk") or (rule == "batch_topk" and self.training):
+            return None
+        if rule == "batch_topk" and bool((self.threshold < 0).any()):
+            raise ConfigError(
+                "this batch_topk SAE has no threshold yet, so it can't encode outside training: "
+                "train it, or call "
+                "calibrate() on batches of the residual stream."
+            )
+        return (self.threshold / self.input_scale).reshape(self.config.num_experts, -1)
+
+    @torch.no_grad()
+    def _follow_threshold(self, acts: Tensor, weight: float = 0.01) -> None:
+        """batch_topk: a running mean of the smallest activation kept, in scaled units."""
+        active = acts[acts > 0]
+        if active.numel():
+            border = active.amin().float() * self.input_scale
+            self.threshold.copy_(
+                torch.where(self.threshold < 0, border, self.threshold.lerp(border, weight))
+            )
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measure what calibrated edits and checks rest on, and store it in the buffers.
+
+        Sets feature_max (largest activation, LM units), feature_rate (share of tokens where
+        active), residual_norm (median token norm, LM units) and statistics_tokens; for a batch_topk
+        SAE also `threshold`, so that on average k features are active. The model is changed only
+        when all batches have been read.
+
+        Args:
+            batches: residual streams [..., hidden_size] of the language model, without special and
+                outlier tokens.
+
+        Raises:
+            ValueError: no tokens at all.
+            WidthError: the last dimension is not `hidden_size`.
+        """
+        maximum, count = (
+            torch.zeros_like(self.feature_max),
+            torch.zeros_like(self.feature_rate, dtype=torch.float64),
+        )
+        norms: list[Tensor] = []
+        batches = self._with_threshold(batches)
+        for batch in batches:
+            features = self.encode(batch).reshape(-1)
+            ids, acts = (
+                features.ids.flatten().to(maximum.device),
+                features.acts.flatten().float().to(maximum.device),
+            )
+            maximum.scatter_reduce_(0, ids, acts, "amax")
+            count.index_add_(0, ids, (acts > 0).double())
+            norms.append(batch.reshape(-1, batch.shape[-1]).float().norm(dim=-1).cpu())
+        tokens = sum(len(part) for part in norms)
+        if not tokens:
+            raise ValueError(
+                "calibrate() got no tokens: give at least one batch of the residual stream."
+            )
+        self.feature_max.copy_(maximum)
+        self.feature_rate.copy_(count / tokens)
+        self.residual_norm.copy_(torch.cat(norms).median())
+        self.statistics_tokens.fill_(tokens)
+
+    def _with_threshold(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
+        """For batch_topk: set the threshold to the mean border of the batches first. Else: the "
+        "batches as they are."""
+        if self.config.activation != "batch_topk":
+            return batches
+        batches, was_training, borders = list(batches), self.training, []
+        try:
+            self.train()
+            for batch in batches:
+                acts = self.encode(batch).acts
+                borders.append(acts[acts > 0].amin().float() * self.input_scale)
+        finally:
+            self.train(was_training)
+        if borders:
+            self.threshold.fill_(torch.stack(borders).mean())
+        return batches
+
+    def attach(self, lm: nn.Module, at: int | str | None = None, **options: Any) -> Any:
+        """Attach to a running language model; returns the `Session`. Options as of `attach`.
+
+        Args:
+            lm: the transformer, wrapped or not.
+            at: layer, hookpoint or module path; the SAE's own `config.hookpoint` by default.
+
+        Raises:
+            AttachError: the SAE does not fit (width, base model, place), with `lm` untouched.
+            HookpointError: no such place.
+        """
+        if SwitchSAE._open_session is None:
+            raise AttachError("import hf_switch_sae as a whole: its attach module is not loaded.")
+        return SwitchSAE._open_session(lm, self, at=at, **options)
+
+
+def _balance(logits: Tensor, expert_ids: Tensor) -> Tensor:
+    """num_experts * sum_e f_e P_e; logits [n, E], expert_ids [n, t] -> 0-d, 1 at perfect "
+    "balance."""
+    num_experts = logits.shape[1]
+    share = torch.bincount(expert_ids.flatten(), minlength=num_experts).float() / max(
+        1, expert_ids.numel()
+    )
+    return num_experts * (share * logits.softmax(-1).mean(0)).sum()
+
+
+class _SplitExperts(Chunk):
+    """W [E, m, d] of a checkpoint -> one part for each expert group of the model being loaded."""
+
+    def get_target_patterns(self, target_patterns: list[str], **kwargs: Any) -> list[str]:
+        return [
+            target_patterns[0].replace(".0.", f".{index}.")
+            for index in range(len(kwargs["model"].experts))
+        ]
+
+
+class _GroupedWeight(WeightConverter):
+    """One tensor in the checkpoint, `experts.<group>.<name>` in memory, whatever the number of "
+    "groups."""
+
+    def reverse_transform(self) -> WeightConverter:
+        (name,) = self.source_patterns
+        return WeightConverter(f"experts.*.{name}", name, operations=[Concatenate(dim=0)])
+
+
+register_checkpoint_conversion_mapping(
+    SwitchSAEConfig.model_type,
+    [
+        _GroupedWeight(name, f"experts.0.{name}", operations=[_SplitExperts(dim=0)])
+        for name in ("W_enc", "W_dec", "b_enc")
+    ],
+    overwrite=True,
+)
+AutoConfig.register(SwitchSAEConfig.model_type, SwitchSAEConfig, exist_ok=True)
+AutoModel.register(SwitchSAEConfig, SwitchSAE, exist_ok=True)

@@ -1,0 +1,339 @@
+"""What happens to a residual stream that comes by: shown as features, changed by the live edits.
+
+A `Session` is what `attach` returns. It holds one `Tap` for each hookpoint; `attach` hands each tap
+the stream as it arrived, and adds up what the taps of all sessions at that place want added.
+Nothing is hooked here.
+
+Beware The stream is copied when it comes by and encoded when `features` is read, so that showing
+       costs a running `generate` next to nothing. With gradients on, the stream itself is kept, and
+       features are differentiable.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_switch_sae.edits import Edit, PreparedEdits, Recipe
+from hf_switch_sae.errors import AttachError, EditError, HookpointError, NonFiniteError, WidthError
+from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.hookpoints import Hookpoint
+from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.positions import Tokens
+
+_OUTLIER_NORM = 6.0  # times the median: attention sinks, left out of preflight as of training
+
+
+class Tap:
+    """One SAE at one hookpoint."""
+
+    def __init__(self, sae: SwitchSAE, place: Hookpoint, splice: bool) -> None:
+        self.sae, self.place, self.splice = sae, place, splice
+        self.edits = PreparedEdits(sae, ())
+        self.stream: Tensor | None = None
+        self.tokens: Tokens | None = None
+        self._features: SparseFeatures | None = None
+
+    def pass_by(self, x: Tensor, tokens: Tokens, read_only: bool) -> tuple[Tensor, Tensor] | None:
+        """Take note of a stream x [B, T, d]; return (delta [B, T, d], edited [B, T]), or None to
+        leave it alone."""
+        self._check(x, tokens)
+        live = x.requires_grad and torch.is_grad_enabled()
+        self.stream, self.tokens, self._features = x if live else x.detach().clone(), tokens, None
+        if read_only or not (self.edits or self.splice):
+            return None
+        features = self.features() if self.splice or self.edits.needs_features else None
+        delta, edited = (
+            self.edits.delta(features, tokens)
+            if self.edits
+            else (None, torch.zeros_like(tokens.real))
+        )
+        if self.splice:
+            assert features is not None
+            spliced = self.sae.decode(features).float() - x.to(self.sae.device).float()
+            delta = spliced if delta is None else delta.float() + spliced
+            edited = tokens.real
+        assert delta is not None
+        return delta, edited
+
+    def features(self) -> SparseFeatures:
+        """Features [B, T] of the last stream, as it arrived, before any edit."""
+        if self.stream is None:
+            raise HookpointError(
+                f"no forward pass has reached {self.place.name} since the SAE was attached: run "
+                "the model first (in "
+                "this thread, unless the session was opened in the main one)."
+            )
+        if self._features is None:
+            with torch.set_grad_enabled(self.stream.requires_grad and torch.is_grad_enabled()):
+                self._features = self.sae.encode(self.stream)
+        return self._features
+
+    def _check(self, x: Tensor, tokens: Tokens) -> None:
+        if x.shape[-1] != self.sae.config.hidden_size:
+            raise WidthError(
+                f"the residual stream at {self.place.name} is {x.shape[-1]} wide; the SAE reads "
+                f"{self.sae.config.hidden_size}."
+            )
+        if not torch.isfinite(x).all():
+            wrong = (~torch.isfinite(x)).any(-1) & tokens.real
+            if wrong.any():
+                row, at = (int(i) for i in wrong.nonzero()[0])
+                raise NonFiniteError(
+                    f"the residual stream at {self.place.name} holds NaN or infinity, first in "
+                    f"row {row}, position "
+                    f"{int(tokens.position[row, at])}: the model's own numbers broke before the "
+                    "SAE saw them (dtype?)."
+                )
+
+
+@dataclass(frozen=True)
+class AttachedSAE:
+    """One line of `status`: which SAE reads and writes where, and what it changes."""
+
+    hookpoint: str
+    path: str
+    sae: str
+    edits: tuple[Edit, ...]
+    splice: bool
+    thread: str
+
+    def __str__(self) -> str:
+        changes = ", ".join(repr(edit) for edit in self.edits) or "no edits"
+        spliced = ", spliced" if self.splice else ""
+        return f"{self.hookpoint} ({self.path}): {self.sae}{spliced}, {changes} [{self.thread}]"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Whether an SAE fits the place it is attached to, by its error on live tokens; prints as one
+    line."""
+
+    hookpoint: str
+    fvu: float
+    l0: float
+    tokens: int
+    card_fvu: float | None
+    card_l0: float | None
+
+    @property
+    def fits(self) -> bool | None:
+        """None when the SAE's config has no figures to compare with.
+
+        FVU may be twice the card's plus 0.05, and L0 off by half: a short text differs from the
+        card's corpus, a wrong layer, model or scale differs far more.
+        """
+        if self.card_fvu is None:
+            return None
+        near = self.card_l0 is None or abs(self.l0 - self.card_l0) <= 0.5 * self.card_l0
+        return self.fvu <= 2 * self.card_fvu + 0.05 and near
+
+    def __str__(self) -> str:
+        card = "" if self.card_fvu is None else f" (card: {self.card_fvu:.3f}"
+        card += "" if not card else f", L0 {self.card_l0:.1f})" if self.card_l0 is not None else ")"
+        verdict = {
+            True: "fits",
+            False: "DOES NOT FIT",
+            None: "nothing on the card to compare with",
+        }[self.fits]
+        live = f"FVU {self.fvu:.3f}, L0 {self.l0:.1f} on {self.tokens} tokens"
+        return f"{self.hookpoint}: {live}{card}: {verdict}"
+
+
+class Session:
+    """SAEs attached to a language model, from `attach` until `detach` or the end of the `with`
+    block.
+
+    A session acts in the thread that opened it. One opened in the main thread also acts in threads
+    that have none of their own on this model (so a streaming `generate` in a worker thread is
+    edited); `all_threads` decides otherwise.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        taps: Mapping[str, Tap],
+        all_threads: bool,
+        detach: Callable[[Session], None],
+    ):
+        self.lm = lm
+        self.thread = threading.get_ident()
+        self.all_threads = all_threads
+        self.attached = True
+        self.read_only_in: set[int] = set()  # threads in which a preflight runs
+        self._taps = dict(taps)
+        self._thread_name = threading.current_thread().name
+        self._on_detach = detach
+
+    def __enter__(self) -> Session:
+        if not self.attached:
+            raise AttachError("this session is detached; attach again for a new one.")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<Session {state} at {', '.join(self._taps)} of {type(self.lm).__name__}>"
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Where SAEs are attached."""
+        return tuple(self._taps)
+
+    @property
+    def taps(self) -> Mapping[str, Tap]:
+        """What is at each hookpoint; for `attach` and tools, not for users."""
+        return self._taps
+
+    @property
+    def features(self) -> SparseFeatures | dict[str, SparseFeatures]:
+        """Features [batch, seq] of the last forward pass, before edits; a dict by hookpoint if
+        there are several.
+
+        Under `generate` that is the last step: [rows * beams, 1] with a cache.
+
+        Raises:
+            HookpointError: no forward pass has come by yet.
+        """
+        found = {name: tap.features() for name, tap in self._taps.items()}
+        return next(iter(found.values())) if len(found) == 1 else found
+
+    @property
+    def edits(self) -> tuple[Edit, ...] | dict[str, tuple[Edit, ...]]:
+        """The live edits; a dict by hookpoint if there are several."""
+        found = {name: tap.edits.edits for name, tap in self._taps.items()}
+        return next(iter(found.values())) if len(found) == 1 else found
+
+    def edit(self, *edits: Edit, at: str | None = None) -> None:
+        """Make these the live edits at a hookpoint, in place of those before; none at all clears
+        them.
+
+        Takes effect at the next forward pass, so at the next token of a running `generate`.
+
+        Args:
+            edits: any number; their order does not matter.
+            at: the hookpoint, needed only if the session has several.
+
+        Raises:
+            EditError: a malformed edit, a unit without statistics, or edits (here or in another
+                session) that set the same feature on the same tokens.
+            FeatureIdError: a feature outside the dictionary.
+            AttachError: the session is detached.
+        """
+        if not self.attached:
+            raise AttachError(
+                "this session is detached, so its edits would do nothing; attach again."
+            )
+        tap = self._tap(at)
+        prepared = PreparedEdits(tap.sae, edits)
+        self.check_with_others(tap, prepared)
+        tap.edits = prepared
+
+    def check_with_others(self, tap: Tap, prepared: PreparedEdits) -> None:
+        """Raise EditError if the edits contradict those of another session; `attach` puts the check
+        here."""
+
+    def _tap(self, at: str | None) -> Tap:
+        if at is None and len(self._taps) == 1:
+            return next(iter(self._taps.values()))
+        if at not in self._taps:
+            raise HookpointError(
+                f"name one of this session's hookpoints, at={' or '.join(map(repr, self._taps))}."
+            )
+        return self._taps[at]
+
+    def recipe(self, at: str | None = None) -> Recipe:
+        """The live edits at a hookpoint as a `Recipe`, to save or publish."""
+        tap = self._tap(at)
+        return Recipe(sae=_name(tap.sae), edits=tap.edits.edits, hookpoint=tap.place.name)
+
+    def status(self) -> list[AttachedSAE]:
+        """One line for each hookpoint; `status(lm)` gives those of all sessions."""
+        thread = "all threads" if self.all_threads else f"thread {self._thread_name}"
+        return [
+            AttachedSAE(name, tap.place.path, _name(tap.sae), tap.edits.edits, tap.splice, thread)
+            for name, tap in self._taps.items()
+        ]
+
+    @torch.no_grad()
+    def preflight(self, inputs: Mapping[str, Any], at: str | None = None) -> Preflight:
+        """Run the model once, without edits, and compare FVU and L0 on these tokens with the card's
+        figures.
+
+        Padding and tokens of more than 6 times the median norm (attention sinks) are left out.
+
+        Args:
+            inputs: keyword arguments of the model's forward; a few hundred tokens of ordinary text.
+            at: the hookpoint, needed only if the session has several.
+
+        Raises:
+            ValueError: fewer than two tokens to measure on.
+        """
+        tap = self._tap(at)
+        with self._read_only():
+            self.lm(**inputs)
+        assert tap.stream is not None
+        assert tap.tokens is not None
+        x = tap.stream[tap.tokens.real].float()
+        norms = x.norm(dim=-1)
+        ordinary = norms <= _OUTLIER_NORM * norms.median() if len(x) else norms > 0
+        if int(ordinary.sum()) < 2:
+            raise ValueError(
+                "preflight needs at least two ordinary tokens; give it a few hundred of real text."
+            )
+        x = x[ordinary]
+        features = tap.sae.encode(x)
+        error = x - tap.sae.decode(features).to(x.device).float()
+        fvu = error.square().sum() / (x - x.mean(0)).square().sum()
+        card = tap.sae.config.metrics or {}
+        return Preflight(
+            hookpoint=tap.place.name,
+            fvu=float(fvu),
+            l0=float(features.l0()),
+            tokens=len(x),
+            card_fvu=card.get("fvu"),
+            card_l0=card.get("l0"),
+        )
+
+    @contextmanager
+    def _read_only(self) -> Iterator[None]:
+        ident = threading.get_ident()
+        self.read_only_in.add(ident)
+        try:
+            yield
+        finally:
+            self.read_only_in.discard(ident)
+
+    def detach(self) -> None:
+        """Remove every hook of this session; the model is what it was before. Doing it twice does
+        nothing."""
+        if self.attached:
+            self.attached = False
+            self._on_detach(self)
+
+
+def _name(sae: SwitchSAE) -> str:
+    return sae.name_or_path or f"SwitchSAE({sae.config.num_features} features)"
+
+
+def check_splices(taps: list[Tap], new: Tap) -> None:
+    """EditError if two SAEs would both replace one residual stream."""
+    if new.splice and any(tap.splice for tap in taps):
+        raise EditError(
+            f"{new.place.name} is spliced already: only one SAE can replace the residual stream "
+            "there."
+        )
