@@ -19,9 +19,10 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,10 @@ from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.positions import Call, Generation, Tokens
 from hf_switch_sae.session import AttachedSAE, Session, Tap, check_splices
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _BOARD = "_hf_switch_sae_board"
 _SEQUENCE_FIRST = {"xlnet", "fsmt"}  # their residual stream is [seq, batch, d]
+_LOCK = threading.RLock()  # over all models: a board comes with its first session and goes after it
 
 
 class ResidualHandle:
@@ -142,8 +145,9 @@ def attach(
         taps[place.name] = Tap(sae, place, splice)
     if all_threads is None:
         all_threads = threading.current_thread() is threading.main_thread()
-    board = root.__dict__.get(_BOARD) or _Board(root)
-    return board.open(lm, taps, all_threads)
+    with _LOCK:
+        board = root.__dict__.get(_BOARD) or _Board(root)
+        return board.open(lm, taps, all_threads)
 
 
 def status(lm: nn.Module) -> list[AttachedSAE]:
@@ -204,7 +208,7 @@ def _width(place: Hookpoint) -> int | None:
     forward tells."""
     if place.blocks is None or place.module not in place.blocks.blocks:
         return None
-    config = getattr(place.blocks.owner, "config", None)
+    config: Any = getattr(place.blocks.owner, "config", None)
     config = (
         config.get_text_config()
         if place.blocks.decoding and hasattr(config, "get_text_config")
@@ -225,34 +229,39 @@ class _Board:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.sessions: list[Session] = []
-        self.lock = threading.RLock()
+        self.sessions: tuple[Session, ...] = ()  # replaced, as other threads may be reading it
         self.flow = _Flow()
         self._places: dict[tuple[int, str], _Place] = {}
         self._owners: dict[int, _Owner] = {}
+        self._tuners: dict[int, _Owner] = {}
         self._generate: Any = None
 
+    def __reduce__(self) -> NoReturn:
+        raise AttachError(
+            "an SAE is attached to this model, and its hooks can't go with a copy: detach it "
+            "before you copy or pickle the model."
+        )
+
     def open(self, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool) -> Session:
-        with self.lock:
-            session = _BoardSession(self, lm, taps, all_threads)
+        session = _BoardSession(self, lm, taps, all_threads)
+        for tap in taps.values():
+            check_splices([other for _, other in self.taps_at(tap.place)], tap)
+        _forget_compiled_code()
+        try:
+            setattr(self.root, _BOARD, self)
+            self._watch_generate()
             for tap in taps.values():
-                check_splices([other for _, other in self.taps_at(tap.place)], tap)
-            _forget_compiled_code()
-            try:
-                setattr(self.root, _BOARD, self)
-                self._watch_generate()
-                for tap in taps.values():
-                    self._watch_place(tap.place)
-                self.sessions.append(session)
-            except BaseException:
-                self._release()
-                raise
-            return session
+                self._watch_place(tap.place)
+            self._watch_tuner(lm)
+            self.sessions = (*self.sessions, session)
+        except BaseException:
+            self._release()
+            raise
+        return session
 
     def close(self, session: Session) -> None:
-        with self.lock:
-            if session in self.sessions:
-                self.sessions.remove(session)
+        with _LOCK:
+            self.sessions = tuple(other for other in self.sessions if other is not session)
             self._release()
 
     def _release(self) -> None:
@@ -263,9 +272,12 @@ class _Board:
         owners = {
             id(owner) for place in self._places.values() for owner in self._owners_of(place.place)
         }
-        for key in [key for key in self._owners if key not in owners]:
-            self._owners.pop(key).remove()
+        for owner in [owner for owner in self._owners if owner not in owners]:
+            self._owners.pop(owner).remove()
         if not self.sessions:
+            for tuner in self._tuners.values():
+                tuner.remove()
+            self._tuners.clear()
             self._unwatch_generate()
             self.root.__dict__.pop(_BOARD, None)
 
@@ -274,7 +286,17 @@ class _Board:
             self._places[_key(place)] = _Place(self, place)
         for owner in self._owners_of(place):
             if id(owner) not in self._owners:
-                self._owners[id(owner)] = _Owner(owner, self.flow, is_root=owner is self.root)
+                self._owners[id(owner)] = _Owner(
+                    owner, self.flow, owner, is_root=owner is self.root
+                )
+
+    def _watch_tuner(self, lm: nn.Module) -> None:
+        """PEFT's tuners run `root.forward`, past the hook on the root: note their call instead."""
+        for module in lm.modules():
+            is_tuner = "BaseTuner" in {cls.__name__ for cls in type(module).__mro__}
+            inside = any(child is self.root for child in module.children())
+            if is_tuner and inside and id(module) not in self._tuners:
+                self._tuners[id(module)] = _Owner(module, self.flow, self.root)
 
     def _owners_of(self, place: Hookpoint) -> list[nn.Module]:
         owner = self.root if place.blocks is None else place.blocks.owner
@@ -313,11 +335,11 @@ class _Board:
 
     def taps_at(self, place: Hookpoint, acting: bool = False) -> list[tuple[Session, Tap]]:
         """Taps of all sessions at a place; `acting`: only those that act in this thread."""
-        ident = threading.get_ident()
         sessions = self.sessions
         if acting:
-            own = [session for session in sessions if session.thread == ident]
-            sessions = own or [session for session in sessions if session.all_threads]
+            thread = threading.current_thread()
+            own = tuple(session for session in sessions if session.thread is thread)
+            sessions = own or tuple(session for session in sessions if session.all_threads)
         taps = ((session, tap) for session in sessions for tap in session.taps.values())
         return [(session, tap) for session, tap in taps if _key(tap.place) == _key(place)]
 
@@ -335,15 +357,16 @@ class _Board:
         decoding = place.blocks is None or place.blocks.decoding
         call = self._call(place, decoding) if layout.has_rows else None
         tokens = Tokens.of(x, call, self.flow.generation, decoding)
-        changes = [tap.pass_by(x, tokens, _read_only(session)) for session, tap in taps]
+        changes = [tap.pass_by(x, tokens, self.flow.read_only) for _, tap in taps]
         wanted = [change for change in changes if change is not None]
         if not wanted:
             return None
-        total, edited = x.float(), torch.zeros_like(tokens.real)
-        for delta, where in wanted:
-            total = total + delta.to(x.device, torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total, edited = torch.zeros((), dtype=dtype, device=x.device), torch.zeros_like(tokens.real)
+        for delta, where in wanted:  # summed before the stream is added, so that order is no matter
+            total = total + delta.to(x.device, dtype)
             edited = edited | where
-        return layout.restore(torch.where(edited[..., None], total.to(x.dtype), x))
+        return layout.restore(torch.where(edited[..., None], (x + total).to(x.dtype), x))
 
     def _call(self, place: Hookpoint, decoding: bool) -> Call | None:
         """The owner's call; its mask from the whole model's where only that is still
@@ -378,11 +401,19 @@ class _BoardSession(Session):
 
     def check_with_others(self, tap: Tap, prepared: PreparedEdits) -> None:
         for other_session, other in self._board.taps_at(tap.place):
-            together = other_session.thread == self.thread or (
+            together = other_session.thread is self.thread or (
                 other_session.all_threads and self.all_threads
             )
             if other is not tap and other.sae is tap.sae and together:
                 check_conflicts([*other.edits.edits, *prepared.edits])
+
+    @contextmanager
+    def without_edits(self) -> Iterator[None]:
+        self._board.flow.read_only = True
+        try:
+            yield
+        finally:
+            self._board.flow.read_only = False
 
 
 class _Place:
@@ -391,9 +422,7 @@ class _Place:
     def __init__(self, board: _Board, place: Hookpoint) -> None:
         self.place = place
         # Not traced: which taps there are and what they change is read anew at every call.
-        self.handle = _hook_place(
-            place, torch.compiler.disable(functools.partial(board.pass_by, place))
-        )
+        self.handle = _hook_place(place, _untraced(functools.partial(board.pass_by, place)))
 
 
 class _Flow(threading.local):
@@ -402,23 +431,24 @@ class _Flow(threading.local):
     def __init__(self) -> None:
         self.calls: dict[int, Call] = {}
         self.generation: Generation | None = None
+        self.read_only = False
 
 
 class _Owner:
     """Notes what a module that owns blocks is called with, while it runs."""
 
-    def __init__(self, module: nn.Module, flow: _Flow, is_root: bool) -> None:
-        names = [
-            name for name in inspect.signature(type(module).forward).parameters if name != "self"
-        ]
+    def __init__(self, module: nn.Module, flow: _Flow, runs: nn.Module, is_root: bool = False):
+        """`runs` is the module itself, or the one whose `forward` it calls with its arguments."""
+        parameters = inspect.signature(type(runs).forward).parameters
+        names = [name for name in parameters if name != "self"]
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        @_untraced
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            flow.calls[id(module)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
+            flow.calls[id(runs)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        @_untraced
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            call = flow.calls.pop(id(module), None)
+            call = flow.calls.pop(id(runs), None)
             if is_root and call is not None and flow.generation is not None:
                 flow.generation.seen += call.length
 
@@ -466,7 +496,11 @@ def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """What `generate` was given: rows, and columns of the prompt where they can be told before it
     runs."""
     given = {**kwargs, **({"inputs": args[0]} if args else {})}
-    tensors = [value for value in given.values() if isinstance(value, Tensor) and value.ndim >= 2]
+    # A row of a text may have several images, or parts of them, so what is text comes first.
+    named = [given.get(name) for name in ("inputs_embeds", "input_ids", "inputs", "attention_mask")]
+    encoded = (given.get("encoder_outputs") or [None])[0]
+    candidates = (*named, encoded, *given.values())
+    tensors = [value for value in candidates if isinstance(value, Tensor) and value.ndim >= 2]
     rows = tensors[0].shape[0] if tensors else None
     is_pair = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
     names = ("decoder_input_ids",) if is_pair else ("inputs_embeds", "input_ids", "inputs")
@@ -474,6 +508,11 @@ def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     is_text = prompt is not None and (
         prompt.ndim == 2 or (prompt.ndim == 3 and prompt is given.get("inputs_embeds"))
     )
+    if is_pair:
+        # `generate` puts a start token in front, if need be: the first forward tells, unless it
+        # has drafted tokens too.
+        drafts = given.get("assistant_model") or given.get("prompt_lookup_num_tokens")
+        return Generation(rows=rows, columns=1 if drafts and prompt is None else None)
     return Generation(
         rows=rows, columns=prompt.shape[1] if is_text and prompt is not None else None
     )
@@ -483,15 +522,16 @@ def _key(place: Hookpoint) -> tuple[int, str]:
     return id(place.module), place.site
 
 
-def _read_only(session: Session) -> bool:
-    return threading.get_ident() in session.read_only_in
-
-
 def _forget_compiled_code() -> None:
     """Make Dynamo trace again, if it has compiled anything: it does not guard on hooks, so it would
     miss a new one."""
-    if "torch._dynamo" in sys.modules and sum(torch._dynamo.utils.counters["frames"].values()):
+    if "torch._dynamo" in sys.modules and any(torch._dynamo.utils.counters["frames"].values()):
         torch.compiler.reset()
+
+
+def _untraced(fn: _Function) -> _Function:
+    """`fn`, which torch.compile calls as it is."""
+    return cast(_Function, torch.compiler.disable(fn))  # type: ignore[no-untyped-call]
 
 
 SwitchSAE._open_session = staticmethod(attach)

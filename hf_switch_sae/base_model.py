@@ -13,6 +13,8 @@ Beware The residual stream's width is not always the config's hidden_size (see `
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +86,9 @@ def check_base_model(lm: nn.Module, name: str | None, expected: dict[str, Any] |
         return
     raise BaseModelError(
         f"this SAE was trained on {name or 'another model'}, not on the model given "
-        f"({_name(model) or type(model).__name__}): {difference or 'the names differ'}. Load the "
-        "SAE's own base "
-        "model, or pass allow_mismatch=True if you mean to use it on this one."
+        f"({_name(model) or type(model).__name__}): "
+        f"{difference or 'the names differ, and there are no weights to compare'}. Load the SAE's "
+        "own base model, or pass allow_mismatch=True if you mean to use it on this one."
     )
 
 
@@ -98,11 +100,11 @@ def _difference(model: nn.Module, expected: dict[str, Any]) -> str | None:
         here, there = _get(config, size), expected.get(size)
         if here is not None and there is not None and here != there:
             return f"{size} is {here} here and {there} there"
-    weights = dict(_readable_weights(model))
+    weights = {weight.name: weight for weight in _readable_weights(model)}
     compared, moved = 0, []
     for name, values in expected.get("weights", {}).items():
         if name in weights:
-            here, there = _entries(weights[name]), torch.tensor(values)
+            here, there = weights[name].entries(), torch.tensor(values)
             slack = _TOLERANCE * there.abs() + 1e-6 * there.abs().max()
             compared += len(there)
             moved += [name] * int(((here - there).abs() > slack).sum())
@@ -112,50 +114,66 @@ def _difference(model: nn.Module, expected: dict[str, Any]) -> str | None:
     return "" if compared else None
 
 
-def _readable_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Floating parameters of the base model (heads left out) under names that wrappers and adapters
-    do not change."""
+@dataclass(frozen=True)
+class _Weight:
+    """A weight under a name that wrappers and adapters do not change."""
+
+    name: str
+    parameter: Tensor
+    read: Callable[[], Tensor]
+    """The same with its numbers, from wherever they are: only a few weights are ever read."""
+
+    def entries(self) -> Tensor:
+        weight = self.read().detach()
+        at = torch.linspace(0, weight.numel() - 1, min(_NUM_ENTRIES, weight.numel())).long()
+        # Indexed dimension by dimension: a flat view would copy a weight that is not contiguous.
+        index = torch.unravel_index(at.to(weight.device), weight.shape)
+        return weight[index].float().cpu()
+
+
+def _readable_weights(model: nn.Module) -> list[_Weight]:
+    """Floating parameters of the base model (heads left out), sorted by name."""
     base = getattr(model, "base_model", model)
     found = []
     for name, weight in base.named_parameters():
         plain = re.sub(r"\.(base_layer|_orig_mod|_checkpoint_wrapped_module)(?=\.)", "", name)
         adapter = re.search(r"(^|\.)(lora_|modules_to_save|prompt_encoder|ia3_)", name)
-        if (
-            weight.is_floating_point()
-            and weight.device.type != "meta"
-            and weight.numel()
-            and not adapter
-        ):
-            found.append((plain, weight))
-    return sorted(found, key=lambda item: item[0])
+        read = _reader(base, name, weight)
+        if weight.is_floating_point() and weight.numel() and not adapter and read is not None:
+            found.append(_Weight(plain, weight, read))
+    return sorted(found, key=lambda weight: weight.name)
 
 
-def _sampled(weights: list[tuple[str, Tensor]]) -> dict[str, list[float]]:
+def _reader(base: nn.Module, name: str, weight: Tensor) -> Callable[[], Tensor] | None:
+    """How to get at the numbers of a parameter; None for one on `meta` that nobody holds."""
+    if weight.device.type != "meta":
+        return lambda: weight
+    path, _, leaf = name.rpartition(".")
+    hook = getattr(base.get_submodule(path), "_hf_hook", None)  # accelerate's, for offloading
+    for each in getattr(hook, "hooks", (hook,)):
+        held = getattr(each, "weights_map", None)
+        if held is not None:
+            return lambda: torch.as_tensor(held[leaf])
+    return None
+
+
+def _sampled(weights: list[_Weight]) -> dict[str, list[float]]:
     # Matrices only: norms are often left alone by a fine-tune. Evenly over the names, so over kinds
     # and layers.
-    matrices = [item for item in weights if item[1].ndim >= 2] or weights
+    matrices = [weight for weight in weights if weight.parameter.ndim >= 2] or weights
     step = max(1, len(matrices) // _NUM_WEIGHTS)
-    return {name: _entries(weight).tolist() for name, weight in matrices[::step][:_NUM_WEIGHTS]}
-
-
-def _entries(weight: Tensor) -> Tensor:
-    at = torch.linspace(0, weight.numel() - 1, min(_NUM_ENTRIES, weight.numel())).long()
-    # Indexed dimension by dimension: a flat view would copy a weight that is not contiguous.
-    index = torch.unravel_index(at.to(weight.device), weight.shape)
-    return weight.detach()[index].float().cpu()
+    return {weight.name: weight.entries().tolist() for weight in matrices[::step][:_NUM_WEIGHTS]}
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _get(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
-    except (
-        Exception
-    ):  # configs with settings per layer raise what they like for a name they hold per layer
+    except Exception:  # a config with values per layer raises what it likes for such a name
         return None
 
 

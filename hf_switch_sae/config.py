@@ -65,12 +65,13 @@ def _with_plain_errors(cls: _Config) -> _Config:
 
     cls.__init__ = plain(cls.__init__)
     cls.__setattr__ = plain(cls.__setattr__)
+    cls.validate = plain(cls.validate)
     return cls
 
 
 @_with_plain_errors
 @strict
-class SwitchSAEConfig(PreTrainedConfig):
+class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration of a `SwitchSAE`; all fields are keywords, checked when it is built.
 
     `num_experts=1` is a plain SAE. Raises `ConfigError` for an unknown keyword, a wrong type, or
@@ -167,7 +168,15 @@ class SwitchSAEConfig(PreTrainedConfig):
             self.hidden_size = kwargs.pop("d_in")
         if "d_sae" in kwargs:
             self.num_features = kwargs.pop("d_sae")
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`; keywords replace fields, and the result is checked as a
+        whole."""
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).validate()
+        return result
 
     def validate_numbers(self) -> None:
         """Sizes are positive, features divide into experts, a token's experts exist and hold k

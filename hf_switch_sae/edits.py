@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -49,8 +51,8 @@ class _Scope:
         if self.rows is not None:
             _set(self, "rows", _ints(self.rows, "rows"))
         _set(self, "positions", _checked_positions(self.positions))
-        if isinstance(self.when, list):
-            _set(self, "when", tuple(self.when))
+        if self.when is not None:
+            _set(self, "when", _checked_when(self.when))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: the class under "edit", and every field that is not its default."""
@@ -105,7 +107,7 @@ class Steer(_OfFeatures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_amount("strength", self.strength)
+        _set(self, "strength", _amount("strength", self.strength))
         _check_unit(self.unit)
 
 
@@ -117,7 +119,7 @@ class Scale(_OfFeatures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_amount("factor", self.factor)
+        _set(self, "factor", _amount("factor", self.factor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +138,7 @@ class Clamp(_OfFeatures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_amount("value", self.value)
+        _set(self, "value", _amount("value", self.value))
         _check_unit(self.unit)
 
 
@@ -176,23 +178,33 @@ def edit_from_dict(data: dict[str, Any]) -> Edit:
     Raises:
         EditError: not the name of an edit, or arguments it does not have.
     """
-    data = dict(data)
+    data = dict(data) if isinstance(data, Mapping) else {"edit": None, "given": data}
     kind = EDITS.get(data.pop("edit", ""))
     if kind is None:
         raise EditError(f"an edit is one of {sorted(EDITS)}, under the key 'edit'; got {data}.")
     for name, value in data.items():
-        if isinstance(value, dict) and "slice" in value:
-            data[name] = slice(*value["slice"])
-        elif isinstance(value, dict) and "mask" in value:
-            data[name] = torch.tensor(value["mask"], dtype=torch.bool)
-        elif isinstance(value, dict) and "acts" in value:
-            acts, ids = torch.tensor(value["acts"]), torch.tensor(value["ids"], dtype=torch.int64)
-            data[name] = SparseFeatures(acts, ids, value["num_features"])
+        if isinstance(value, dict):
+            data[name] = _from_plain(value)
     try:
         edit: Edit = kind(**data)
     except TypeError as err:
         raise EditError(f"{kind.__name__}: {err}") from None
     return edit
+
+
+def _from_plain(value: dict[str, Any]) -> slice | Tensor | SparseFeatures:
+    """A field that `_plain` wrote as a dict."""
+    try:
+        if "slice" in value:
+            start, stop, step = value["slice"]
+            return slice(start, stop, step)
+        if "mask" in value:
+            return torch.tensor(value["mask"], dtype=torch.bool)
+        acts = torch.tensor(value["acts"], dtype=torch.float32)
+        ids = torch.tensor(value["ids"], dtype=torch.int64)
+        return SparseFeatures(acts, ids, value["num_features"])
+    except (KeyError, TypeError, ValueError) as err:
+        raise EditError(f"{value} is no slice, mask or features ({err!r}).") from None
 
 
 class PreparedEdits:
@@ -254,16 +266,20 @@ class _Part:
                 "this one has "
                 f"{sae.config.num_features}."
             )
-        with torch.no_grad():
+        # Never inference tensors, even if set there: a later pass may need their gradient.
+        with torch.inference_mode(False), torch.no_grad():
             self.rows = sae.decoder_rows(self.ids)
-        if isinstance(edit, Steer):
-            self.amounts = _amounts(sae, self.ids, self.rows, edit.strength, edit.unit)
-        elif isinstance(edit, Clamp):
-            self.amounts = _amounts(sae, self.ids, self.rows, edit.value, edit.unit)
+            if isinstance(edit, Steer | Clamp):
+                self.sizes = _sizes(sae, self.ids, self.rows, edit.unit)
 
     def _when(self) -> tuple[int, float]:
         when = self.edit.when
         return when if isinstance(when, tuple) else (when, 0.0)  # type: ignore[return-value]
+
+    def _amounts(self, amount: float | Tensor) -> Tensor:
+        """[len(ids)] in the LM's own units. Anew for each pass: a tensor may be in training."""
+        amount = amount.to(self.rows.device) if isinstance(amount, Tensor) else amount
+        return (amount * self.sizes).to(self.rows.dtype)
 
     def where(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor:
         """[B, T] bool: the tokens this edit applies to."""
@@ -290,7 +306,7 @@ class _Part:
         edit = self.edit
         if isinstance(edit, Steer):
             return (
-                (self.amounts[:, None] * self.rows)
+                (self._amounts(edit.strength)[:, None] * self.rows)
                 .sum(0)[None, None]
                 .expand(*tokens.position.shape, -1)
             )
@@ -301,19 +317,17 @@ class _Part:
                 return self.sae.decode_delta(source) - self.sae.decode_delta(features)
             wanted = source.select(self.ids) - features.select(self.ids)
         elif isinstance(edit, Clamp):
-            wanted = self.amounts - features.select(self.ids)
+            wanted = self._amounts(edit.value) - features.select(self.ids)
         else:
             factor = edit.factor if isinstance(edit, Scale) else 0.0
             wanted = (factor - 1) * features.select(self.ids)
         return wanted.to(self.rows.dtype) @ self.rows
 
 
-def _amounts(
-    sae: SwitchSAE, ids: Tensor, rows: Tensor, amount: float | Tensor, unit: Unit
-) -> Tensor:
-    """[len(ids)] activations in the LM's own units."""
+def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: Unit) -> Tensor:
+    """[len(ids)] activations of strength 1, in the LM's own units."""
     if unit == "raw":
-        size = torch.ones(len(ids), device=rows.device)
+        size = torch.ones(len(ids))
     elif int(sae.statistics_tokens.item()) == 0:
         raise EditError(
             f"unit={unit!r} needs the SAE's statistics, and it has none: call "
@@ -331,8 +345,7 @@ def _amounts(
                 "so it has no maximum; "
                 "pass unit='norm' or unit='raw'."
             )
-    amount = amount.to(rows.device) if isinstance(amount, Tensor) else amount
-    return (amount * size.to(rows.device)).to(rows.dtype)
+    return size.to(rows.device, torch.promote_types(rows.dtype, torch.float32))
 
 
 def _positions_mask(positions: Positions, tokens: Tokens) -> Tensor:
@@ -501,15 +514,17 @@ def _set(edit: _Scope, name: str, value: Any) -> None:
 
 
 def _ints(value: int | Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
-    items = value.tolist() if isinstance(value, Tensor) else value
-    items = (items,) if isinstance(items, int) and not isinstance(items, bool) else items
+    items: Any = value.tolist() if isinstance(value, Tensor) else value
+    if not isinstance(items, bool):
+        with suppress(TypeError):  # not one, so several
+            items = (operator.index(items),)
     try:
         ints = tuple(int(item) for item in items if int(item) == item)
     except (TypeError, ValueError):
         raise EditError(f"{name} takes an int or several; got {value!r}.") from None
     if len(ints) != len(items) or not ints:
         raise EditError(f"{name} takes an int or several; got {value!r}.")
-    if name != "features" and min(ints) < 0:
+    if name in ("rows", "positions") and min(ints) < 0:
         raise EditError(f"{name} count from 0; got {min(ints)}.")
     return ints
 
@@ -539,12 +554,27 @@ def _checked_positions(positions: Positions) -> Positions:
     return _ints(positions, "positions")
 
 
-def _check_amount(name: str, amount: float | Tensor) -> None:
+def _checked_when(when: Any) -> int | tuple[int, float]:
+    feature, *least = when if isinstance(when, tuple | list) else (when,)
+    numbers = len(least) <= 1 and all(isinstance(n, int | float) for n in least)
+    if not numbers or not all(map(math.isfinite, least)):
+        raise EditError(f"when is a feature, or (feature, least activation); got {when!r}.")
+    (feature,) = _ints(feature, "when")
+    return (feature, *least) if least else feature
+
+
+def _amount(name: str, amount: Any) -> float | Tensor:
     if isinstance(amount, Tensor):
         if amount.numel() != 1:
             raise EditError(f"{name} is one number; got a tensor of shape {list(amount.shape)}.")
-    elif not isinstance(amount, int | float) or not math.isfinite(amount):
+        return amount
+    try:
+        finite = math.isfinite(amount)  # numpy's numbers too
+    except TypeError:
+        finite = False
+    if not finite:
         raise EditError(f"{name} must be a finite number; got {amount!r}.")
+    return amount if isinstance(amount, int) else float(amount)
 
 
 def _check_unit(unit: str) -> None:

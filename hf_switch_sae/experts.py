@@ -11,8 +11,8 @@ Beware An offloaded group's weights are on `meta` outside its forward: accelerat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,14 @@ class Experts(nn.ModuleList):
         )
         super().__init__(groups)
 
+    def __iter__(self) -> Iterator[ExpertGroup]:
+        """The groups in the order of their experts."""
+        return cast(Iterator[ExpertGroup], super().__iter__())
+
     def joined(self, name: str) -> Tensor:
         """One parameter of all groups as a single tensor; the parameter itself if there is one
         group."""
-        parts = [group(lambda g: getattr(g, name)) for group in self]
+        parts: list[Tensor] = [group(lambda g: getattr(g, name)) for group in self]
         return (
             parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
         )
@@ -92,9 +96,9 @@ class Experts(nn.ModuleList):
                 z, g.W_enc, bias, expert_ids, gates, k, threshold, batch_topk and alone
             )
 
-        alone = len(self) == 1
-        if alone:
-            acts, ids = self[0](encode, z, expert_ids, gates, threshold, input_scale)
+        first, alone = next(iter(self)), len(self) == 1
+        if alone or not len(z):
+            acts, ids = first(encode, z, expert_ids, gates, threshold, input_scale)
             return acts.to(z.device), ids.to(z.device)
         if batch_topk:
             # the border lies between all groups' features: first keep all, then the k * n largest
@@ -130,21 +134,21 @@ class Experts(nn.ModuleList):
         def decode(g: ExpertGroup, acts: Tensor, ids: Tensor) -> Tensor:
             return ops.sparse_decode(acts.to(g.W_dec.dtype), ids, g.W_dec)
 
+        first, total = next(iter(self)), None
         if len(self) == 1:
-            return self[0](decode, acts, ids).to(acts.device)
-        total = None
+            alone: Tensor = first(decode, acts, ids)
+            return alone.to(acts.device)
         for index, group in enumerate(self):
             mine = (ids // self.features_per_group == index) & (acts != 0)
             rows = mine.any(1).nonzero()[:, 0]
             if len(rows):
                 local = torch.where(mine, ids - index * self.features_per_group, 0)[rows]
-                part = group(decode, torch.where(mine, acts, 0)[rows], local).to(acts.device)
+                part: Tensor = group(decode, torch.where(mine, acts, 0)[rows], local)
+                part = part.to(acts.device)
                 total = part.new_zeros(len(acts), part.shape[1]) if total is None else total
                 total = total.index_add(0, rows, part)
-        if total is None:
-            return torch.zeros(
-                len(acts), self[0].W_dec.shape[-1], dtype=self[0].W_dec.dtype, device=acts.device
-            )
+        if total is None:  # no activation at all
+            total = first(decode, acts, torch.zeros_like(ids)).to(acts.device)
         return total
 
 

@@ -180,7 +180,13 @@ class SparseFeatures:
 def check_feature_ids(feature_ids: int | Sequence[int] | Tensor, num_features: int) -> Tensor:
     """The ids as an int64 tensor, or FeatureIdError naming the first that is not a feature and the
     range."""
-    ids = torch.as_tensor(feature_ids, dtype=torch.int64).reshape(-1)
+    given = torch.as_tensor(feature_ids)
+    if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
+        # rounding 2.7 to 2, or reading a mask as ids 0 and 1, would quietly name other features
+        raise FeatureIdError(
+            f"feature ids are integers, these are {given.dtype}; of a mask, give mask.nonzero()."
+        )
+    ids = given.to(torch.int64).reshape(-1)
     wrong = ids[(ids < 0) | (ids >= num_features)]
     if len(wrong):
         raise FeatureIdError(

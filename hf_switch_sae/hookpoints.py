@@ -288,6 +288,11 @@ def _read(thing: Any, name: str, call: bool = False) -> Any:
         return None
 
 
+def _is_called(module: nn.Module) -> bool:
+    # A compiled module has its forward on the instance, so its class does not tell.
+    return type(unwrap(module)).forward is not nn.Module.forward
+
+
 def _model_type(module: nn.Module) -> Any:
     return _read(_read(module, "config"), "model_type")
 
@@ -325,10 +330,7 @@ def _lists(
         if isinstance(child, nn.ModuleList | nn.Sequential):
             public = _describe(child, child_path, owner, owner_path)
             # Blocks have parts and are called; layer norms, linear heads and dicts do not qualify.
-            if len(public) and all(
-                block._modules and type(block).forward is not nn.Module.forward
-                for block in public.blocks
-            ):
+            if len(public) and all(block._modules and _is_called(block) for block in public.blocks):
                 recorded = _is_recorded(owner, public)
                 counted = not {len(public), len(child)}.isdisjoint(_depths(owner))
                 if recorded or counted or isinstance(child, nn.ModuleList):
@@ -445,7 +447,7 @@ def _default_path(root: nn.Module, stacks: list[_Stack]) -> str | None:
 def _hookpoint(
     root: nn.Module, path: str, module: nn.Module, site: Site, stacks: list[_Stack]
 ) -> Hookpoint:
-    if type(module).forward is nn.Module.forward:
+    if not _is_called(module):
         parts = ", ".join(f"{path}.{name}" for name in list(module._modules)[:3]) or "it has none"
         raise HookpointError(
             f"{path} in {type(root).__name__} is a {type(module).__name__}, which is never called. "
@@ -473,8 +475,8 @@ def _split_site(at: str, root: nn.Module) -> tuple[str, Site | None]:
     if path and site.startswith("resid_"):
         raise HookpointError(
             f"no site {site!r} at {path} in {type(root).__name__}: the sites are resid_pre (what "
-            "goes into the block) and resid_post (what comes out). resid_mid lies inside the block and "
-            "differs by architecture; name a module in the block by its path instead."
+            "goes into the block) and resid_post (what comes out). resid_mid lies inside the block "
+            "and differs by architecture; name a module in the block by its path instead."
         )
     return at, None
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +30,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from hf_switch_sae import ops
 from hf_switch_sae.base_model import base_model_fields
@@ -77,7 +78,7 @@ class Router(nn.Module):
         return ops.route(x, weight * scale, -(weight @ center.float()), num_experts_per_token)
 
 
-class SwitchSAE(PreTrainedModel):
+class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A sparse autoencoder whose features are split over experts; each token is encoded by the one
     routed to.
 
@@ -86,8 +87,9 @@ class SwitchSAE(PreTrainedModel):
         b_dec [d], router.weight [E, d] and b_router [d] (with E > 1).
     Buffers, all persistent and float32:
         input_scale [], threshold [F] (jumprelu, batch_topk), feature_max [F], feature_rate [F],
-        residual_norm [],
-        statistics_tokens [] (how many tokens the last three were measured on; 0: not measured).
+        residual_norm [], statistics_tokens [] (how many tokens the last three were measured on;
+        0: not measured), outlier_norm [] (tokens with a larger norm, such as attention sinks, are
+        no input: they have no active feature, no part in the loss, and are not spliced).
 
     Args:
         config: a SwitchSAEConfig.
@@ -105,24 +107,18 @@ class SwitchSAE(PreTrainedModel):
     config: SwitchSAEConfig
     main_input_name = "hidden_states"
     base_model_prefix = ""
-    input_modalities = ("residual_stream",)
+    input_modalities = ("residual_stream",)  # type: ignore[assignment]
     _no_split_modules: ClassVar[list[str]] = ["ExpertGroup", "Router"]  # type: ignore[misc]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = [  # type: ignore[misc]
-        *(
-            "router",
-            "b_router",
-            "input_scale",
-            "threshold",
-            "feature_max",
-            "feature_rate",
-            "residual_norm",
-        ),
+        *("router", "b_router", "input_scale", "threshold"),
+        *("feature_max", "feature_rate", "residual_norm", "outlier_norm"),
     ]
     input_scale: Tensor
     threshold: Tensor
     feature_max: Tensor
     feature_rate: Tensor
     residual_norm: Tensor
+    outlier_norm: Tensor
     statistics_tokens: Tensor
     _open_session: ClassVar[Callable[..., Any] | None] = (
         None  # attach.py, a floor above, fills this in
@@ -151,13 +147,14 @@ class SwitchSAE(PreTrainedModel):
         for name, shape in self._statistics_shapes(config).items():
             dtype = torch.int64 if name == "statistics_tokens" else torch.float32
             self.register_buffer(name, torch.empty(shape, dtype=dtype), persistent=True)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _statistics_shapes(config: SwitchSAEConfig) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
             "input_scale": (),
             "residual_norm": (),
+            "outlier_norm": (),
             "statistics_tokens": (),
         }
         shapes["feature_max"] = shapes["feature_rate"] = (config.num_features,)
@@ -184,11 +181,12 @@ class SwitchSAE(PreTrainedModel):
             for name in self._statistics_shapes(self.config):
                 init.zeros_(getattr(module, name))
             init.ones_(module.input_scale)
+            init.constant_(module.outlier_norm, math.inf)
             if self.config.activation == "batch_topk":
                 init.constant_(module.threshold, -1.0)  # not known before training or calibrate()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SwitchSAE:  # type: ignore[override]
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SwitchSAE:
         """As `PreTrainedModel.from_pretrained` (subfolder, revision, dtype, device_map, ...), and
         `expert_groups`.
 
@@ -292,7 +290,8 @@ class SwitchSAE(PreTrainedModel):
         """sum_j acts[..., j] * W_dec[ids[..., j]] without `b_dec`; activations of any sign -> [...,
         hidden_size]."""
         flat = features.reshape(-1).to(self.device, self.dtype)
-        return self.experts.decode(flat.acts, flat.ids).reshape(*features.shape, -1)
+        delta = self.experts.decode(flat.acts, flat.ids)
+        return delta.reshape(*features.shape, self.config.hidden_size)
 
     def forward(
         self,
@@ -304,7 +303,8 @@ class SwitchSAE(PreTrainedModel):
 
         Args:
             hidden_states: [..., hidden_size], floating, in the LM's own units.
-            attention_mask: [...], nonzero for the tokens that count in the losses; all by default.
+            attention_mask: [...], nonzero for the tokens that count in the losses; all by default,
+                outliers excepted.
             return_dict: False for a plain tuple.
 
         Raises:
@@ -313,18 +313,11 @@ class SwitchSAE(PreTrainedModel):
         features, logits, expert_ids = self._encode(hidden_states)
         reconstruction = self.decode(features)
         x = hidden_states.reshape(-1, self.config.hidden_size).to(self.device, torch.float32)
-        x_hat, counted_logits = reconstruction.reshape(x.shape).float(), logits
+        counts = ~self.is_outlier(x)
         if attention_mask is not None:
-            counted = attention_mask.reshape(-1).to(self.device).bool()
-            x, x_hat, expert_ids = x[counted], x_hat[counted], expert_ids[counted]
-            counted_logits = None if logits is None else logits[counted]
-        error = (x - x_hat).square().sum()
-        fvu = error / (x - x.mean(0)).square().sum() if len(x) > 1 else error * torch.nan
-        balance = (
-            _balance(counted_logits, expert_ids)
-            if counted_logits is not None
-            else torch.zeros_like(fvu)
-        )
+            counts = counts & attention_mask.reshape(-1).to(self.device).bool()
+        fvu = _fvu(x, reconstruction.reshape(x.shape).float(), counts)
+        balance = torch.zeros_like(fvu) if logits is None else _balance(logits, expert_ids, counts)
         if self.training and self.config.activation == "batch_topk":
             self._follow_threshold(features.acts)
         output = SwitchSAEOutput(
@@ -336,6 +329,11 @@ class SwitchSAE(PreTrainedModel):
             router_aux_loss=balance,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    def is_outlier(self, hidden_states: Tensor) -> Tensor:
+        """Tokens whose norm is over `outlier_norm`: hidden_states [..., hidden_size] -> [...]."""
+        norm: Tensor = hidden_states.float().norm(dim=-1)
+        return norm > self.outlier_norm.to(hidden_states.device)
 
     def _bias(self) -> Tensor:
         """`b_dec` in the LM's own units, float32."""
@@ -362,6 +360,7 @@ class SwitchSAE(PreTrainedModel):
             in_batch,
             self.input_scale,
         )
+        acts = acts * ~self.is_outlier(x)[:, None]
         features = SparseFeatures(acts, ids, config.num_features).reshape(*hidden_states.shape[:-1])
         return features, logits, expert_ids
 
@@ -427,15 +426,13 @@ class SwitchSAE(PreTrainedModel):
         )
         norms: list[Tensor] = []
         batches = self._with_threshold(batches)
-        for batch in batches:
-            features = self.encode(batch).reshape(-1)
-            ids, acts = (
-                features.ids.flatten().to(maximum.device),
-                features.acts.flatten().float().to(maximum.device),
-            )
-            maximum.scatter_reduce_(0, ids, acts, "amax")
-            count.index_add_(0, ids, (acts > 0).double())
-            norms.append(batch.reshape(-1, batch.shape[-1]).float().norm(dim=-1).cpu())
+        with self._in_mode(training=False):
+            for batch in batches:
+                features = self.encode(batch).reshape(-1).to(maximum.device, torch.float32)
+                ids, acts = features.ids.flatten(), features.acts.flatten()
+                maximum.scatter_reduce_(0, ids, acts, "amax")
+                count.index_add_(0, ids, (acts > 0).double())
+                norms.append(batch.reshape(-1, batch.shape[-1]).float().norm(dim=-1).cpu())
         tokens = sum(len(part) for part in norms)
         if not tokens:
             raise ValueError(
@@ -447,21 +444,28 @@ class SwitchSAE(PreTrainedModel):
         self.statistics_tokens.fill_(tokens)
 
     def _with_threshold(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
-        """For batch_topk: set the threshold to the mean border of the batches first. Else: the "
-        "batches as they are."""
+        """For batch_topk: set the threshold to the mean border of the batches first."""
         if self.config.activation != "batch_topk":
             return batches
-        batches, was_training, borders = list(batches), self.training, []
-        try:
-            self.train()
+        batches, borders = list(batches), []
+        with self._in_mode(training=True):
             for batch in batches:
                 acts = self.encode(batch).acts
-                borders.append(acts[acts > 0].amin().float() * self.input_scale)
-        finally:
-            self.train(was_training)
+                if (acts > 0).any():
+                    borders.append(acts[acts > 0].amin().float() * self.input_scale)
         if borders:
             self.threshold.fill_(torch.stack(borders).mean())
         return batches
+
+    @contextmanager
+    def _in_mode(self, training: bool) -> Iterator[None]:
+        """batch_topk has one rule in training and another outside: choose one for a while."""
+        was_training = self.training
+        self.train(training)
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     def attach(self, lm: nn.Module, at: int | str | None = None, **options: Any) -> Any:
         """Attach to a running language model; returns the `Session`. Options as of `attach`.
@@ -479,14 +483,28 @@ class SwitchSAE(PreTrainedModel):
         return SwitchSAE._open_session(lm, self, at=at, **options)
 
 
-def _balance(logits: Tensor, expert_ids: Tensor) -> Tensor:
-    """num_experts * sum_e f_e P_e; logits [n, E], expert_ids [n, t] -> 0-d, 1 at perfect "
-    "balance."""
-    num_experts = logits.shape[1]
-    share = torch.bincount(expert_ids.flatten(), minlength=num_experts).float() / max(
-        1, expert_ids.numel()
-    )
-    return num_experts * (share * logits.softmax(-1).mean(0)).sum()
+def _fvu(x: Tensor, x_hat: Tensor, counts: Tensor) -> Tensor:
+    """Squared error over squared deviation from the mean; x, x_hat [n, d], counts [n] bool -> 0-d.
+
+    nan where fewer than two tokens count. Weighted, not indexed: no shape depends on data.
+    """
+    weight = counts.float()[:, None]
+    mean = (x * weight).sum(0) / weight.sum()
+    error = ((x - x_hat).square() * weight).sum()
+    return error / ((x - mean).square() * weight).sum().where(weight.sum() > 1, torch.nan)
+
+
+def _balance(logits: Tensor, expert_ids: Tensor, counts: Tensor) -> Tensor:
+    """num_experts * sum_e f_e P_e over the tokens that count; 0-d, 1 at perfect balance.
+
+    logits [n, E]; expert_ids [n, t]; counts [n] bool.
+    """
+    num_experts, weight = logits.shape[1], counts.float()
+    chosen = torch.zeros(num_experts, device=logits.device)
+    chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(expert_ids.shape[1]))
+    probs = (logits.softmax(-1) * weight[:, None]).sum(0)
+    tokens = weight.sum().clamp_min(1)
+    return num_experts * (chosen * probs).sum() / (tokens * tokens * expert_ids.shape[1])
 
 
 class _SplitExperts(Chunk):
@@ -500,8 +518,7 @@ class _SplitExperts(Chunk):
 
 
 class _GroupedWeight(WeightConverter):
-    """One tensor in the checkpoint, `experts.<group>.<name>` in memory, whatever the number of "
-    "groups."""
+    """One tensor in the checkpoint, `experts.<group>.<name>` in memory, however many groups."""
 
     def reverse_transform(self) -> WeightConverter:
         (name,) = self.source_patterns

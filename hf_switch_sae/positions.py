@@ -34,6 +34,8 @@ class Generation:
     """Columns of the prompt, padding included; None until the first forward tells."""
     seen: int = 0
     """Columns run so far, for caches that don't know their length."""
+    padding: Tensor | None = None
+    """[B] columns of padding so far, for models that get no mask once they have a cache."""
 
 
 @dataclass
@@ -106,18 +108,21 @@ class Tokens:
         past = _past(call, generation, length)
         real = _real(call.mask, batch, past, length)
         columns = past + torch.arange(length, device=device).expand(batch, length)
-        if real is not None:
-            real = real.to(device)
-            position = (
-                real.long().cumsum(-1)[:, -length:] - 1 + (past if real.shape[1] == length else 0)
-            )
-            real = real[:, -length:]
-            if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
-                position = torch.where(real, position, -1)
-            else:  # a 4-D mask tells what is real in this call, not how much of the past was
-                position = torch.where(real, _given(call, position), -1)
+        known = None if generation is None or not decoding or not past else generation.padding
+        if known is not None and len(known) == batch:
+            position = _given(call, columns - known.to(device)[:, None])
         else:
             position = _given(call, columns)
+        if real is not None:
+            real = real.to(device)
+            if real.shape[1] == past + length:
+                position = real.long().cumsum(-1)[:, -length:] - 1
+                if generation is not None and decoding:
+                    generation.padding = columns[:, -1] - position[:, -1]
+            elif call.position_ids is None and known is None:
+                # this tells what is real in this call, not how much of the past was
+                position = real.long().cumsum(-1)[:, -length:] - 1 + past
+            position = torch.where(real[:, -length:], position, -1)
         if generation is None or not decoding:
             prompt = torch.ones_like(columns, dtype=torch.bool)
         else:

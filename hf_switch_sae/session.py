@@ -4,16 +4,17 @@ A `Session` is what `attach` returns. It holds one `Tap` for each hookpoint; `at
 the stream as it arrived, and adds up what the taps of all sessions at that place want added.
 Nothing is hooked here.
 
-Beware The stream is copied when it comes by and encoded when `features` is read, so that showing
-       costs a running `generate` next to nothing. With gradients on, the stream itself is kept, and
-       features are differentiable.
+Beware The stream is copied when it comes by (models add to it in place) and encoded when `features`
+       is read, so that showing costs a running `generate` next to nothing. With gradients on,
+       features are differentiable. Several threads may run one session: what a pass needs is in
+       locals, and the tap only keeps the last.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -31,29 +32,45 @@ from hf_switch_sae.positions import Tokens
 _OUTLIER_NORM = 6.0  # times the median: attention sinks, left out of preflight as of training
 
 
+class Passed:
+    """One residual stream [B, T, d] that came by, as it arrived; encoded when first asked."""
+
+    def __init__(self, sae: SwitchSAE, stream: Tensor, tokens: Tokens) -> None:
+        live = stream.requires_grad and torch.is_grad_enabled()
+        self.stream = (stream if live else stream.detach()).clone()
+        self.tokens = tokens
+        self._sae = sae
+        self._features: SparseFeatures | None = None
+
+    def features(self) -> SparseFeatures:
+        """Features [B, T]; differentiable if the stream is and gradients are on now."""
+        live = self.stream.requires_grad and torch.is_grad_enabled()
+        found = self._features
+        if found is None or (live and not found.acts.requires_grad):
+            with torch.set_grad_enabled(live):
+                found = self._features = self._sae.encode(self.stream)
+        return found
+
+
 class Tap:
     """One SAE at one hookpoint."""
 
     def __init__(self, sae: SwitchSAE, place: Hookpoint, splice: bool) -> None:
         self.sae, self.place, self.splice = sae, place, splice
         self.edits = PreparedEdits(sae, ())
-        self.stream: Tensor | None = None
-        self.tokens: Tokens | None = None
-        self._features: SparseFeatures | None = None
+        self.last: Passed | None = None
 
     def pass_by(self, x: Tensor, tokens: Tokens, read_only: bool) -> tuple[Tensor, Tensor] | None:
         """Take note of a stream x [B, T, d]; return (delta [B, T, d], edited [B, T]), or None to
         leave it alone."""
         self._check(x, tokens)
-        live = x.requires_grad and torch.is_grad_enabled()
-        self.stream, self.tokens, self._features = x if live else x.detach().clone(), tokens, None
-        if read_only or not (self.edits or self.splice):
+        passed = self.last = Passed(self.sae, x, tokens)
+        edits = self.edits  # looked up once, as another thread may set new ones meanwhile
+        if read_only or not (edits or self.splice):
             return None
-        features = self.features() if self.splice or self.edits.needs_features else None
+        features = passed.features() if self.splice or edits.needs_features else None
         delta, edited = (
-            self.edits.delta(features, tokens)
-            if self.edits
-            else (None, torch.zeros_like(tokens.real))
+            edits.delta(features, tokens) if edits else (None, torch.zeros_like(tokens.real))
         )
         if self.splice:
             assert features is not None
@@ -63,18 +80,15 @@ class Tap:
         assert delta is not None
         return delta, edited
 
-    def features(self) -> SparseFeatures:
-        """Features [B, T] of the last stream, as it arrived, before any edit."""
-        if self.stream is None:
+    def last_passed(self) -> Passed:
+        """The last stream, or HookpointError if there was none."""
+        if self.last is None:
             raise HookpointError(
                 f"no forward pass has reached {self.place.name} since the SAE was attached: run "
                 "the model first (in "
                 "this thread, unless the session was opened in the main one)."
             )
-        if self._features is None:
-            with torch.set_grad_enabled(self.stream.requires_grad and torch.is_grad_enabled()):
-                self._features = self.sae.encode(self.stream)
-        return self._features
+        return self.last
 
     def _check(self, x: Tensor, tokens: Tokens) -> None:
         if x.shape[-1] != self.sae.config.hidden_size:
@@ -164,12 +178,10 @@ class Session:
         detach: Callable[[Session], None],
     ):
         self.lm = lm
-        self.thread = threading.get_ident()
+        self.thread = threading.current_thread()  # not its ident, which a later thread may get
         self.all_threads = all_threads
         self.attached = True
-        self.read_only_in: set[int] = set()  # threads in which a preflight runs
         self._taps = dict(taps)
-        self._thread_name = threading.current_thread().name
         self._on_detach = detach
 
     def __enter__(self) -> Session:
@@ -209,7 +221,7 @@ class Session:
         Raises:
             HookpointError: no forward pass has come by yet.
         """
-        found = {name: tap.features() for name, tap in self._taps.items()}
+        found = {name: tap.last_passed().features() for name, tap in self._taps.items()}
         return next(iter(found.values())) if len(found) == 1 else found
 
     @property
@@ -263,7 +275,7 @@ class Session:
 
     def status(self) -> list[AttachedSAE]:
         """One line for each hookpoint; `status(lm)` gives those of all sessions."""
-        thread = "all threads" if self.all_threads else f"thread {self._thread_name}"
+        thread = "all threads" if self.all_threads else f"thread {self.thread.name}"
         return [
             AttachedSAE(name, tap.place.path, _name(tap.sae), tap.edits.edits, tap.splice, thread)
             for name, tap in self._taps.items()
@@ -271,7 +283,7 @@ class Session:
 
     @torch.no_grad()
     def preflight(self, inputs: Mapping[str, Any], at: str | None = None) -> Preflight:
-        """Run the model once, without edits, and compare FVU and L0 on these tokens with the card's
+        """Run the model once, without any session's edits, and compare FVU and L0 on these tokens with the card's
         figures.
 
         Padding and tokens of more than 6 times the median norm (attention sinks) are left out.
@@ -284,11 +296,11 @@ class Session:
             ValueError: fewer than two tokens to measure on.
         """
         tap = self._tap(at)
-        with self._read_only():
+        tap.last = None
+        with self.without_edits():
             self.lm(**inputs)
-        assert tap.stream is not None
-        assert tap.tokens is not None
-        x = tap.stream[tap.tokens.real].float()
+        passed = tap.last_passed()
+        x = passed.stream[passed.tokens.real].float()
         norms = x.norm(dim=-1)
         ordinary = norms <= _OUTLIER_NORM * norms.median() if len(x) else norms > 0
         if int(ordinary.sum()) < 2:
@@ -309,14 +321,9 @@ class Session:
             card_l0=card.get("l0"),
         )
 
-    @contextmanager
-    def _read_only(self) -> Iterator[None]:
-        ident = threading.get_ident()
-        self.read_only_in.add(ident)
-        try:
-            yield
-        finally:
-            self.read_only_in.discard(ident)
+    def without_edits(self) -> AbstractContextManager[None]:
+        """While open, no session edits in this thread; `attach` puts the switch here."""
+        return nullcontext()
 
     def detach(self) -> None:
         """Remove every hook of this session; the model is what it was before. Doing it twice does

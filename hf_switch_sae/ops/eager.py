@@ -2,9 +2,8 @@
 backward.
 
 Only routed experts are computed. The gradient of the pre-activations is k-sparse, and nothing of
-size
-tokens x num_features is allocated: an expert's tokens are taken in chunks of at most
-    `WORKSPACE_BYTES`.
+size tokens x num_features is allocated: an expert's tokens are taken in chunks of at most
+`WORKSPACE_BYTES`.
 
 Everything rests on three sparse row operations (letters as in `reference`):
     gather_sum   y[n] = sum_j c[n, j] * W[ids[n, j]]        decode, and the gradient of x
@@ -68,7 +67,9 @@ def routed_encode(
     if n == 0:
         slots = k if k is not None and not batch_topk else 1
         return x.new_zeros(0, slots), expert_ids.new_zeros(0, slots)
-    acts, ids = _EncodePairs.apply(x, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk)
+    acts, ids = _EncodePairs.apply(  # type: ignore[no-untyped-call]
+        x, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk
+    )
     if gates is not None:
         acts = (acts * gates.reshape(n * t, 1)).to(x.dtype)
     if t > 1:
@@ -93,8 +94,10 @@ def keep_largest(
     """
     if batch_topk and k is not None and acts.numel():
         acts = torch.where(acts >= _border(acts.detach().flatten(), k * len(acts)), acts, 0)
-    free = k is None or batch_topk
-    slots = max(1, int((acts > 0).sum(1).max()) if len(acts) else 1) if free else k
+    if k is None or batch_topk:
+        slots = max(1, int((acts > 0).sum(1).max())) if len(acts) else 1
+    else:
+        slots = k
     if slots == acts.shape[1]:
         return acts, ids
     acts, slot = acts.topk(slots, dim=1)
@@ -108,7 +111,8 @@ def _border(acts: Tensor, count: int) -> Tensor:
 
 def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
     """As `reference.sparse_decode`."""
-    return _SparseDecode.apply(acts, ids, W_dec)
+    y: Tensor = _SparseDecode.apply(acts, ids, W_dec)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _EncodePairs(torch.autograd.Function):
@@ -134,7 +138,7 @@ class _EncodePairs(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for expert, pairs in visits(expert_ids, W_enc.shape[0]):
                 rows = max(1, WORKSPACE_BYTES // (m * x.element_size()))
-                for chunk in pairs.split(rows):
+                for chunk in torch.split(pairs, rows):
                     pre = x[chunk // t] @ W_enc[expert].T
                     if b_enc is not None:
                         pre += b_enc[expert]
@@ -165,12 +169,11 @@ class _EncodePairs(torch.autograd.Function):
         )
         d_b = None
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            total = torch.zeros(E * m, dtype=torch.float32, device=x.device)
-            d_b = (
-                total.index_add_(0, ids.flatten(), coefs.flatten().float())
-                .to(W_enc.dtype)
-                .reshape(E, m)
-            )
+            # thousands of tokens may add to one bias: bfloat16 would stop counting after 256
+            wide = torch.promote_types(x.dtype, torch.float32)
+            total = torch.zeros(E * m, dtype=wide, device=x.device)
+            total.index_add_(0, ids.flatten(), coefs.flatten().to(wide))
+            d_b = total.to(W_enc.dtype).reshape(E, m)
         return d_x, d_W, d_b, None, None, None, None, None
 
 
@@ -267,14 +270,13 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     ):
         bags = torch.arange(len(g), device=g.device)
         offsets, bag_of = bags * ids.shape[1], bags.repeat_interleave(ids.shape[1])
-        return _ROW_DOTS(g.contiguous(), W.contiguous(), ids.flatten(), offsets, bag_of, 0).view_as(
-            ids
-        )
+        dots: Tensor = _ROW_DOTS(g.contiguous(), W.contiguous(), ids.flatten(), offsets, bag_of, 0)
+        return dots.view_as(ids)
     # In chunks, as a gather holds k rows for each token.
     rows = max(1, WORKSPACE_BYTES // max(1, ids.shape[1] * W.shape[1] * W.element_size()))
     parts = [
         torch.einsum("nd,nkd->nk", g_part, W[id_part])
-        for g_part, id_part in zip(g.split(rows), ids.split(rows), strict=True)
+        for g_part, id_part in zip(torch.split(g, rows), torch.split(ids, rows), strict=True)
     ]
     return torch.cat(parts) if len(parts) != 1 else parts[0]
 

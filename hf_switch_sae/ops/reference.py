@@ -73,10 +73,8 @@ def routed_encode(
     Source: the experts E_i of Mudide et al. 2024, arXiv:2410.08201, weighted by the router.
     """
     n, (E, m, _) = x.shape[0], W_enc.shape
-    weight = x.new_zeros(n, E, dtype=torch.float32)
-    weight = weight.scatter(
-        1, expert_ids, torch.ones_like(expert_ids, dtype=torch.float32) if gates is None else gates
-    )
+    gates = torch.ones_like(expert_ids, dtype=torch.float32) if gates is None else gates
+    weight = gates.new_zeros(n, E).scatter(1, expert_ids, gates)
     mine = torch.zeros(n, E, dtype=torch.bool, device=x.device).scatter(1, expert_ids, True)
     pre = torch.einsum("nd,emd->nem", x, W_enc)
     if b_enc is not None:
@@ -92,9 +90,8 @@ def routed_encode(
         keep = keep & (acts >= border)
     slots = k if k is not None and not batch_topk else max(1, int(keep.sum(1).max()) if n else 1)
     # Own features sort before foreign ones, so that padding ids are the token's own experts' too.
-    rank = torch.where(
-        keep, acts.detach().float(), torch.where(mine.repeat_interleave(m, 1), -1.0, -2.0)
-    )
+    own = mine.repeat_interleave(m, 1)
+    rank = torch.where(keep, acts.detach(), torch.where(own, -1.0, -2.0))
     ids = rank.topk(slots, dim=1).indices
     return torch.where(keep, acts, 0).gather(1, ids), ids
 
@@ -103,11 +100,12 @@ def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
     """y[n] = sum_j acts[n, j] * W_dec[ids[n, j]].
 
     Args:
-        acts: [n, k].
+        acts: [n, k]; a slot of 0 is padding and gets no gradient.
         ids: [n, k], int64 in [0, F).
         W_dec: [F, d], or [E, m, d] whose rows are counted through.
 
     Returns:
         [n, d]; `b_dec` is not added.
     """
+    acts = torch.where(acts != 0, acts, 0)
     return torch.einsum("nk,nkd->nd", acts, W_dec.reshape(-1, W_dec.shape[-1])[ids])

