@@ -32,20 +32,24 @@ from hf_switch_sae.edits import PreparedEdits, check_conflicts
 from hf_switch_sae.errors import AttachError, HookpointError, WidthError
 from hf_switch_sae.hookpoints import (
     Hookpoint,
-    read_residual,
-    read_residual_input,
-    replace_residual,
-    replace_residual_input,
     resolve,
     unwrap,
 )
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.positions import Call, Generation, Tokens
 from hf_switch_sae.session import AttachedSAE, Session, Tap, check_splices
+from hf_switch_sae.streams import (
+    Layout,
+    read_residual,
+    read_residual_input,
+    replace_residual,
+    replace_residual_input,
+)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _BOARD = "_hf_switch_sae_board"
 _SEQUENCE_FIRST = {"xlnet", "fsmt"}  # their residual stream is [seq, batch, d]
+_DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 _LOCK = threading.RLock()  # over all models: a board comes with its first session and goes after it
 
 
@@ -233,7 +237,6 @@ class _Board:
         self.flow = _Flow()
         self._places: dict[tuple[int, str], _Place] = {}
         self._owners: dict[int, _Owner] = {}
-        self._tuners: dict[int, _Owner] = {}
         self._generate: Any = None
 
     def __reduce__(self) -> NoReturn:
@@ -252,7 +255,6 @@ class _Board:
             self._watch_generate()
             for tap in taps.values():
                 self._watch_place(tap.place)
-            self._watch_tuner(lm)
             self.sessions = (*self.sessions, session)
         except BaseException:
             self._release()
@@ -275,9 +277,6 @@ class _Board:
         for owner in [owner for owner in self._owners if owner not in owners]:
             self._owners.pop(owner).remove()
         if not self.sessions:
-            for tuner in self._tuners.values():
-                tuner.remove()
-            self._tuners.clear()
             self._unwatch_generate()
             self.root.__dict__.pop(_BOARD, None)
 
@@ -286,17 +285,7 @@ class _Board:
             self._places[_key(place)] = _Place(self, place)
         for owner in self._owners_of(place):
             if id(owner) not in self._owners:
-                self._owners[id(owner)] = _Owner(
-                    owner, self.flow, owner, is_root=owner is self.root
-                )
-
-    def _watch_tuner(self, lm: nn.Module) -> None:
-        """PEFT's tuners run `root.forward`, past the hook on the root: note their call instead."""
-        for module in lm.modules():
-            is_tuner = "BaseTuner" in {cls.__name__ for cls in type(module).__mro__}
-            inside = any(child is self.root for child in module.children())
-            if is_tuner and inside and id(module) not in self._tuners:
-                self._tuners[id(module)] = _Owner(module, self.flow, self.root)
+                self._owners[id(owner)] = _Owner(owner, self.flow, is_root=owner is self.root)
 
     def _owners_of(self, place: Hookpoint) -> list[nn.Module]:
         owner = self.root if place.blocks is None else place.blocks.owner
@@ -352,7 +341,7 @@ class _Board:
             raise HookpointError(
                 f"what {place.path} returns is {stream.dtype}, not a residual stream."
             )
-        layout = _Layout(stream, taps[0][1].sae.config.hidden_size, self._is_sequence_first(place))
+        layout = Layout(stream, taps[0][1].sae.config.hidden_size, self._is_sequence_first(place))
         x = layout.rows
         decoding = place.blocks is None or place.blocks.decoding
         call = self._call(place, decoding) if layout.has_rows else None
@@ -437,18 +426,17 @@ class _Flow(threading.local):
 class _Owner:
     """Notes what a module that owns blocks is called with, while it runs."""
 
-    def __init__(self, module: nn.Module, flow: _Flow, runs: nn.Module, is_root: bool = False):
-        """`runs` is the module itself, or the one whose `forward` it calls with its arguments."""
-        parameters = inspect.signature(type(runs).forward).parameters
+    def __init__(self, module: nn.Module, flow: _Flow, is_root: bool) -> None:
+        parameters = inspect.signature(type(module).forward).parameters
         names = [name for name in parameters if name != "self"]
 
         @_untraced
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            flow.calls[id(runs)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
+            flow.calls[id(module)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
 
         @_untraced
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            call = flow.calls.pop(id(runs), None)
+            call = flow.calls.pop(id(module), None)
             if is_root and call is not None and flow.generation is not None:
                 flow.generation.seen += call.length
 
@@ -460,36 +448,6 @@ class _Owner:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-class _Layout:
-    """A residual stream of any layout as rows of tokens [B, T, d], and back."""
-
-    def __init__(self, stream: Tensor, width: int, sequence_first: bool) -> None:
-        self._stream = stream
-        # convolutional stages are [batch, d, height, width]
-        self._channels_first = (
-            stream.ndim == 4 and stream.shape[-1] != width and stream.shape[1] == width
-        )
-        self._sequence_first = sequence_first and stream.ndim == 3
-        self.has_rows = stream.ndim == 3
-        """Whether batch and sequence are the model's own, so that its mask speaks of them."""
-        x = stream.movedim(1, -1) if self._channels_first else stream
-        x = x.transpose(0, 1) if self._sequence_first else x
-        self._shape = x.shape
-        self.rows = (
-            x[None] if x.ndim == 2 else x.reshape(x.shape[0], -1, x.shape[-1]) if x.ndim > 3 else x
-        )
-        if x.ndim < 2:
-            raise HookpointError(
-                "a residual stream has at least two dimensions; this tensor is "
-                f"{list(stream.shape)}."
-            )
-
-    def restore(self, rows: Tensor) -> Tensor:
-        x = rows.reshape(self._shape)
-        x = x.transpose(0, 1) if self._sequence_first else x
-        return x.movedim(-1, 1) if self._channels_first else x
 
 
 def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
@@ -508,14 +466,12 @@ def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     is_text = prompt is not None and (
         prompt.ndim == 2 or (prompt.ndim == 3 and prompt is given.get("inputs_embeds"))
     )
-    if is_pair:
-        # `generate` puts a start token in front, if need be: the first forward tells, unless it
-        # has drafted tokens too.
-        drafts = given.get("assistant_model") or given.get("prompt_lookup_num_tokens")
-        return Generation(rows=rows, columns=1 if drafts and prompt is None else None)
-    return Generation(
-        rows=rows, columns=prompt.shape[1] if is_text and prompt is not None else None
-    )
+    columns = prompt.shape[1] if is_text and prompt is not None else None
+    options = (given, vars(given.get("generation_config") or object))
+    drafted = any(each.get(name) for each in options for name in _DRAFTS)
+    if is_pair:  # `generate` may put a start token in front, which the first forward shows
+        columns = 1 if drafted and prompt is None else None
+    return Generation(rows=rows, columns=columns, drafted=drafted)
 
 
 def _key(place: Hookpoint) -> tuple[int, str]:

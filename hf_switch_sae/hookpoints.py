@@ -1,26 +1,22 @@
 """Where an SAE reads and writes: from a name to a block of any Hugging Face model.
 
-Room   (model, "layers.7.resid_post" | 7 | module path) -> Hookpoint; a block's output <-> its
-       residual stream. Nothing is hooked here: `attach` is the only room that registers hooks.
+Room   (model, "layers.7.resid_post" | 7 | module path) -> Hookpoint. Nothing is hooked here:
+       `attach` is the only room that registers hooks.
 How    Every outermost list of blocks in the module tree is a candidate. Blocks that transformers
        records as hidden states, or as many of them as the config has layers, come first; then
        those of the text model; then those that `generate` decodes with. A tie is an error.
 Beware `hidden_states[i]` of transformers is mostly `layers.<i>.resid_pre`, but its last entry comes
        after the final norm, so it is not the last block's resid_post; and some models add to the
        stream between blocks, so `layers.<i+1>.resid_pre` is no alias of `layers.<i>.resid_post`.
-       A residual need not be [batch, seq, hidden_size]: stages of vision models are [B, C, H, W],
-       packed towers [tokens, d], hyper-connections [B, seq, lanes, d]. Read its shape when it runs.
 """
 
-import copy
 import difflib
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn, cast, get_args
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -170,101 +166,6 @@ def resolve(model: nn.Module, at: int | str) -> Hookpoint:
     else:
         path, module = _find(root, path, stacks)
     return _hookpoint(root, path, module, site or "resid_post", stacks)
-
-
-def read_residual(value: Any) -> torch.Tensor:
-    """The residual stream in a block's output: the first tensor, depth first.
-
-    Raises:
-        HookpointError: there is no tensor in it.
-    """
-    if isinstance(value, torch.Tensor):
-        return value
-    if (key := _first_key(value)) is None:
-        raise HookpointError(
-            f"no tensor in the block's output, a {type(value).__name__}: it has no residual stream "
-            "to read. Name another module by its path."
-        )
-    return read_residual(value[key])
-
-
-def replace_residual(value: Any, new: torch.Tensor) -> Any:
-    """`value` with `new` in place of the tensor that `read_residual` reads; `value` stays as it is.
-
-    Returns:
-        The same kind of structure (tuple, namedtuple, list, dict, ModelOutput), all else untouched.
-
-    Raises:
-        HookpointError: there is no tensor in it.
-    """
-    if isinstance(value, torch.Tensor):
-        return new
-    if (key := _first_key(value)) is None:
-        read_residual(value)  # says what is wrong
-    if isinstance(value, tuple):
-        items = list(value)
-        items[key] = replace_residual(value[key], new)
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
-    changed = copy.copy(value)
-    changed[key] = replace_residual(value[key], new)
-    return changed
-
-
-def read_residual_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The residual stream in a block's arguments: its first floating tensor.
-
-    Positional arguments come first, then `hidden_states`, then the other keywords in order.
-
-    Raises:
-        HookpointError: no argument is a floating tensor.
-    """
-    key = _input_key(args, kwargs)
-    tensor: torch.Tensor = args[key] if isinstance(key, int) else kwargs[key]
-    return tensor
-
-
-def replace_residual_input(
-    args: tuple[Any, ...], kwargs: dict[str, Any], new: torch.Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`args` and `kwargs` with `new` in place of what `read_residual_input` reads.
-
-    Raises:
-        HookpointError: no argument is a floating tensor.
-    """
-    key = _input_key(args, kwargs)
-    if isinstance(key, int):
-        return (*args[:key], new, *args[key + 1 :]), kwargs
-    return args, {**kwargs, key: new}
-
-
-def _first_key(value: Any) -> Any:
-    """Key or index of the first item with a tensor somewhere in it; None if there is none."""
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif isinstance(value, tuple | list):
-        items = enumerate(value)
-    else:
-        return None
-    for key, item in items:
-        if isinstance(item, torch.Tensor) or _first_key(item) is not None:
-            return key
-    return None
-
-
-def _input_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-    for index, value in enumerate(args):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return index
-    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
-        return "hidden_states"
-    for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return name
-    given = [type(value).__name__ for value in args] + list(kwargs)
-    raise HookpointError(
-        f"no floating tensor among the module's arguments ({', '.join(given) or 'none'}), so "
-        "no residual stream to read. Use .resid_post, or name another module."
-    )
 
 
 def _inside_wrapper(module: nn.Module) -> nn.Module | None:

@@ -204,6 +204,20 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             )
             return super().from_pretrained(*args, **kwargs)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:
+        """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32."""
+        keep = ("router.", "b_router", *self._statistics_shapes(self.config))
+        named = [*self.named_parameters(), *self.named_buffers()]
+        kept = {id(tensor) for name, tensor in named if name.startswith(keep)}
+        kept |= {id(p.grad) for name, p in self.named_parameters() if name.startswith(keep)}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            same_type = moved.dtype == tensor.dtype or id(tensor) not in kept
+            return moved if same_type else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
     @classmethod
     def for_lm(cls, lm: nn.Module, at: int | str, **config: Any) -> SwitchSAE:
         """A fresh SAE for a place in a language model: width, hookpoint and base model filled in

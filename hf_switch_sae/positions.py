@@ -32,6 +32,8 @@ class Generation:
     """Rows the user gave; None if unknown."""
     columns: int | None = None
     """Columns of the prompt, padding included; None until the first forward tells."""
+    drafted: bool = False
+    """Whether the first forward may have drafted tokens after the prompt."""
     seen: int = 0
     """Columns run so far, for caches that don't know their length."""
     padding: Tensor | None = None
@@ -106,7 +108,7 @@ class Tokens:
         (batch, length), device = x.shape[:2], x.device
         call = call or Call()
         past = _past(call, generation, length)
-        real = _real(call.mask, batch, past, length)
+        real = _real(call, batch, past, length)
         columns = past + torch.arange(length, device=device).expand(batch, length)
         known = None if generation is None or not decoding or not past else generation.padding
         if known is not None and len(known) == batch:
@@ -115,21 +117,27 @@ class Tokens:
             position = _given(call, columns)
         if real is not None:
             real = real.to(device)
-            if real.shape[1] == past + length:
-                position = real.long().cumsum(-1)[:, -length:] - 1
-                if generation is not None and decoding:
-                    generation.padding = columns[:, -1] - position[:, -1]
+            counted = real.long().cumsum(-1)[:, -length:] - 1
+            if real.shape[1] == past + length and generation is not None and decoding:
+                generation.padding = columns[:, -1] - counted[:, -1]
+            if real.shape[1] == past + length and _is_flat(call.mask):
+                position = counted
             elif call.position_ids is None and known is None:
-                # this tells what is real in this call, not how much of the past was
-                position = real.long().cumsum(-1)[:, -length:] - 1 + past
+                # a 4-D mask tells what is real in this call, not how much of the past was
+                position = counted + (0 if real.shape[1] == past + length else past)
             position = torch.where(real[:, -length:], position, -1)
         if generation is None or not decoding:
             prompt = torch.ones_like(columns, dtype=torch.bool)
         else:
-            if generation.columns is None:
-                generation.columns = past + length
+            if generation.columns is None or not (generation.seen or generation.drafted):
+                # more than the user gave, if PEFT put virtual tokens in front
+                generation.columns = max(generation.columns or 0, past + length)
             prompt = columns < generation.columns
         return cls(position, prompt, _rows(batch, generation, device))
+
+
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def _given(call: Call, default: Tensor) -> Tensor:
@@ -147,16 +155,15 @@ def _rows(batch: int, generation: Generation | None, device: torch.device) -> Te
 def _past(call: Call, generation: Generation | None, length: int) -> int:
     if call.past is not None:
         return int(call.past)
-    if isinstance(call.mask, Tensor) and call.mask.ndim == 2 and call.mask.shape[1] > length:
-        return call.mask.shape[1] - length
+    if _is_flat(call.mask) and call.mask.shape[1] > length:
+        return int(call.mask.shape[1]) - length
     return generation.seen if call.has_cache and generation is not None else 0
 
 
-def _real(mask: Any, batch: int, past: int, length: int) -> Tensor | None:
+def _real(call: Call, batch: int, past: int, length: int) -> Tensor | None:
     """[B, W] bool, W = past + length or length; None if the mask does not tell."""
-    if isinstance(
-        mask, Mapping
-    ):  # models with several kinds of attention get one 4-D mask for each
+    mask = call.mask
+    if isinstance(mask, Mapping):  # one 4-D mask for each kind of attention
         mask = mask.get(
             "full_attention", next((part for part in mask.values() if part is not None), None)
         )
@@ -166,6 +173,8 @@ def _real(mask: Any, batch: int, past: int, length: int) -> Tensor | None:
         return (mask != 0).expand(batch, -1)
     if mask.ndim == 2 and mask.shape[1] > past + length:  # padded to the size of a static cache
         return (mask[:, : past + length] != 0).expand(batch, -1)
+    if call.has_cache and call.past is None:
+        return None  # a 4-D mask of a paged cache, with the requests' own blocks in no order
     if mask.ndim == 4 and mask.shape[-2] == length and mask.shape[-1] >= past + length:
         open_ = mask if mask.dtype == torch.bool else mask == 0
         # A real token always sees itself; padding is hidden from everyone, itself included.
@@ -178,10 +187,6 @@ def _length(cache: Any) -> int | Tensor | None:
         return 0
     try:
         length = cache.get_seq_length()
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-    ):  # legacy tuples, and states of models without attention
+    except (AttributeError, TypeError, ValueError):  # tuples, and states without attention
         return None
     return length.clone() if isinstance(length, Tensor) else length

@@ -283,8 +283,8 @@ class Session:
 
     @torch.no_grad()
     def preflight(self, inputs: Mapping[str, Any], at: str | None = None) -> Preflight:
-        """Run the model once, without any session's edits, and compare FVU and L0 on these tokens with the card's
-        figures.
+        """Run the model once, without any session's edits, and compare FVU and L0 on these tokens
+        with the card's figures.
 
         Padding and tokens of more than 6 times the median norm (attention sinks) are left out.
 

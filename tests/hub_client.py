@@ -51,7 +51,6 @@ def online(commit: str) -> dict[str, Callable[[], Any]]:
         "groups": lambda: len(load(REPO, **place, expert_groups=2).experts),
         "auto": lambda: AutoModel.from_pretrained(REPO, **place, revision="v1"),
         "config": lambda: AutoConfig.from_pretrained(REPO, **place, revision="v1").hookpoint,
-        "commit_hash": lambda: load(REPO, **place, revision="v1").config._commit_hash,
         "no_repo": lambda: load("org/nothing", **place),
         "no_revision": lambda: load(REPO, **place, revision="v9"),
         "no_place": lambda: load(REPO, subfolder="layers.9.resid_post"),
@@ -78,4 +77,4 @@ def offline(commit: str) -> dict[str, Callable[[], Any]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     cases = {"online": online, "offline": offline}[sys.argv[1]](sys.argv[2])
-    print(json.dumps({name: outcome(call) for name, call in cases.items()}))
+    sys.stdout.write(json.dumps({name: outcome(call) for name, call in cases.items()}) + "\n")

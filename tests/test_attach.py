@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from accelerate import cpu_offload, dispatch_model
-from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -159,11 +159,11 @@ def test_an_error_inside_the_model_leaves_positions_and_hooks_in_order(lm, sae, 
         handle = lm.model.get_submodule(place).register_forward_hook(stop)
         with pytest.raises(Stop):
             logits(lm) if runs == "forward" else lm.generate(**batch, max_new_tokens=3)
-        handle.remove()
-        assert torch.equal(logits(lm), want)  # no mask, prompt or row of the broken call is left
         board = lm.__dict__["_hf_switch_sae_board"]
         assert board.flow.calls == {}
         assert board.flow.generation is None
+        handle.remove()
+        assert torch.equal(logits(lm), want)
     assert tiny.traces(lm) == before
 
 
@@ -212,9 +212,8 @@ def test_sessions_may_be_closed_in_any_order(lm, sae):
 
 
 def test_a_model_with_an_sae_attached_is_not_copied(lm, sae):
-    with sae.attach(lm):
-        with pytest.raises(AttachError, match="detach it before you copy or pickle the model"):
-            copy.deepcopy(lm)
+    with sae.attach(lm), pytest.raises(AttachError, match="detach it before you copy or pickle"):
+        copy.deepcopy(lm)
     copy.deepcopy(lm)
 
 
@@ -623,16 +622,20 @@ def test_padding_is_known_in_a_lora_model_without_a_head(task):
 
 
 @old_name
-def test_prefix_tuning_runs_with_an_edit(lm, sae):
-    wrapped = get_peft_model(
-        lm, PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
-    ).eval()
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("config", [PrefixTuningConfig, PromptTuningConfig])
+def test_virtual_tokens_are_prompt(lm, sae, config):
+    wrapped = get_peft_model(lm, config(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)).eval()
     batch, fixed = tiny.padded(tiny.prompts(8, 5)), {"max_new_tokens": 5, "do_sample": False}
     clean = wrapped.generate(**batch, **fixed)
     with sae.attach(wrapped) as session:
         assert torch.equal(wrapped.generate(**batch, **fixed), clean)
         session.edit(raw(strength=30.0))
         assert not torch.equal(wrapped.generate(**batch, **fixed), clean)
+        wrapped.generate(**batch, **{**fixed, "max_new_tokens": 1})
+        assert session.taps["layers.2.resid_post"].last.tokens.prompt.all()
+        wrapped.generate(**batch, **{**fixed, "max_new_tokens": 2})
+        assert not session.taps["layers.2.resid_post"].last.tokens.prompt.any()
 
 
 def test_ddp_in_one_process_is_edited(lm, sae, tmp_path):

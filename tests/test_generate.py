@@ -17,7 +17,12 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TextIteratorStreamer,
+)
 
 from hf_switch_sae import (
     Ablate,
@@ -768,6 +773,21 @@ def test_classifier_free_guidance_runs_with_an_edit():
     with plain_hook(lm, "model.layers.2", change):
         want = generate(lm, rows, guidance_scale=1.5, use_cache=False).sequences
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", ["steer", "slice", "clamp"])
+def test_continuous_batching_is_edited_by_absolute_positions(case):
+    lm = tiny.llama()
+    sae = tiny.sae_for(lm, **SAE)
+    rows, (edits, formula) = tiny.prompts(8, 5), CASES[case]
+    config = GenerationConfig(max_new_tokens=STEPS, do_sample=False, eos_token_id=-1)
+
+    with sae.attach(lm) as session:
+        session.edit(*edits)
+        done = lm.generate_batch([row.tolist() for row in rows], generation_config=config)
+
+    want = [alone(lm, sae, "model.layers.2", ids, formula).tokens.tolist() for ids in rows]
+    assert sorted(out.generated_tokens for out in done.values()) == sorted(want)
 
 
 # Threads

@@ -14,12 +14,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hf_switch_sae.errors import HookpointError
 from hf_switch_sae.hookpoints import (
     find_residual_blocks,
+    resolve,
+    unwrap,
+)
+from hf_switch_sae.streams import (
     read_residual,
     read_residual_input,
     replace_residual,
     replace_residual_input,
-    resolve,
-    unwrap,
 )
 
 torch.set_num_threads(1)

@@ -66,9 +66,9 @@ def test_the_number_of_groups_changes_no_value_and_no_gradient(kind, training):
         torch.testing.assert_close(other, results[0], atol=1e-6, rtol=1e-6)
 
 
-@KIND
-def test_ids_are_of_the_tokens_own_experts_and_acts_are_within_k(kind):
-    sae, x = make(kind), rows()
+@in_groups(*KINDS)
+def test_ids_are_of_the_tokens_own_experts_and_acts_are_within_k(kind, groups):
+    sae, x = make(kind, groups), rows()
     output = sae(x)
     if output.router_logits is not None:
         own = output.router_logits.topk(sae.config.num_experts_per_token).indices
@@ -353,6 +353,25 @@ def test_a_copy_computes_the_same_and_shares_nothing(kind, way):
         other.experts[0].W_dec.zero_()
     assert not torch.equal(other(x).reconstruction, sae(x).reconstruction)
     torch.testing.assert_close(sae(x).reconstruction, definition(sae, x).reconstruction)
+
+
+@pytest.mark.parametrize("cast", ["to", "bfloat16", "half"])
+@pytest.mark.parametrize("kind", ["switch_with_bias", "jumprelu", "plain_topk"])
+def test_a_cast_leaves_router_and_statistics_in_float32_bit_for_bit(kind, cast):
+    sae, x = make(kind, "each"), rows()
+    sae.calibrate([x])
+    sae(x).loss.backward()
+    before, dtype = copy.deepcopy(sae.state_dict()), torch.bfloat16
+    sae.to(dtype) if cast == "to" else getattr(sae, cast)()
+
+    for name, value in sae.state_dict().items():
+        if name.split(".")[-1] in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            assert value.dtype == (torch.float16 if cast == "half" else dtype)
+        else:
+            torch.testing.assert_close(value, before[name], atol=0, rtol=0)
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in sae.parameters())
+    assert sae(x).reconstruction.isfinite().all()
+    assert sae.double().W_enc.dtype == torch.float64
 
 
 def test_the_weights_are_parameters_with_one_group_and_joined_with_more():

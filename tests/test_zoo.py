@@ -14,6 +14,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
+from hf_switch_sae import Steer, SwitchSAE, SwitchSAEConfig, attach
 from hf_switch_sae.attach import hook_residual
 from hf_switch_sae.hookpoints import Hookpoint, find_residual_blocks, resolve
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even:U
 
 # (c) an added vector changes nothing
 UNMOVED: dict[str, str] = {
+    "uvdoc_backbone": "its blocks run side by side and only the last one's output is returned",
     "slanext": "its neck with random weights passes 1e-10 of an edit, which the head rounds away",
 }
 # (e) hidden_states is another view of the stream
@@ -234,3 +236,35 @@ def test_every_type_with_a_model_is_built_or_excused_and_the_rest_are_parts_of_c
     # No auto class builds these: towers, decoders, codecs and adapters inside of other configs.
     mappings = [getattr(zoo.auto, name) for name in zoo._AUTO_MAPPINGS]
     assert not [kind for kind in rest if any(kind in mapping for mapping in mappings)]
+
+
+def width_of(stream: Tensor, place: Hookpoint) -> int:
+    """Of convolutional stages [batch, d, height, width] the second dimension, else the last."""
+    convolves = stream.ndim == 4 and any(isinstance(m, nn.Conv2d) for m in place.module.modules())
+    square = stream.ndim == 4 and stream.shape[-1] == stream.shape[-2]
+    return stream.shape[1] if convolves and square else stream.shape[-1]
+
+
+def test_an_attached_sae_reads_without_a_trace_and_steers_and_leaves(case):
+    before, names, hooked = case.run(), set(vars(case.model)), hooks(case.model)
+    seen: list[Tensor] = []
+    with hook_residual(case.model, case.at("resid_post"), seen.append):
+        case.run()
+    config = SwitchSAEConfig(
+        hidden_size=width_of(seen[0], case.place), num_features=16, num_experts=4, k=2
+    )
+    sae = SwitchSAE(config).eval()
+
+    with attach(case.model, sae, at=case.at("resid_post")) as session:
+        read = case.run()
+        features = session.features
+        session.edit(Steer([0, 5, 10], 10.0, unit="raw"))
+        steered = case.run()
+    after = case.run()
+
+    assert same(before, read)
+    assert features.acts.isfinite().all()
+    assert same(before, after)
+    assert (not same(before, steered)) == (case.entry.model_type not in UNMOVED)
+    assert hooks(case.model) == hooked
+    assert set(vars(case.model)) == names

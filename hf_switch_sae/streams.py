@@ -1,0 +1,150 @@
+"""The residual stream inside of what a block takes and returns, whatever it is wrapped in.
+
+Room   a block's output or arguments <-> the tensor in it <-> rows of tokens [B, T, d].
+Beware A residual need not be [batch, seq, hidden_size]: stages of vision models are [B, C, H, W],
+       packed towers [tokens, d], hyper-connections [B, seq, lanes, d], XLNet's [seq, batch, d].
+       Read its shape when it runs.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.errors import HookpointError
+
+
+class Layout:
+    """A residual stream of any layout as rows of tokens [B, T, d], and back.
+
+    Args:
+        stream: [B, T, d], [tokens, d], [B, H, W, d], [B, d, H, W] or [T, B, d].
+        width: d, which tells [B, d, H, W] from [B, H, W, d].
+        sequence_first: the stream is [T, B, d].
+
+    Raises:
+        HookpointError: fewer than two dimensions.
+    """
+
+    def __init__(self, stream: Tensor, width: int, sequence_first: bool) -> None:
+        # convolutional stages are [batch, d, height, width]
+        self._channels_first = (
+            stream.ndim == 4 and stream.shape[-1] != width and stream.shape[1] == width
+        )
+        self._sequence_first = sequence_first and stream.ndim == 3
+        self.has_rows = stream.ndim == 3
+        """Whether batch and sequence are the model's own, so that its mask speaks of them."""
+        x = stream.movedim(1, -1) if self._channels_first else stream
+        x = x.transpose(0, 1) if self._sequence_first else x
+        self._shape = x.shape
+        self.rows = (
+            x[None] if x.ndim == 2 else x.reshape(x.shape[0], -1, x.shape[-1]) if x.ndim > 3 else x
+        )
+        if x.ndim < 2:
+            raise HookpointError(
+                "a residual stream has at least two dimensions; this tensor is "
+                f"{list(stream.shape)}."
+            )
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Rows [B, T, d] in the layout of the stream."""
+        x = rows.reshape(self._shape)
+        x = x.transpose(0, 1) if self._sequence_first else x
+        return x.movedim(-1, 1) if self._channels_first else x
+
+
+def read_residual(value: Any) -> torch.Tensor:
+    """The residual stream in a block's output: the first tensor, depth first.
+
+    Raises:
+        HookpointError: there is no tensor in it.
+    """
+    if isinstance(value, torch.Tensor):
+        return value
+    if (key := _first_key(value)) is None:
+        raise HookpointError(
+            f"no tensor in the block's output, a {type(value).__name__}: it has no residual stream "
+            "to read. Name another module by its path."
+        )
+    return read_residual(value[key])
+
+
+def replace_residual(value: Any, new: torch.Tensor) -> Any:
+    """`value` with `new` in place of the tensor that `read_residual` reads; `value` stays as it is.
+
+    Returns:
+        The same kind of structure (tuple, namedtuple, list, dict, ModelOutput), all else untouched.
+
+    Raises:
+        HookpointError: there is no tensor in it.
+    """
+    if isinstance(value, torch.Tensor):
+        return new
+    if (key := _first_key(value)) is None:
+        read_residual(value)  # says what is wrong
+    if isinstance(value, tuple):
+        items = list(value)
+        items[key] = replace_residual(value[key], new)
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    changed = copy.copy(value)
+    changed[key] = replace_residual(value[key], new)
+    return changed
+
+
+def read_residual_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The residual stream in a block's arguments: its first floating tensor.
+
+    Positional arguments come first, then `hidden_states`, then the other keywords in order.
+
+    Raises:
+        HookpointError: no argument is a floating tensor.
+    """
+    key = _input_key(args, kwargs)
+    tensor: torch.Tensor = args[key] if isinstance(key, int) else kwargs[key]
+    return tensor
+
+
+def replace_residual_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], new: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`args` and `kwargs` with `new` in place of what `read_residual_input` reads.
+
+    Raises:
+        HookpointError: no argument is a floating tensor.
+    """
+    key = _input_key(args, kwargs)
+    if isinstance(key, int):
+        return (*args[:key], new, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: new}
+
+
+def _first_key(value: Any) -> Any:
+    """Key or index of the first item with a tensor somewhere in it; None if there is none."""
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif isinstance(value, tuple | list):
+        items = enumerate(value)
+    else:
+        return None
+    for key, item in items:
+        if isinstance(item, torch.Tensor) or _first_key(item) is not None:
+            return key
+    return None
+
+
+def _input_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    for index, value in enumerate(args):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return index
+    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+        return "hidden_states"
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return name
+    given = [type(value).__name__ for value in args] + list(kwargs)
+    raise HookpointError(
+        f"no floating tensor among the module's arguments ({', '.join(given) or 'none'}), so "
+        "no residual stream to read. Use .resid_post, or name another module."
+    )
