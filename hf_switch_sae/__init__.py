@@ -4,7 +4,7 @@ clamp, ablate features."""
 from hf_switch_sae.attach import ResidualHandle, attach, hook_residual, status
 from hf_switch_sae.base_model import fingerprint
 from hf_switch_sae.config import SwitchSAEConfig
-from hf_switch_sae.edits import Ablate, Clamp, Patch, Recipe, Scale, Steer
+from hf_switch_sae.edits import Ablate, Clamp, Patch, Scale, Steer
 from hf_switch_sae.errors import (
     AttachError,
     BaseModelError,
@@ -19,6 +19,7 @@ from hf_switch_sae.errors import (
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
 from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
+from hf_switch_sae.recipe import Recipe
 from hf_switch_sae.session import AttachedSAE, Preflight, Session
 
 __version__ = "0.1.0"

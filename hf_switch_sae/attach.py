@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_switch_sae.base_model import check_base_model
-from hf_switch_sae.edits import PreparedEdits, check_conflicts
+from hf_switch_sae.deltas import PreparedEdits
+from hf_switch_sae.edits import check_conflicts
 from hf_switch_sae.errors import AttachError, HookpointError, WidthError
 from hf_switch_sae.hookpoints import (
     Hookpoint,

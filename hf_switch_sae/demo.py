@@ -20,10 +20,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_switch_sae.edits import Recipe, Steer
+from hf_switch_sae.edits import Steer
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.recipe import Recipe
 from hf_switch_sae.session import Session
 
 LM = "HuggingFaceTB/SmolLM2-135M-Instruct"

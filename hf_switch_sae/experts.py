@@ -16,6 +16,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 from hf_switch_sae import ops
 
@@ -166,3 +168,33 @@ def _in_pair_order(
         # an empty slot repeats the row's first id, so that it still names the token's own expert
         out_ids[pairs] = torch.cat([ids, ids[:, :1].expand(-1, short)], 1)
     return out_acts, out_ids
+
+
+class _SplitExperts(Chunk):
+    """W [E, m, d] of a checkpoint -> one part for each expert group of the model being loaded."""
+
+    def get_target_patterns(self, target_patterns: list[str], **kwargs: Any) -> list[str]:
+        return [
+            target_patterns[0].replace(".0.", f".{index}.")
+            for index in range(len(kwargs["model"].experts))
+        ]
+
+
+class _GroupedWeight(WeightConverter):
+    """One tensor in the checkpoint, `experts.<group>.<name>` in memory, however many groups."""
+
+    def reverse_transform(self) -> WeightConverter:
+        (name,) = self.source_patterns
+        return WeightConverter(f"experts.*.{name}", name, operations=[Concatenate(dim=0)])
+
+
+def register_checkpoint_layout(model_type: str) -> None:
+    """Tell transformers that checkpoints of this model type hold W_enc, W_dec, b_enc whole."""
+    register_checkpoint_conversion_mapping(
+        model_type,
+        [
+            _GroupedWeight(name, f"experts.0.{name}", operations=[_SplitExperts(dim=0)])
+            for name in ("W_enc", "W_dec", "b_enc")
+        ],
+        overwrite=True,
+    )

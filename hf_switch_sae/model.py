@@ -28,17 +28,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 from transformers.utils.generic import ModelOutput
 
 from hf_switch_sae import ops
 from hf_switch_sae.base_model import base_model_fields
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.errors import AttachError, ConfigError, WidthError
-from hf_switch_sae.experts import ExpertGroup, Experts
+from hf_switch_sae.experts import ExpertGroup, Experts, register_checkpoint_layout
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
+from hf_switch_sae.losses import balance_of, fvu_of
+from hf_switch_sae.statistics import RunningStatistics
 
 
 @dataclass
@@ -330,8 +330,10 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         counts = ~self.is_outlier(x)
         if attention_mask is not None:
             counts = counts & attention_mask.reshape(-1).to(self.device).bool()
-        fvu = _fvu(x, reconstruction.reshape(x.shape).float(), counts)
-        balance = torch.zeros_like(fvu) if logits is None else _balance(logits, expert_ids, counts)
+        fvu = fvu_of(x, reconstruction.reshape(x.shape).float(), counts)
+        balance = (
+            torch.zeros_like(fvu) if logits is None else balance_of(logits, expert_ids, counts)
+        )
         if self.training and self.config.activation == "batch_topk":
             self._follow_threshold(features.acts)
         output = SwitchSAEOutput(
@@ -374,7 +376,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             in_batch,
             self.input_scale,
         )
-        acts = acts * ~self.is_outlier(x)[:, None]
+        acts = torch.where(self.is_outlier(x)[:, None], 0, acts)  # not a product: inf * 0 is nan
         features = SparseFeatures(acts, ids, config.num_features).reshape(*hidden_states.shape[:-1])
         return features, logits, expert_ids
 
@@ -402,8 +404,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if rule == "batch_topk" and bool((self.threshold < 0).any()):
             raise ConfigError(
                 "this batch_topk SAE has no threshold yet, so it can't encode outside training: "
-                "train it, or call "
-                "calibrate() on batches of the residual stream."
+                "train it, or call calibrate() on batches of the residual stream."
             )
         return (self.threshold / self.input_scale).reshape(self.config.num_experts, -1)
 
@@ -434,28 +435,19 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             ValueError: no tokens at all.
             WidthError: the last dimension is not `hidden_size`.
         """
-        maximum, count = (
-            torch.zeros_like(self.feature_max),
-            torch.zeros_like(self.feature_rate, dtype=torch.float64),
-        )
-        norms: list[Tensor] = []
+        found = RunningStatistics(self.config.num_features, self.device)
         batches = self._with_threshold(batches)
         with self._in_mode(training=False):
             for batch in batches:
-                features = self.encode(batch).reshape(-1).to(maximum.device, torch.float32)
-                ids, acts = features.ids.flatten(), features.acts.flatten()
-                maximum.scatter_reduce_(0, ids, acts, "amax")
-                count.index_add_(0, ids, (acts > 0).double())
-                norms.append(batch.reshape(-1, batch.shape[-1]).float().norm(dim=-1).cpu())
-        tokens = sum(len(part) for part in norms)
-        if not tokens:
+                found.add(self.encode(batch), batch)
+        if not found.tokens:
             raise ValueError(
                 "calibrate() got no tokens: give at least one batch of the residual stream."
             )
-        self.feature_max.copy_(maximum)
-        self.feature_rate.copy_(count / tokens)
-        self.residual_norm.copy_(torch.cat(norms).median())
-        self.statistics_tokens.fill_(tokens)
+        self.feature_max.copy_(found.maximum)
+        self.feature_rate.copy_(found.rate())
+        self.residual_norm.copy_(found.median_norm())
+        self.statistics_tokens.fill_(found.tokens)
 
     def _with_threshold(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
         """For batch_topk: set the threshold to the mean border of the batches first."""
@@ -497,55 +489,6 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return SwitchSAE._open_session(lm, self, at=at, **options)
 
 
-def _fvu(x: Tensor, x_hat: Tensor, counts: Tensor) -> Tensor:
-    """Squared error over squared deviation from the mean; x, x_hat [n, d], counts [n] bool -> 0-d.
-
-    nan where fewer than two tokens count. Weighted, not indexed: no shape depends on data.
-    """
-    weight = counts.float()[:, None]
-    mean = (x * weight).sum(0) / weight.sum()
-    error = ((x - x_hat).square() * weight).sum()
-    return error / ((x - mean).square() * weight).sum().where(weight.sum() > 1, torch.nan)
-
-
-def _balance(logits: Tensor, expert_ids: Tensor, counts: Tensor) -> Tensor:
-    """num_experts * sum_e f_e P_e over the tokens that count; 0-d, 1 at perfect balance.
-
-    logits [n, E]; expert_ids [n, t]; counts [n] bool.
-    """
-    num_experts, weight = logits.shape[1], counts.float()
-    chosen = torch.zeros(num_experts, device=logits.device)
-    chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(expert_ids.shape[1]))
-    probs = (logits.softmax(-1) * weight[:, None]).sum(0)
-    tokens = weight.sum().clamp_min(1)
-    return num_experts * (chosen * probs).sum() / (tokens * tokens * expert_ids.shape[1])
-
-
-class _SplitExperts(Chunk):
-    """W [E, m, d] of a checkpoint -> one part for each expert group of the model being loaded."""
-
-    def get_target_patterns(self, target_patterns: list[str], **kwargs: Any) -> list[str]:
-        return [
-            target_patterns[0].replace(".0.", f".{index}.")
-            for index in range(len(kwargs["model"].experts))
-        ]
-
-
-class _GroupedWeight(WeightConverter):
-    """One tensor in the checkpoint, `experts.<group>.<name>` in memory, however many groups."""
-
-    def reverse_transform(self) -> WeightConverter:
-        (name,) = self.source_patterns
-        return WeightConverter(f"experts.*.{name}", name, operations=[Concatenate(dim=0)])
-
-
-register_checkpoint_conversion_mapping(
-    SwitchSAEConfig.model_type,
-    [
-        _GroupedWeight(name, f"experts.0.{name}", operations=[_SplitExperts(dim=0)])
-        for name in ("W_enc", "W_dec", "b_enc")
-    ],
-    overwrite=True,
-)
+register_checkpoint_layout(SwitchSAEConfig.model_type)
 AutoConfig.register(SwitchSAEConfig.model_type, SwitchSAEConfig, exist_ok=True)
 AutoModel.register(SwitchSAEConfig, SwitchSAE, exist_ok=True)

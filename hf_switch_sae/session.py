@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_switch_sae.edits import Edit, PreparedEdits, Recipe
+from hf_switch_sae.deltas import PreparedEdits
+from hf_switch_sae.edits import Edit
 from hf_switch_sae.errors import AttachError, EditError, HookpointError, NonFiniteError, WidthError
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hookpoints import Hookpoint
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.positions import Tokens
+from hf_switch_sae.recipe import Recipe
 
 _OUTLIER_NORM = 6.0  # times the median: attention sinks, left out of preflight as of training
 

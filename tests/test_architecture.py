@@ -16,14 +16,19 @@ EACH_MODULE = pytest.mark.parametrize("module", MODULES, ids=NAMES)
 FLOOR = {
     "errors": 0,
     "features": 1,
+    "losses": 1,
     "ops": 1,
     "config": 1,
     "hookpoints": 1,
     "positions": 1,
-    "experts": 2,
+    "streams": 1,
     "base_model": 2,
+    "edits": 2,
+    "experts": 2,
+    "statistics": 2,
     "model": 3,
-    "edits": 4,
+    "recipe": 3,
+    "deltas": 4,
     "session": 5,
     "attach": 6,
     "demo": 7,
@@ -65,10 +70,8 @@ FACE = [
 
 MAX_FILE, MAX_FUNCTION = 450, 70
 LONG_FILES = {
-    "attach.py": "the one room that registers hooks; its watch over owners could be its own room",
-    "edits.py": "five edits, their preparation and the recipe; the recipe could be its own room",
-    "hookpoints.py": "finding, resolving, reading and replacing; the last two could be their own",
-    "model.py": "the model, its statistics and its checkpoint layout; the last could be its own",
+    "attach.py": "the one room that registers hooks",
+    "model.py": "one class, and most of its lines are what its methods take and return",
 }
 """File -> why it is longer than MAX_FILE. An entry whose file has become shorter fails."""
 LONG_FUNCTIONS: dict[str, str] = {}

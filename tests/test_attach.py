@@ -691,7 +691,7 @@ def compiled(lm: nn.Module, how: str) -> nn.Module:
 
 KINDS = [
     pytest.param(kind, id=kind, marks=[] if kind == "toy" else [pytest.mark.slow])
-    for kind in ("toy", "llama", "gpt2")
+    for kind in ("toy", "llama")
 ]
 
 

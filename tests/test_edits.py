@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_switch_sae import Ablate, Clamp, EditError, Patch, Recipe, Scale, SparseFeatures, Steer
-from hf_switch_sae.edits import Edit, PreparedEdits, check_conflicts, edit_from_dict
+from hf_switch_sae.deltas import PreparedEdits
+from hf_switch_sae.edits import Edit, check_conflicts, edit_from_dict
 from hf_switch_sae.positions import Tokens
 
 SAE = tiny.sae_for(tiny.llama(), at=2, num_features=16, num_experts=2)

@@ -525,10 +525,11 @@ def test_padding_moves_no_edit_in_a_plain_forward(kind, case, side):
         torch.testing.assert_close(here, want, atol=2e-4, rtol=1e-4)
 
 
-def test_padding_itself_is_never_edited():
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_itself_is_never_edited(side):
     lm = tiny.llama()
     sae = tiny.sae_for(lm, **SAE)
-    batch = tiny.padded(tiny.prompts(9, 6))
+    batch = tiny.padded(tiny.prompts(9, 6), side)
     streams = []
 
     with (
@@ -600,6 +601,21 @@ def test_both_halves_of_an_encoder_decoder_are_edited(kind, half, case, start):
         assert got.sequences[row, -STEPS:].tolist() == want.tokens.tolist()
         logits = torch.stack([step[row] for step in got.logits])
         torch.testing.assert_close(logits, want.logits, atol=2e-3, rtol=1e-3)
+
+
+def test_what_is_generated_in_the_decoder_is_not_told_by_the_encoder():
+    lm, text = tiny.bart(), tiny.prompts(9)[0]
+    path = HALVES["bart", "decoder"]
+    read, write = tiny.sae_for(lm, HALVES["bart", "encoder"]), tiny.sae_for(lm, path, **SAE)
+    edits, formula = CASES["generated"]
+
+    with attach(lm, {HALVES["bart", "encoder"]: read, path: write}) as session:
+        session.edit(*edits, at=session.hookpoints[1])
+        got = generate(lm, [text])
+
+    begin = torch.tensor([lm.config.decoder_start_token_id])
+    want = Pair(lm, write, path, formula).alone(text, begin)
+    assert got.sequences[0, -STEPS:].tolist() == want.tokens.tolist()
 
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
@@ -775,6 +791,7 @@ def test_classifier_free_guidance_runs_with_an_edit():
     assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["steer", "slice", "clamp"])
 def test_continuous_batching_is_edited_by_absolute_positions(case):
     lm = tiny.llama()

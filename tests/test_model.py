@@ -168,6 +168,21 @@ def test_masked_tokens_take_no_part_in_the_loss(kind):
     assert sae(x, attention_mask=torch.zeros(4, 5)).fvu.isnan()
 
 
+@pytest.mark.parametrize("kind", ["switch", "two_experts", "plain_topk"])
+@pytest.mark.parametrize("junk", [torch.inf, torch.nan])
+def test_junk_in_a_masked_or_outlying_token_reaches_no_loss(kind, junk):
+    sae, x = make(kind), rows(20)
+    wanted = sae(x[1:]).loss
+    x[0] = junk
+    mask = torch.arange(20) > 0
+    torch.testing.assert_close(sae(x, attention_mask=mask).loss, wanted)
+    sae.outlier_norm.fill_(1e4)
+    if junk == torch.inf:
+        output = sae(x)
+        torch.testing.assert_close(output.loss, wanted)
+        assert not output.features[0].acts.any()
+
+
 @pytest.mark.parametrize("kind", ["switch", "two_experts", "plain_relu"])
 def test_tokens_over_the_outlier_norm_are_no_input(kind):
     sae, x = make(kind), rows(20)

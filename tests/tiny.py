@@ -161,6 +161,7 @@ def sae_for(lm: nn.Module, at: int | str = 2, seed: int = 1, **config: Any) -> S
     sae = SwitchSAE.for_lm(lm, at, **config).eval()
     with torch.no_grad():
         sae.b_dec.normal_(std=0.2)
+        sae.W_dec.mul_(torch.rand(*sae.W_dec.shape[:2], 1) + 0.5)
         if config["num_experts"] > 1:
             sae.b_router.normal_(std=0.2)
         sae.feature_max.copy_(torch.rand(config["num_features"]) + 0.5)
