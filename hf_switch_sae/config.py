@@ -164,10 +164,9 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                     else "if a newer version wrote it, update hf-switch-sae."
                 )
                 raise ConfigError(f"SwitchSAEConfig has no field {name!r}; {hint}")
-        if "d_in" in kwargs:
-            self.hidden_size = kwargs.pop("d_in")
-        if "d_sae" in kwargs:
-            self.num_features = kwargs.pop("d_sae")
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                self._take_alias(alias, name, kwargs.pop(alias))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -177,6 +176,17 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
+
+    def _take_alias(self, alias: str, name: str, value: Any) -> None:
+        default, before = (
+            next(f.default for f in fields(self) if f.name == name),
+            getattr(self, name),
+        )
+        setattr(self, name, value)
+        if before not in (default, value):
+            raise ConfigError(
+                f"{alias} is another name of {name}; {value} and {before} contradict."
+            )
 
     def validate_numbers(self) -> None:
         """Sizes are positive, features divide into experts, a token's experts exist and hold k

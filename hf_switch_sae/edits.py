@@ -1,5 +1,5 @@
-"""What to change in a token's features, as the user says it: small frozen objects, checked when made,
-that combine, and turn into JSON and back.
+"""What to change in a token's features, as the user says it: small frozen objects that are checked
+when they are made, combine, and turn into JSON and back.
 
 Every edit reads the features of the residual as it arrived, and their deltas add up (`deltas.py`);
 so order does not matter, and two edits that set one feature on one token contradict each other.

@@ -1,15 +1,14 @@
-"""Every exception this package raises on purpose, so that one `except SwitchSAEError` catches them
-all.
+"""Every exception this package raises on purpose; one `except SwitchSAEError` catches them all.
 
     SwitchSAEError
-    ├── ConfigError          a configuration that contradicts itself (also a ValueError)
-    ├── HookpointError       a place in the language model that is not there, or is ambiguous (also
-    a LookupError) ├── FeatureIdError       a feature id outside the dictionary (also an IndexError)
-    ├── AttachError          an SAE that does not fit the model or what is already attached (also a
-    RuntimeError) │   ├── WidthError       residual width and SAE width differ (also a ValueError)
-    │   └── BaseModelError   another language model than the SAE was trained on (also a ValueError)
-    ├── EditError            an edit that means nothing or contradicts another (also a ValueError)
-    └── NonFiniteError       NaN or infinity in the residual stream (also an ArithmeticError)
+    ├── ConfigError         a configuration that contradicts itself (and ValueError)
+    ├── HookpointError      a place in the model that is not there, or ambiguous (and LookupError)
+    ├── FeatureIdError      a feature id outside of the dictionary (and IndexError)
+    ├── AttachError         an SAE that does not fit model, place or session (and RuntimeError)
+    │   ├── WidthError      residual width and SAE width differ (and ValueError)
+    │   └── BaseModelError  not the language model the SAE was trained on (and ValueError)
+    ├── EditError           an edit that means nothing, or contradicts another (and ValueError)
+    └── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
 
 Each message says what was asked, what is there, and what to do. An error is raised before anything
 was changed.

@@ -264,7 +264,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Scale every decoder row to length 1, in float32; call it after each optimizer step."""
+        """Scale every decoder row to length 1, in float32; call it after each optimizer step.
+
+        Raises:
+            ConfigError: experts are offloaded, so that what is written to them would be lost.
+        """
+        if any(group.W_dec.device.type == "meta" for group in self.experts):
+            raise ConfigError("offloaded experts can't be changed: load the SAE without offload.")
         for group in self.experts:
             group(
                 lambda g: g.W_dec.div_(g.W_dec.float().norm(dim=-1, keepdim=True).clamp_min_(1e-12))

@@ -3,8 +3,8 @@
     python train.py TRAIN.parquet VALIDATION.parquet --cache CACHE_FOLDER
 
 Harvests the residual stream of SmolLM2-135M-Instruct once (layers after the hookpoint are not run),
-trains from that cache in a plain PyTorch loop, stores the calibration in the checkpoint, measures on
-the validation text, and writes config, weights, metrics, feature descriptions and README beside
+trains from that cache in a plain PyTorch loop, stores the calibration in the checkpoint, measures
+on the validation text, and writes config, weights, metrics, feature descriptions and README beside
 this file. Stages that are done are not done again: a killed harvest goes on where it stopped.
 
 Text files are parquet with a column `text`. The outlier policy (first position of a context and
@@ -36,7 +36,7 @@ class Reached(Exception):
 
 
 def pack(tokenizer, path: Path, limit: int) -> np.ndarray:
-    """Documents one after another, an end-of-text token after each -> [contexts, CONTEXT] uint16."""
+    """Documents, an end-of-text token after each, cut into [contexts, CONTEXT] uint16."""
     texts, ids = pq.read_table(path, columns=["text"])["text"].to_pylist(), []
     for start in range(0, len(texts), 500):
         for document in tokenizer(texts[start : start + 500])["input_ids"]:
@@ -48,8 +48,10 @@ def pack(tokenizer, path: Path, limit: int) -> np.ndarray:
 
 
 def harvest(lm: nn.Module, tokenizer, path: Path, out: Path, limit: int) -> None:
-    """Residual streams of a text file, position 0 left out, as bfloat16 bits beside their tokens."""
-    tokens_file, stream_file, done_file = (out.with_suffix(s) for s in (".tokens.npy", ".resid.npy", ".json"))
+    """Residual streams of a text file, position 0 left out, as bfloat16 bits beside their
+    tokens."""
+    tokens_file, stream_file = out.with_suffix(".tokens.npy"), out.with_suffix(".resid.npy")
+    done_file = out.with_suffix(".json")
     if not tokens_file.exists():
         np.save(tokens_file, pack(tokenizer, path, limit))
     tokens = np.load(tokens_file)
@@ -66,7 +68,8 @@ def harvest(lm: nn.Module, tokenizer, path: Path, out: Path, limit: int) -> None
     with torch.inference_mode(), hook_residual(lm, LAYER, take):
         for start in range(done, len(tokens), 8):
             try:
-                lm(input_ids=torch.from_numpy(tokens[start : start + 8].astype(np.int64)), use_cache=False)
+                ids = torch.from_numpy(tokens[start : start + 8].astype(np.int64))
+                lm(input_ids=ids, use_cache=False)
             except Reached:
                 stream[start : start + 8] = box.pop().contiguous().view(torch.uint16).numpy()
             if start % 800 == 0:
@@ -107,7 +110,8 @@ class Cache:
 
 def train(cache: Cache, sae: SwitchSAE, args: argparse.Namespace, log: Path) -> int:
     """Train in place; returns the number of tokens seen."""
-    sample = cache.rows(np.random.default_rng(0).permutation(cache.contexts)[:200]).reshape(-1, WIDTH)
+    chosen = np.random.default_rng(0).permutation(cache.contexts)[:200]
+    sample = cache.rows(chosen).reshape(-1, WIDTH)
     cache.outlier_norm = 6 * float(sample.norm(dim=-1).median())
     sample = sample[sample.norm(dim=-1) <= cache.outlier_norm]
     with torch.no_grad():
@@ -118,9 +122,12 @@ def train(cache: Cache, sae: SwitchSAE, args: argparse.Namespace, log: Path) -> 
     total = int(cache.contexts * (CONTEXT - 1) * args.epochs / args.batch)
     optimizer = torch.optim.Adam(sae.parameters(), lr=args.lr, fused=True)
     warm, decay = 100, 0.7 * total
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / warm) * min(1.0, max(0.0, (total - i) / (total - decay)))
-    )
+
+    def share(step: int) -> float:
+        """Up over `warm` steps, down to 0 over the last 30 % of them."""
+        return min(1, (step + 1) / warm, max(0.0, (total - step) / (total - decay)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     sae.train()
     started, tokens = time.time(), 0
     for step, x in enumerate(cache.batches(args.batch, args.epochs, args.seed)):
@@ -176,7 +183,8 @@ def measure_stream(sae: SwitchSAE, cache: Cache) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_lm(lm: nn.Module, sae: SwitchSAE, tokens: np.ndarray) -> dict[str, float]:
-    """Next-token loss clean, spliced and mean-ablated, and KL(clean || spliced), in nats per token."""
+    """Next-token loss clean, spliced and mean-ablated, and KL(clean || spliced), in nats per
+    token."""
     mean = sae.b_dec.float() / sae.input_scale
 
     def ablate(residual: Tensor) -> Tensor:
@@ -242,7 +250,8 @@ def describe(sae: SwitchSAE, cache: Cache, tokenizer, contexts: int = 6000) -> d
         context, position = where[0]
         shown = cache.tokens[context, max(0, position - 8) : position + 4].astype(int).tolist()
         example = " ".join(tokenizer.decode(shown).split())
-        table[str(feature)] = {"words": [w for w, _ in words.most_common(4) if w], "example": example}
+        common = [word for word, _ in words.most_common(4) if word]
+        table[str(feature)] = {"words": common, "example": example}
     return table
 
 
@@ -257,8 +266,8 @@ tags: [sparse-autoencoder, sae, switch-sae, mechanistic-interpretability, interp
 ---
 # A Switch SAE of SmolLM2-135M-Instruct
 
-{config[num_features]} features in {config[num_experts]} experts over the residual stream after block
-{layer}, k = {config[k]}. Written by `train.py` in this folder; do not edit by hand.
+{config[num_features]} features in {config[num_experts]} experts over the residual stream after
+block {layer}, k = {config[k]}. Written by `train.py` in this folder; do not edit by hand.
 
 ```python
 from hf_switch_sae import SwitchSAE, Steer
@@ -275,15 +284,17 @@ with sae.attach(lm) as session:
 
 * Base model: the Q4_1 GGUF of SmolLM2-135M-Instruct, dequantised to float32; hookpoint
   `{config[hookpoint]}`.
-* Input: contexts of {context} tokens, documents packed with an end-of-text token after each; the first
-  position and tokens of more than 6 times the median norm ({outlier_norm:.0f}) are left out, in
-  training as in use.
-* FVU is the squared error over the squared deviation from the mean token (0 exact). CE recovered is
-  (mean-ablated - spliced) / (mean-ablated - clean). Dead: never active on the validation tokens.
-* Training: {trained} tokens of English prose, manuals and dictionaries, {command}.
-* Limits: a small model and an archaic, technical corpus (no news, web, chat or code). Activations include
-  the router's probability. Feature descriptions are the words of their strongest activations,
-  nothing more. Steering above a strength of about 1 costs fluency.
+* Input: contexts of {context} tokens, documents packed with an end-of-text token after each. The
+  first position and tokens of more than 6 times the median norm ({outlier_norm:.0f}) are left
+  out, in training as in use.
+* FVU is the squared error over the squared deviation from the mean token (0 exact). CE recovered
+  is (mean-ablated - spliced) / (mean-ablated - clean). Dead: never active on the validation tokens.
+* Training: {trained} tokens of English prose, manuals and dictionaries, several passes over
+  {unique} different ones, by `python train.py TRAIN.parquet VALIDATION.parquet --cache FOLDER`;
+  settings in `layers.15.resid_post/metrics.json`, loss curve in `train_log.jsonl` beside it.
+* Limits: a small model and an archaic, technical corpus (no news, web, chat or code). Activations
+  include the router's probability. Feature descriptions (`features.json`) are the words of their
+  strongest activations, nothing more. Steering above a strength of about 1 costs fluency.
 """
 
 
@@ -292,17 +303,17 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("validation", type=Path)
     parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=9_000_000)
+    parser.add_argument("--tokens", type=int, default=3_686_400)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--features", type=int, default=6144)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="stop early, to try things out")
     parser.add_argument("--out", type=Path, default=SUBFOLDER)
-    parser.add_argument("--no-lm", action="store_true", help="train and measure from the cache alone")
+    parser.add_argument("--no-lm", action="store_true", help="train and measure from the cache")
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     lm, tokenizer = load_demo_lm("package")
@@ -326,14 +337,16 @@ def main() -> None:
     tokens = train(training, sae, args, log)
     metrics = measure_stream(sae, validation)
     print(json.dumps(metrics, indent=2), flush=True)
-    sae.calibrate(training.rows(np.arange(s, s + 16)).reshape(-1, WIDTH) for s in range(0, 4000, 16))
+    starts = range(0, min(4000, training.contexts), 16)
+    sae.calibrate(training.rows(np.arange(s, s + 16)).reshape(-1, WIDTH) for s in starts)
     if not args.no_lm:
         metrics |= measure_lm(lm, sae, validation.tokens[:120])
         print(json.dumps(metrics, indent=2), flush=True)
     sae.config.metrics = {name: round(value, 5) for name, value in metrics.items()}
     sae.to(torch.bfloat16)
     sae.save_pretrained(args.out)
-    facts = {"train_tokens": tokens, "hyperparameters": {k: v for k, v in vars(args).items() if isinstance(v, int | float)}}
+    settings = {name: value for name, value in vars(args).items() if isinstance(value, int | float)}
+    facts = {"train_tokens": tokens, "settings": settings}
     (args.out / "metrics.json").write_text(json.dumps(sae.config.metrics | facts, indent=2) + "\n")
     table = describe(sae, training, tokenizer)
     (args.out / "features.json").write_text(json.dumps(table, ensure_ascii=False, indent=0) + "\n")
@@ -346,7 +359,7 @@ def main() -> None:
         context=CONTEXT,
         outlier_norm=float(sae.outlier_norm),
         trained=f"{tokens:,}",
-        command="the settings are in `metrics.json`",
+        unique=f"{training.contexts * CONTEXT:,}",
     )
     if args.out == SUBFOLDER:
         (HERE / "README.md").write_text(card)
