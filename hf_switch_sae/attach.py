@@ -198,8 +198,8 @@ def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch
         raise AttachError(
             "a batch_topk SAE in training mode selects across the batch: call sae.eval() first."
         )
-    width, wanted = _width(place), sae.config.hidden_size
-    if width is not None and width != wanted:
+    wanted = sae.config.hidden_size
+    if (width := _width(place, wanted)) is not None:
         raise WidthError(
             f"the residual stream of {type(root).__name__} at {place.name} is {width} wide; the "
             f"SAE reads {wanted}."
@@ -208,24 +208,21 @@ def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch
         check_base_model(root, sae.config.base_model, sae.config.base_model_fingerprint)
 
 
-def _width(place: Hookpoint) -> int | None:
-    """Width of the stream at a block, where its norms and its config agree on it; else the first
-    forward tells."""
+def _width(place: Hookpoint, wanted: int) -> int | None:
+    """The width of a block's stream if it can't be `wanted`; None if it can, or a forward tells.
+
+    Blocks of one stream hold norms of its width. A stream of several lanes is wider than its config
+    says, and then so is a norm.
+    """
     if place.blocks is None or place.module not in place.blocks.blocks:
         return None
     config: Any = getattr(place.blocks.owner, "config", None)
-    config = (
-        config.get_text_config()
-        if place.blocks.decoding and hasattr(config, "get_text_config")
-        else config
-    )
+    if place.blocks.decoding and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     width = getattr(config, "hidden_size", None)
-    norms = {
-        p.shape[0]
-        for name, p in place.module.named_parameters()
-        if p.ndim == 1 and "norm" in name.lower()
-    }
-    return width if isinstance(width, int) and width in norms and len(norms) == 1 else None
+    parameters = place.module.named_parameters()
+    norms = {p.shape[0] for name, p in parameters if p.ndim == 1 and name.endswith("weight")}
+    return width if width in norms and wanted not in norms else None
 
 
 class _Board:

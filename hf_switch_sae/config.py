@@ -178,15 +178,11 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return result
 
     def _take_alias(self, alias: str, name: str, value: Any) -> None:
-        default, before = (
-            next(f.default for f in fields(self) if f.name == name),
-            getattr(self, name),
-        )
+        before = getattr(self, name)
+        default = next(field.default for field in fields(self) if field.name == name)
         setattr(self, name, value)
         if before not in (default, value):
-            raise ConfigError(
-                f"{alias} is another name of {name}; {value} and {before} contradict."
-            )
+            raise ConfigError(f"{alias}={value} contradicts {name}={before}: they are one field.")
 
     def validate_numbers(self) -> None:
         """Sizes are positive, features divide into experts, a token's experts exist and hold k

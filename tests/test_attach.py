@@ -396,10 +396,21 @@ def test_a_model_without_blocks_is_refused():
     assert tiny.traces(model) == tiny.traces(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "bloom", "mamba"])
+def test_a_wrong_width_is_refused_before_the_model_runs_in_every_family(family):
+    lm = getattr(tiny, family)()
+    before = tiny.traces(lm)
+    with pytest.raises(WidthError, match="wide; the SAE reads 16"):
+        wrong_width(lm).attach(lm, at=1)
+    assert tiny.traces(lm) == before
+
+
 def test_a_width_known_only_when_the_model_runs_is_refused_there():
     lm = tiny.gpt2()
     before, clean = tiny.traces(lm), logits(lm)
-    with wrong_width(lm).attach(lm, at=2), pytest.raises(WidthError, match="is 32 wide; the SAE"):
+    sae = wrong_width(lm)
+    mlp = "transformer.h.2.mlp"  # no block, so its width is not that of the blocks' norms
+    with sae.attach(lm, at=mlp), pytest.raises(WidthError, match="is 32 wide; the SAE"):
         logits(lm)
     assert tiny.traces(lm) == before
     assert torch.equal(logits(lm), clean)

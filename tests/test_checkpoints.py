@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel
 
-from hf_switch_sae import SwitchSAE, SwitchSAEConfig
+from hf_switch_sae import ConfigError, SwitchSAE, SwitchSAEConfig
 
 GROUPS = pytest.mark.parametrize("groups", [1, 2, "each"], ids="groups_{}".format)
 
@@ -164,6 +164,9 @@ def test_experts_may_lie_on_disk_and_nothing_is_different(tmp_path, kind, memory
     torch.testing.assert_close(far(x).reconstruction, sae(x).reconstruction)
     torch.testing.assert_close(far.decode(sae.encode(x)), sae.decode(sae.encode(x)))
     torch.testing.assert_close(far.decoder_rows([0, 23]), sae.decoder_rows([0, 23]))
+    if "disk" in places:
+        with pytest.raises(ConfigError, match="offloaded experts can't be changed"):
+            far.normalize_decoder()
     assert lie == {"disk" if p.is_meta else "cpu" for p in far.experts.parameters()}
     for name in ("W_enc", "W_dec", "b_enc"):
         torch.testing.assert_close(getattr(far, name), getattr(sae, name), atol=0, rtol=0)

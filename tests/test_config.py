@@ -157,3 +157,9 @@ def test_from_pretrained_takes_fields_as_keywords_and_refuses_slips(tmp_path):
     assert SwitchSAEConfig.from_pretrained(tmp_path, k=2).k == 2
     with pytest.raises(ConfigError, match="k=9 is outside"):
         SwitchSAEConfig.from_pretrained(tmp_path, k=9)
+
+
+def test_a_field_given_under_both_of_its_names_must_agree_with_itself():
+    assert SwitchSAEConfig(hidden_size=64, d_in=64).hidden_size == 64
+    with pytest.raises(ConfigError, match="d_in=32 contradicts hidden_size=64"):
+        SwitchSAEConfig(hidden_size=64, d_in=32)
