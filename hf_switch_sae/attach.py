@@ -167,6 +167,12 @@ def status(lm: nn.Module) -> list[AttachedSAE]:
 def _places(
     root: nn.Module, saes: SwitchSAE | Mapping[int | str, SwitchSAE], at: int | str | None
 ) -> list[tuple[SwitchSAE, Hookpoint]]:
+    for sae in saes.values() if isinstance(saes, Mapping) else (saes,):
+        if not isinstance(sae, SwitchSAE):
+            raise AttachError(
+                f"attach takes a SwitchSAE, or {{place: SwitchSAE}}; got {type(sae).__name__}. "
+                "Of a compiled or wrapped SAE, pass the SwitchSAE inside."
+            )
     if isinstance(saes, Mapping):
         if at is not None:
             raise AttachError(
@@ -184,8 +190,6 @@ def _places(
 
 
 def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch: bool) -> None:
-    if not isinstance(sae, SwitchSAE):
-        raise AttachError(f"attach takes a SwitchSAE; got {type(sae).__name__}.")
     if not sae.dtype.is_floating_point or sae.dtype.itemsize < 2:
         raise AttachError(
             f"the SAE's weights are {sae.dtype}; load it as float32, bfloat16 or float16."
@@ -339,11 +343,14 @@ class _Board:
             raise HookpointError(
                 f"what {place.path} returns is {stream.dtype}, not a residual stream."
             )
-        layout = Layout(stream, taps[0][1].sae.config.hidden_size, self._is_sequence_first(place))
-        x = layout.rows
         decoding = place.blocks is None or place.blocks.decoding
+        width = taps[0][1].sae.config.hidden_size
+        of_text = place.blocks is not None and decoding
+        layout = Layout(stream, width, self._is_sequence_first(place), of_text)
+        x = layout.rows
         call = self._call(place, decoding) if layout.has_rows else None
-        tokens = Tokens.of(x, call, self.flow.generation, decoding)
+        generation = None if call is None else self.flow.generation
+        tokens = Tokens.of(x[:, :: layout.lanes], call, generation, decoding).lanes(layout.lanes)
         changes = [tap.pass_by(x, tokens, self.flow.read_only) for _, tap in taps]
         wanted = [change for change in changes if change is not None]
         if not wanted:
@@ -449,9 +456,8 @@ class _Owner:
 
 
 def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
-    """What `generate` was given: rows, and columns of the prompt where they can be told before it
-    runs."""
-    given = {**kwargs, **({"inputs": args[0]} if args else {})}
+    """What `generate` was given: rows, and the prompt's columns where they can be told before."""
+    given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
     # A row of a text may have several images, or parts of them, so what is text comes first.
     named = [given.get(name) for name in ("inputs_embeds", "input_ids", "inputs", "attention_mask")]
     encoded = (given.get("encoder_outputs") or [None])[0]
@@ -465,7 +471,8 @@ def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         prompt.ndim == 2 or (prompt.ndim == 3 and prompt is given.get("inputs_embeds"))
     )
     columns = prompt.shape[1] if is_text and prompt is not None else None
-    options = (given, vars(given.get("generation_config") or object))
+    defaults = given.get("generation_config") or getattr(root, "generation_config", None)
+    options = (given, vars(defaults) if defaults is not None else {})
     drafted = any(each.get(name) for each in options for name in _DRAFTS)
     if is_pair:  # `generate` may put a start token in front, which the first forward shows
         columns = 1 if drafted and prompt is None else None

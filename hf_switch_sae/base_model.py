@@ -25,7 +25,7 @@ from hf_switch_sae.errors import BaseModelError
 from hf_switch_sae.hookpoints import unwrap
 
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-_NUM_WEIGHTS, _NUM_ENTRIES = 12, 8
+_MAX_WEIGHTS, _NUM_ENTRIES = 48, 8
 # bfloat16 rounds by up to 2**-9 of a value; two different roundings of it can differ by twice that.
 _TOLERANCE = 2**-8
 
@@ -158,11 +158,21 @@ def _reader(base: nn.Module, name: str, weight: Tensor) -> Callable[[], Tensor] 
 
 
 def _sampled(weights: list[_Weight]) -> dict[str, list[float]]:
-    # Matrices only: norms are often left alone by a fine-tune. Evenly over the names, so over kinds
-    # and layers.
+    """Entries of the first, middle and last matrix of each kind.
+
+    Of each kind, as a fine-tune may leave some alone; matrices, as norms mostly are left alone.
+    """
     matrices = [weight for weight in weights if weight.parameter.ndim >= 2] or weights
-    step = max(1, len(matrices) // _NUM_WEIGHTS)
-    return {weight.name: weight.entries().tolist() for weight in matrices[::step][:_NUM_WEIGHTS]}
+    kinds: dict[str, list[_Weight]] = {}
+    for weight in matrices:
+        kinds.setdefault(re.sub(r"\d+", "*", weight.name), []).append(weight)
+    chosen = [
+        layers[at]
+        for layers in kinds.values()
+        for at in sorted({0, len(layers) // 2, -1 % len(layers)})
+    ]
+    step = -(-len(chosen) // _MAX_WEIGHTS)
+    return {weight.name: weight.entries().tolist() for weight in chosen[::step]}
 
 
 def _text_config(model: nn.Module) -> Any:

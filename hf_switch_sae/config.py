@@ -56,6 +56,12 @@ def _with_plain_errors(cls: _Config) -> _Config:
     def plain(method: Callable[..., None]) -> Callable[..., None]:
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> None:
+            for alias, name in cls.attribute_map.items():
+                if kwargs.get(alias, kwargs.get(name)) != kwargs.get(name, kwargs.get(alias)):
+                    raise ConfigError(
+                        f"{alias}={kwargs[alias]} contradicts {name}={kwargs[name]}: they are one "
+                        "field."
+                    )
             try:
                 method(self, *args, **kwargs)
             except StrictDataclassError as err:
@@ -166,7 +172,7 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 raise ConfigError(f"SwitchSAEConfig has no field {name!r}; {hint}")
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
-                self._take_alias(alias, name, kwargs.pop(alias))
+                setattr(self, name, kwargs.pop(alias))
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -176,13 +182,6 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
-
-    def _take_alias(self, alias: str, name: str, value: Any) -> None:
-        before = getattr(self, name)
-        default = next(field.default for field in fields(self) if field.name == name)
-        setattr(self, name, value)
-        if before not in (default, value):
-            raise ConfigError(f"{alias}={value} contradicts {name}={before}: they are one field.")
 
     def validate_numbers(self) -> None:
         """Sizes are positive, features divide into experts, a token's experts exist and hold k

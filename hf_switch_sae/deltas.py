@@ -130,11 +130,8 @@ class _Part:
         """[B, T, d] or [d], before the scope is applied."""
         edit = self.edit
         if isinstance(edit, Steer):
-            return (
-                (self._amounts(edit.strength)[:, None] * self.rows)
-                .sum(0)[None, None]
-                .expand(*tokens.position.shape, -1)
-            )
+            along = (self._amounts(edit.strength)[:, None] * self.rows).sum(0)
+            return along.expand(*tokens.position.shape, -1)
         assert features is not None
         if isinstance(edit, Patch):
             source = _aligned(edit.source.to(features.device, features.dtype), tokens)
@@ -145,6 +142,7 @@ class _Part:
             wanted = self._amounts(edit.value) - features.select(self.ids)
         else:
             factor = edit.factor if isinstance(edit, Scale) else 0.0
+            factor = factor.to(features.device) if isinstance(factor, Tensor) else factor
             wanted = (factor - 1) * features.select(self.ids)
         return wanted.to(self.rows.dtype) @ self.rows
 

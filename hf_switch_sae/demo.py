@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from hf_switch_sae.session import Session
 LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RELEASE = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-switch-sae"
 SAE = RELEASE / "layers.15.resid_post"
-RECIPE = RELEASE / "demo_recipe.json"
+RECIPE = "demo_recipe.json"
 PROMPT = "Tell me about your day."
 _TEXT = (
     "The committee met on Tuesday to discuss the new library. Several members thought that the "
@@ -100,9 +101,12 @@ def run_demo(
         console: where to print.
 
     Raises:
-        SwitchSAEError: the SAE does not fit the model, or something needed is not installed.
+        SwitchSAEError: no SAE there, one that does not fit the model, no recipe beside it and no
+            feature named, or something needed is not installed.
     """
     console = console or Console()
+    if not Path(sae).exists() and (sae == SAE or str(sae).count("/") != 1):
+        raise SwitchSAEError(f"there is no SAE at {sae}: run from a clone, or name one with --sae.")
     with console.status(f"loading {LM}"):
         lm, tokenizer = load_demo_lm()
     switch_sae = SwitchSAE.from_pretrained(sae)
@@ -122,7 +126,7 @@ def run_demo(
             session,
             prompt,
             words,
-            _edits(feature, strength),
+            _edits(Path(sae), feature, strength),
             max_new_tokens,
         )
     console.print("Detached: the model computes bit for bit what it did before.", style="dim")
@@ -137,13 +141,14 @@ def _words(folder: Path) -> dict[int, str]:
     return {int(feature): ", ".join(entry["words"][:3]) for feature, entry in table.items()}
 
 
-def _edits(feature: int | None, strength: float | None) -> tuple[Steer, ...]:
+def _edits(sae: Path, feature: int | None, strength: float | None) -> tuple[Steer, ...]:
     if feature is not None:
         return (Steer(feature, 1.0 if strength is None else strength),)
-    edits = [edit for edit in Recipe.load(RECIPE).edits if isinstance(edit, Steer)]
-    if strength is None:
-        return tuple(edits)
-    return tuple(Steer(edit.features, strength, positions=edit.positions) for edit in edits)
+    file = sae.parent / RECIPE
+    if not file.exists():
+        raise SwitchSAEError(f"there is no {RECIPE} beside {sae}: name the feature to steer along.")
+    edits = [edit for edit in Recipe.load(file).edits if isinstance(edit, Steer)]
+    return tuple(edits if strength is None else (replace(e, strength=strength) for e in edits))
 
 
 def _ids(edit: Steer) -> tuple[int, ...]:

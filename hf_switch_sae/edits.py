@@ -230,23 +230,17 @@ def _shared(one: Edit, other: Edit) -> str:
 def _may_overlap(one: Edit, other: Edit) -> bool:
     if one.rows is not None and other.rows is not None and not set(one.rows) & set(other.rows):  # type: ignore[arg-type]
         return False
-    if {one.positions, other.positions} == {"prompt", "generated"} if _named(one, other) else False:
-        return False
+    if isinstance(one.positions, str) and isinstance(other.positions, str):
+        return {one.positions, other.positions} != {"prompt", "generated"}
     here, there = _listed(one.positions), _listed(other.positions)
     if isinstance(here, range) and isinstance(there, range):
-        longer, shorter = sorted((here, there), key=len, reverse=True)
-        return any(at in longer for at in shorter)
+        first = max(here.start, there.start)
+        last = min(here.stop, there.stop, first + math.lcm(here.step, there.step))
+        return any(at in here and at in there for at in range(first, last))
     if here is not None and there is not None:
-        return (
-            any(at in there for at in here)
-            if not isinstance(here, range)
-            else any(at in here for at in there)
-        )
+        some, others = (there, here) if isinstance(here, range) else (here, there)
+        return any(at in others for at in some)
     return True
-
-
-def _named(one: Edit, other: Edit) -> bool:
-    return isinstance(one.positions, str) and isinstance(other.positions, str)
 
 
 def _listed(positions: Positions) -> range | tuple[int, ...] | None:
@@ -270,6 +264,7 @@ def _ints(value: int | Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
         with suppress(TypeError):  # not one, so several
             items = (operator.index(items),)
     try:
+        items = tuple(items)
         ints = tuple(int(item) for item in items if int(item) == item)
     except (TypeError, ValueError):
         raise EditError(f"{name} takes an int or several; got {value!r}.") from None
@@ -318,6 +313,8 @@ def _amount(name: str, amount: Any) -> float | Tensor:
     if isinstance(amount, Tensor):
         if amount.numel() != 1:
             raise EditError(f"{name} is one number; got a tensor of shape {list(amount.shape)}.")
+        if not bool(amount.isfinite()):
+            raise EditError(f"{name} must be a finite number; got {amount!r}.")
         return amount
     try:
         finite = math.isfinite(amount)  # numpy's numbers too

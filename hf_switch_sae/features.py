@@ -123,7 +123,10 @@ class SparseFeatures:
         acts = torch.cat(
             [torch.nn.functional.pad(part.acts, (0, k - part.k)) for part in parts], dim
         )
-        ids = torch.cat([torch.nn.functional.pad(part.ids, (0, k - part.k)) for part in parts], dim)
+        # an empty slot repeats the token's first id, so that it still names its own expert
+        ids = torch.cat(
+            [torch.cat([p.ids, p.ids[..., :1].expand(*p.shape, k - p.k)], -1) for p in parts], dim
+        )
         return SparseFeatures(acts, ids, widths.pop())
 
     def select(self, feature_ids: int | Sequence[int] | Tensor) -> Tensor:
@@ -135,8 +138,8 @@ class SparseFeatures:
         Raises:
             FeatureIdError: an id outside 0 to num_features - 1.
         """
-        if isinstance(feature_ids, int):
-            return self.select([feature_ids])[..., 0]
+        if not isinstance(feature_ids, Tensor) and hasattr(feature_ids, "__index__"):
+            return self.select([int(feature_ids)])[..., 0]
         wanted = check_feature_ids(feature_ids, self.num_features).to(self.device)
         columns = [
             torch.where(self.ids == feature, self.acts, torch.zeros_like(self.acts)).sum(-1)

@@ -234,6 +234,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         place = resolve(lm, at)
         known = {"hookpoint": place.name, **base_model_fields(lm)}
+        if place.blocks is not None and not place.blocks.decoding:  # a tower has a width of its own
+            own = getattr(getattr(place.blocks.owner, "config", None), "hidden_size", None)
+            known["hidden_size"] = own or known.get("hidden_size")
         return cls(SwitchSAEConfig(**{**known, **config}))
 
     @property
@@ -330,6 +333,10 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         Raises:
             WidthError: the last dimension is not `hidden_size`.
         """
+        if attention_mask is not None:
+            # masked tokens may be nan, and nan times no gradient would still be nan
+            void = ~attention_mask.to(hidden_states.device).bool()[..., None]
+            hidden_states = hidden_states.where(~void | hidden_states.isfinite(), 0)
         features, logits, expert_ids = self._encode(hidden_states)
         reconstruction = self.decode(features)
         x = hidden_states.reshape(-1, self.config.hidden_size).to(self.device, torch.float32)
@@ -370,8 +377,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                 f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
             )
         x = hidden_states.reshape(-1, config.hidden_size).to(self.device)
+        outlier = self.is_outlier(x)[:, None]
+        x = x.where(~outlier, 0)
         logits, expert_ids, gates = self._route(x)
-        z = (x - self._bias() if config.subtract_b_dec else x).to(self.dtype)
+        z = x - self._bias() if config.subtract_b_dec else x
+        z = z.where(~outlier, 0).to(self.dtype)  # or it would take from a batch_topk's budget
         in_batch = config.activation == "batch_topk" and self.training
         acts, ids = self.experts.encode(
             z,
@@ -382,7 +392,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             in_batch,
             self.input_scale,
         )
-        acts = torch.where(self.is_outlier(x)[:, None], 0, acts)  # not a product: inf * 0 is nan
+        acts = acts.where(~outlier, 0)  # a bias may still have made it active
         features = SparseFeatures(acts, ids, config.num_features).reshape(*hidden_states.shape[:-1])
         return features, logits, expert_ids
 
@@ -434,32 +444,34 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         when all batches have been read.
 
         Args:
-            batches: residual streams [..., hidden_size] of the language model, without special and
-                outlier tokens.
+            batches: residual streams [..., hidden_size] of the language model; outliers (see
+                `outlier_norm`) are left out. For a batch_topk SAE they are read twice, so all are
+                held in memory.
 
         Raises:
             ValueError: no tokens at all.
             WidthError: the last dimension is not `hidden_size`.
         """
         found = RunningStatistics(self.config.num_features, self.device)
-        batches = self._with_threshold(batches)
-        with self._in_mode(training=False):
+        batches = (batch[~self.is_outlier(batch)] for batch in batches)
+        with self._in_mode(training=False), self._restored_on_error():
+            if self.config.activation == "batch_topk":
+                batches = list(batches)
+                self._set_threshold(batches)
             for batch in batches:
                 found.add(self.encode(batch), batch)
-        if not found.tokens:
-            raise ValueError(
-                "calibrate() got no tokens: give at least one batch of the residual stream."
-            )
+            if not found.tokens:
+                raise ValueError(
+                    "calibrate() got no tokens: give at least one batch of the residual stream."
+                )
         self.feature_max.copy_(found.maximum)
         self.feature_rate.copy_(found.rate())
         self.residual_norm.copy_(found.median_norm())
         self.statistics_tokens.fill_(found.tokens)
 
-    def _with_threshold(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
-        """For batch_topk: set the threshold to the mean border of the batches first."""
-        if self.config.activation != "batch_topk":
-            return batches
-        batches, borders = list(batches), []
+    def _set_threshold(self, batches: Iterable[Tensor]) -> None:
+        """batch_topk: the mean of the batches' borders."""
+        borders = []
         with self._in_mode(training=True):
             for batch in batches:
                 acts = self.encode(batch).acts
@@ -467,7 +479,16 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                     borders.append(acts[acts > 0].amin().float() * self.input_scale)
         if borders:
             self.threshold.fill_(torch.stack(borders).mean())
-        return batches
+
+    @contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        before = self.threshold.clone() if self.config.activation == "batch_topk" else None
+        try:
+            yield
+        except BaseException:
+            if before is not None:
+                self.threshold.copy_(before)
+            raise
 
     @contextmanager
     def _in_mode(self, training: bool) -> Iterator[None]:

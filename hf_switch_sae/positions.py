@@ -92,6 +92,13 @@ class Tokens:
         """[B, T] bool: not padding."""
         return self.position >= 0
 
+    def lanes(self, count: int) -> Tokens:
+        """The same where each token has `count` vectors, one after another: [B, T * count]."""
+        if count == 1:
+            return self
+        position = self.position.repeat_interleave(count, 1)
+        return Tokens(position, self.prompt.repeat_interleave(count, 1), self.row)
+
     @classmethod
     def of(
         cls, x: Tensor, call: Call | None, generation: Generation | None, decoding: bool

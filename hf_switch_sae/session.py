@@ -12,6 +12,7 @@ Beware The stream is copied when it comes by (models add to it in place) and enc
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -76,9 +77,11 @@ class Tap:
         )
         if self.splice:
             assert features is not None
+            inputs = tokens.real & ~self.sae.is_outlier(x)
             spliced = self.sae.decode(features).float() - x.to(self.sae.device).float()
+            spliced = spliced.where(inputs.to(spliced.device)[..., None], 0)
             delta = spliced if delta is None else delta.float() + spliced
-            edited = tokens.real
+            edited = edited | inputs
         assert delta is not None
         return delta, edited
 
@@ -87,8 +90,7 @@ class Tap:
         if self.last is None:
             raise HookpointError(
                 f"no forward pass has reached {self.place.name} since the SAE was attached: run "
-                "the model first (in "
-                "this thread, unless the session was opened in the main one)."
+                "the model first (in this thread, unless the session was opened in the main one)."
             )
         return self.last
 
@@ -102,11 +104,11 @@ class Tap:
             wrong = (~torch.isfinite(x)).any(-1) & tokens.real
             if wrong.any():
                 row, at = (int(i) for i in wrong.nonzero()[0])
+                position = int(tokens.position[row, at])
                 raise NonFiniteError(
                     f"the residual stream at {self.place.name} holds NaN or infinity, first in "
-                    f"row {row}, position "
-                    f"{int(tokens.position[row, at])}: the model's own numbers broke before the "
-                    "SAE saw them (dtype?)."
+                    f"row {row}, position {position}: the model's own numbers broke before the SAE "
+                    "saw them (dtype?)."
                 )
 
 
@@ -288,23 +290,30 @@ class Session:
         """Run the model once, without any session's edits, and compare FVU and L0 on these tokens
         with the card's figures.
 
-        Padding and tokens of more than 6 times the median norm (attention sinks) are left out.
+        Padding and outliers (above the SAE's `outlier_norm`; if it has none, of more than 6 times
+        the median norm) are left out.
 
         Args:
             inputs: keyword arguments of the model's forward; a few hundred tokens of ordinary text.
             at: the hookpoint, needed only if the session has several.
 
         Raises:
+            AttachError: the session is detached.
+            HookpointError: several hookpoints and none named, or the forward did not pass by.
             ValueError: fewer than two tokens to measure on.
         """
+        if not self.attached:
+            raise AttachError("this session is detached, so nothing would come by; attach again.")
         tap = self._tap(at)
         tap.last = None
         with self.without_edits():
             self.lm(**inputs)
         passed = tap.last_passed()
         x = passed.stream[passed.tokens.real].float()
-        norms = x.norm(dim=-1)
-        ordinary = norms <= _OUTLIER_NORM * norms.median() if len(x) else norms > 0
+        ordinary = ~tap.sae.is_outlier(x)
+        if len(x) and not math.isfinite(tap.sae.outlier_norm):  # none recorded
+            norms = x.norm(dim=-1)
+            ordinary = norms <= _OUTLIER_NORM * norms.median()
         if int(ordinary.sum()) < 2:
             raise ValueError(
                 "preflight needs at least two ordinary tokens; give it a few hundred of real text."

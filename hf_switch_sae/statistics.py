@@ -17,7 +17,7 @@ class RunningStatistics:
         self.tokens = 0
         self.maximum = torch.zeros(num_features, device=device)
         """[num_features], largest activation, in the LM's own units."""
-        self._fired = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self._fired = torch.zeros(num_features, dtype=torch.int64, device=device)
         self._norms: list[Tensor] = []
 
     def add(self, features: SparseFeatures, hidden_states: Tensor) -> None:
@@ -25,7 +25,7 @@ class RunningStatistics:
         flat = features.reshape(-1).to(self.maximum.device, torch.float32)
         ids, acts = flat.ids.flatten(), flat.acts.flatten()
         self.maximum.scatter_reduce_(0, ids, acts, "amax")
-        self._fired.index_add_(0, ids, (acts > 0).double())
+        self._fired.index_add_(0, ids, (acts > 0).long())
         self._norms.append(hidden_states.float().norm(dim=-1).flatten().cpu())
         self.tokens += len(flat)
 

@@ -23,18 +23,21 @@ class Layout:
         stream: [B, T, d], [tokens, d], [B, H, W, d], [B, d, H, W] or [T, B, d].
         width: d, which tells [B, d, H, W] from [B, H, W, d].
         sequence_first: the stream is [T, B, d].
+        of_text: the stream is a text's, so that four dimensions are [B, T, lanes, d].
 
     Raises:
         HookpointError: fewer than two dimensions.
     """
 
-    def __init__(self, stream: Tensor, width: int, sequence_first: bool) -> None:
+    def __init__(self, stream: Tensor, width: int, sequence_first: bool, of_text: bool) -> None:
         # convolutional stages are [batch, d, height, width]
         self._channels_first = (
             stream.ndim == 4 and stream.shape[-1] != width and stream.shape[1] == width
         )
         self._sequence_first = sequence_first and stream.ndim == 3
-        self.has_rows = stream.ndim == 3
+        self.lanes = stream.shape[2] if stream.ndim == 4 and of_text else 1
+        """Vectors that one token has in the stream, one after another in `rows`."""
+        self.has_rows = stream.ndim == 3 or self.lanes > 1
         """Whether batch and sequence are the model's own, so that its mask speaks of them."""
         x = stream.movedim(1, -1) if self._channels_first else stream
         x = x.transpose(0, 1) if self._sequence_first else x

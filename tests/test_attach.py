@@ -1045,3 +1045,39 @@ def test_an_sae_saved_and_loaded_edits_the_same(lm, sae, tmp_path: Path):
             session.edit(Steer(5, 3), Clamp([7], 2, unit="norm"), Scale([1, 2], -3))
             seen.append(logits(lm))
     assert torch.equal(*seen)
+
+
+def test_a_splice_leaves_outliers_as_they_are(lm):
+    sae = tiny.sae_for(lm)
+    inputs = tiny.padded(tiny.prompts(5))
+    seen: list[Tensor] = []
+    with hook_residual(lm, 2, seen.append), torch.no_grad():
+        lm(**inputs)
+    norms = seen[0].norm(dim=-1)
+    sae.outlier_norm.fill_(float(norms[0].sort().values[-2:].mean()))  # the longest one is over it
+    spliced: list[Tensor] = []
+
+    with sae.attach(lm, at=2, splice=True), torch.no_grad():
+        lm(**inputs)
+        with hook_residual(lm, "layers.3.resid_pre", spliced.append):
+            lm(**inputs)
+
+    outlier = sae.is_outlier(seen[0])
+    assert int(outlier.sum()) == 1
+    assert torch.equal(spliced[0][outlier], seen[0][outlier])
+    assert not torch.isclose(spliced[0][~outlier], seen[0][~outlier]).all()
+
+
+@pytest.mark.parametrize("what", ["x", [1], torch.nn.Linear(2, 2), None])
+def test_what_is_no_sae_is_refused_by_name(lm, what):
+    with pytest.raises(AttachError, match=f"got {type(what).__name__}"):
+        attach(lm, what, at=1)
+    with pytest.raises(AttachError, match=f"got {type(what).__name__}"):
+        attach(lm, {1: what})
+
+
+def test_preflight_of_a_detached_session_says_so(lm):
+    session = tiny.sae_for(lm).attach(lm, at=2)
+    session.detach()
+    with pytest.raises(AttachError, match="detached"):
+        session.preflight(tiny.padded(tiny.prompts(5)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 
@@ -39,7 +40,7 @@ def test_a_fingerprint_is_json_of_a_few_numbers(kind):
     assert len(text) < 5000
     assert found["hidden_size"] == 32
     assert found["model_type"] == ("gemma3_text" if kind == "gemma3" else kind)
-    assert 4 <= len(found["weights"]) <= 12
+    assert 4 <= len(found["weights"]) <= 48
 
 
 @pytest.mark.parametrize("head", [AutoModel, AutoModelForCausalLM])
@@ -166,3 +167,19 @@ def test_a_folder_is_no_name(tmp_path, lm):
     assert base_model_fields(loaded)["base_model"] is None
     loaded.config._name_or_path = "org/name"
     assert base_model_fields(loaded)["base_model"] == "org/name"
+
+
+@pytest.mark.parametrize("layers", [4, 12, 24])
+def test_every_kind_of_matrix_is_sampled_so_a_tuned_mlp_is_told_apart(layers):
+    lm = tiny.llama(num_hidden_layers=layers)
+    taken = fingerprint(lm)
+
+    kinds = {re.sub(r"[0-9]+", "*", name) for name in taken["weights"]}
+    assert {"down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"} <= {
+        name.split(".")[-2] for name in kinds
+    }
+    with torch.no_grad():
+        for block in lm.model.layers:
+            block.mlp.up_proj.weight.mul_(1.05)
+    with pytest.raises(BaseModelError, match="up_proj"):
+        check_base_model(lm, None, taken)

@@ -38,8 +38,8 @@ def tiny(**fields):
         ({"num_experts": True}, "'num_experts' expected int, got bool"),
         ({"encoder_bias": 1}, "'encoder_bias' expected bool, got int"),
         ({"hookpoint": 3}, "'hookpoint'"),
-        ({"d_in": "wide"}, "'hidden_size' expected int, got str"),
-        ({"d_sae": "wide"}, "'num_features' expected int, got str"),
+        ({"d_in": "wide"}, "d_in=wide contradicts hidden_size=16"),
+        ({"d_sae": "wide"}, "d_sae=wide contradicts num_features=32"),
         ({"num_expert": 8}, "no field 'num_expert'; did you mean 'num_experts'"),
         ({"d_inn": 8}, "no field 'd_inn'; did you mean 'd_in'"),
         ({"zebra": 1}, "no field 'zebra'; if a newer version wrote it, update"),
@@ -163,3 +163,8 @@ def test_a_field_given_under_both_of_its_names_must_agree_with_itself():
     assert SwitchSAEConfig(hidden_size=64, d_in=64).hidden_size == 64
     with pytest.raises(ConfigError, match="d_in=32 contradicts hidden_size=64"):
         SwitchSAEConfig(hidden_size=64, d_in=32)
+
+
+def test_an_alias_is_checked_for_its_type_too():
+    with pytest.raises(ConfigError, match="'hidden_size' expected int, got str"):
+        SwitchSAEConfig(d_in="wide")

@@ -351,3 +351,10 @@ def test_a_contradiction_does_not_depend_on_the_order(some):
         return False
 
     assert refused(some) == refused(some[::-1])
+
+
+def test_open_slices_that_never_meet_are_no_conflict_and_are_told_at_once():
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    check_conflicts([Scale(1, 2.0, positions=even), Ablate(1, positions=odd)])
+    with pytest.raises(EditError, match="feature 1 is set by both"):
+        check_conflicts([Scale(1, 2.0, positions=even), Ablate(1, positions=slice(999, None, 3))])

@@ -418,3 +418,41 @@ def test_for_lm_fills_in_width_place_and_identity():
         SwitchSAE.for_lm(lm, 2)
     with pytest.raises(ConfigError, match="num_expert"):
         SwitchSAE.for_lm(lm, 1, num_expert=4)
+
+
+def test_nan_in_masked_tokens_gives_the_gradients_of_the_other_tokens():
+    sae, x = make("switch"), rows()
+    mask = torch.ones(len(x))
+    mask[1] = 0
+    broken = x.clone()
+    broken[1] = torch.nan
+
+    sae(broken, attention_mask=mask).loss.backward()
+    found = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    sae(x, attention_mask=mask).loss.backward()
+
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+
+
+def test_outliers_take_nothing_of_a_batch_topk_budget():
+    sae, x = make("batch_topk").train(), rows()
+    alone = int((sae.encode(x).acts > 0).sum())
+    sae.outlier_norm.fill_(2 * float(x.norm(dim=-1).max()))
+
+    both = sae.encode(torch.cat([x, 50 * x[:3]]))
+
+    assert int((both.acts[-3:] > 0).sum()) == 0
+    assert int((both.acts > 0).sum()) >= alone
+
+
+def test_a_calibration_that_fails_leaves_the_threshold_as_it_was():
+    sae, x = make("batch_topk"), rows()
+    before = sae.threshold.clone()
+
+    with pytest.raises(WidthError):
+        sae.calibrate([x, x[:, :-1]])
+
+    assert torch.equal(sae.threshold, before)
+    assert int(sae.statistics_tokens) == 0

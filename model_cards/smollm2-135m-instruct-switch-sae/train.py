@@ -38,9 +38,10 @@ class Reached(Exception):
 def pack(tokenizer, path: Path, limit: int) -> np.ndarray:
     """Documents, an end-of-text token after each, cut into [contexts, CONTEXT] uint16."""
     texts, ids = pq.read_table(path, columns=["text"])["text"].to_pylist(), []
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     for start in range(0, len(texts), 500):
         for document in tokenizer(texts[start : start + 500])["input_ids"]:
-            ids += [*document, 0]
+            ids += [*document, end]
         if len(ids) >= limit:
             break
     count = min(len(ids), limit) // CONTEXT
