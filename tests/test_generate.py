@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import zoo
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -33,7 +34,9 @@ from hf_switch_sae import (
     SparseFeatures,
     Steer,
     SwitchSAE,
+    SwitchSAEConfig,
     attach,
+    hook_residual,
 )
 from hf_switch_sae.edits import Edit
 
@@ -1001,3 +1004,55 @@ def test_edits_from_the_main_thread_while_a_worker_generates_break_nothing():
         stop.set()
         worker.join(60)
     assert errors == []
+
+
+def test_positions_count_tokens_where_each_has_several_lanes_in_the_stream():
+    entry = next(entry for entry in zoo.ENTRIES if entry.model_type == "deepseek_v4")
+    lm, inputs = entry.build()
+    length, seen = inputs["input_ids"].shape[1], []
+    with hook_residual(lm, 1, lambda stream: seen.append(stream.shape)):
+        lm(**inputs)
+    lanes = seen[0][2]
+    sae = SwitchSAE(SwitchSAEConfig(hidden_size=seen[0][-1], num_features=16, num_experts=4, k=2))
+    placed = []
+
+    with sae.eval().attach(lm, at=1) as session:
+        (tap,) = session.taps.values()
+        with hook_residual(lm, 2, lambda _: placed.append(tap.last.tokens)):
+            lm.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+
+    assert lanes > 1
+    assert placed[0].position[0].tolist() == [t for t in range(length) for _ in range(lanes)]
+    assert [p.position[0].tolist() for p in placed[1:]] == [
+        [length] * lanes,
+        [length + 1] * lanes,
+    ]
+    assert [bool(p.prompt.all()) for p in placed] == [True, False, False]
+
+
+def test_a_probe_on_a_stream_without_rows_does_not_move_what_is_generated():
+    lm = tiny.llama()
+    inputs = tiny.padded(tiny.prompts(5))
+    sae, probe = tiny.sae_for(lm), tiny.sae_for(lm)
+    edit = Steer(5, 40.0, unit="raw", positions="generated")
+    with sae.attach(lm, at=2) as session:
+        session.edit(edit)
+        alone = lm.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+    class Reshape(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return inner(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    inner = torch.nn.Identity()
+    lm.model.layers[1].mlp.down_proj = torch.nn.Sequential(
+        lm.model.layers[1].mlp.down_proj, (shape := Reshape())
+    )
+    shape.inner = inner
+    with (
+        sae.attach(lm, at=2) as session,
+        probe.attach(lm, at="model.layers.1.mlp.down_proj.1.inner"),
+    ):
+        session.edit(edit)
+        probed = lm.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+
+    assert torch.equal(alone, probed)
