@@ -138,7 +138,7 @@ def _words(folder: Path) -> dict[int, str]:
     if not file.exists():
         return {}
     table = json.loads(file.read_text(encoding="utf-8"))
-    return {int(feature): ", ".join(entry["words"][:3]) for feature, entry in table.items()}
+    return {int(feature): ", ".join(words[:3]) for feature, words in table.items()}
 
 
 def _edits(sae: Path, feature: int | None, strength: float | None) -> tuple[Steer, ...]:

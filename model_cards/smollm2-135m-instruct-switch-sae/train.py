@@ -217,8 +217,8 @@ def measure_lm(lm: nn.Module, sae: SwitchSAE, tokens: np.ndarray) -> dict[str, f
 
 
 @torch.no_grad()
-def describe(sae: SwitchSAE, cache: Cache, tokenizer, contexts: int = 6000) -> dict[str, dict]:
-    """For each feature the words it fires on most strongly, and where: {id: {words, example}}."""
+def describe(sae: SwitchSAE, cache: Cache, tokenizer, contexts: int = 6000) -> dict[str, list[str]]:
+    """For each feature the words it fires on most strongly."""
     keep = 12
     best = torch.zeros(sae.config.num_features, keep)
     place = torch.zeros(sae.config.num_features, keep, dtype=torch.int64)
@@ -248,11 +248,7 @@ def describe(sae: SwitchSAE, cache: Cache, tokenizer, contexts: int = 6000) -> d
             continue
         where = [(spot // (CONTEXT - 1), spot % (CONTEXT - 1) + 1) for spot in spots]
         words = Counter(tokenizer.decode(int(cache.tokens[c, p])).strip() for c, p in where)
-        context, position = where[0]
-        shown = cache.tokens[context, max(0, position - 8) : position + 4].astype(int).tolist()
-        example = " ".join(tokenizer.decode(shown).split())
-        common = [word for word, _ in words.most_common(4) if word]
-        table[str(feature)] = {"words": common, "example": example}
+        table[str(feature)] = [word for word, _ in words.most_common(4) if word]
     return table
 
 
@@ -350,7 +346,8 @@ def main() -> None:
     facts = {"train_tokens": tokens, "settings": settings}
     (args.out / "metrics.json").write_text(json.dumps(sae.config.metrics | facts, indent=2) + "\n")
     table = describe(sae, training, tokenizer)
-    (args.out / "features.json").write_text(json.dumps(table, ensure_ascii=False, indent=0) + "\n")
+    lines = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in table.items())
+    (args.out / "features.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     rows = "\n".join(f"| {name} | {value} |" for name, value in sae.config.metrics.items())
     card = CARD.format(
         config=sae.config.to_dict(),
