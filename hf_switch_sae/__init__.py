@@ -1,5 +1,4 @@
-"""hf_switch_sae: attach Switch Sparse Autoencoders to running Hugging Face models; show, steer,
-clamp, ablate features."""
+"""Switch Sparse Autoencoders on running Hugging Face models: show, steer, clamp, ablate."""
 
 from hf_switch_sae.attach import ResidualHandle, attach, hook_residual, status
 from hf_switch_sae.base_model import fingerprint

@@ -1,5 +1,4 @@
-"""SAEs onto a running model: the only room that registers hooks, and the one that removes every
-trace of them.
+"""SAEs onto a running model: the only room that registers hooks and removes every trace of them.
 
 One hook a place, shared by all sessions: each tap sees the residual stream as it arrived, and what
 the taps want added is added once. So the order in which sessions were opened does not matter.
@@ -121,7 +120,8 @@ def attach(
     """Attach one SAE, or several at once, to a running language model.
 
     Without edits the model computes bit for bit what it did before. Use it as a context manager, or
-    call `detach()`.
+    call `detach()`. Attach before `generate` is called, not from within it: a call under way is not
+    known, so `positions="generated"` and `rows=` would not apply to it.
 
     Args:
         lm: any Hugging Face transformer, wrapped (PEFT, DDP, torch.compile, accelerate) or not.
@@ -137,7 +137,8 @@ def attach(
         WidthError, BaseModelError, AttachError: the SAE does not fit.
         HookpointError: no such place, or none given.
         EditError: two splices at one place.
-    All of them before anything was changed.
+
+    All of them are raised before anything was changed.
     """
     root = unwrap(lm)
     taps: dict[str, Tap] = {}
@@ -156,8 +157,7 @@ def attach(
 
 
 def status(lm: nn.Module) -> list[AttachedSAE]:
-    """Every SAE attached to a model, by all sessions and threads, with its live edits; empty if
-    there is none."""
+    """Every SAE attached to a model, by all sessions and threads, with its live edits; or []."""
     board = unwrap(lm).__dict__.get(_BOARD)
     return (
         [] if board is None else [line for session in board.sessions for line in session.status()]
@@ -205,8 +205,8 @@ def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch
     wanted = sae.config.hidden_size
     if (width := _width(place, wanted)) is not None:
         raise WidthError(
-            f"the residual stream of {type(root).__name__} at {place.name} is {width} wide; the "
-            f"SAE reads {wanted}."
+            f"the residual stream of {type(root).__name__} at {place.name} is {width} wide; "
+            f"the SAE reads {wanted}."
         )
     if not allow_mismatch:
         check_base_model(root, sae.config.base_model, sae.config.base_model_fingerprint)
@@ -230,8 +230,7 @@ def _width(place: Hookpoint, wanted: int) -> int | None:
 
 
 class _Board:
-    """All that is attached to one model object: places, sessions, and each thread's call under
-    way."""
+    """All that is attached to one model: places, sessions, and each thread's call under way."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -301,9 +300,7 @@ class _Board:
 
         @functools.wraps(generate)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if (
-                flow.generation is not None
-            ):  # a draft within this call: what the user gave is known already
+            if flow.generation is not None:  # a draft within this call: the user's is known already
                 return generate(*args, **kwargs)
             flow.generation = _generation(self.root, args, kwargs)
             try:
@@ -363,8 +360,7 @@ class _Board:
         return layout.restore(torch.where(edited[..., None], (x + total).to(x.dtype), x))
 
     def _call(self, place: Hookpoint, decoding: bool) -> Call | None:
-        """The owner's call; its mask from the whole model's where only that is still
-        two-dimensional."""
+        """The owner's call; with the whole model's mask where only that one is still 2-D."""
         owner = self.root if place.blocks is None else place.blocks.owner
         call, outer = self.flow.calls.get(id(owner)), self.flow.calls.get(id(self.root))
         if call is None or outer is None or not decoding:
@@ -484,8 +480,7 @@ def _key(place: Hookpoint) -> tuple[int, str]:
 
 
 def _forget_compiled_code() -> None:
-    """Make Dynamo trace again, if it has compiled anything: it does not guard on hooks, so it would
-    miss a new one."""
+    """Make Dynamo trace compiled code again: it does not guard on hooks, so it misses new ones."""
     if "torch._dynamo" in sys.modules and any(torch._dynamo.utils.counters["frames"].values()):
         torch.compiler.reset()
 

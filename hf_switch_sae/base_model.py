@@ -1,13 +1,12 @@
-"""Which language model an SAE belongs to: from a model to a fingerprint, and from two fingerprints
-to yes or no.
+"""Which language model an SAE belongs to: a model -> its fingerprint; two of them -> yes or no.
 
 A fingerprint is the architecture's sizes and a few sampled weights with their names. It survives
 dtype, path, wrappers and task heads, so a local copy is recognised; a fine-tune moves at least some
 of the samples, so it is told apart.
 
-Beware The residual stream's width is not always the config's hidden_size (see `hooks`); `attach`
-       checks it again on the tensors. Weights that are quantised, sharded away or on `meta` can't
-       be sampled and are left out.
+Beware The residual stream's width is not always the config's hidden_size (see `streams`);
+       `attach` checks it again on the tensors. Weights that are quantised, sharded away or on
+       `meta` can't be sampled and are left out.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ def fingerprint(lm: nn.Module) -> dict[str, Any]:
 
 
 def base_model_fields(lm: nn.Module) -> dict[str, Any]:
-    """The SwitchSAEConfig fields that a language model determines: hidden_size, base_model and its
-    fingerprint."""
+    """SwitchSAEConfig fields that a model determines: hidden_size, base_model, its fingerprint."""
     print_of = fingerprint(lm)
     name = _name(unwrap(lm))
     fields: dict[str, Any] = {"base_model": name or None, "base_model_fingerprint": print_of}
@@ -93,8 +91,7 @@ def check_base_model(lm: nn.Module, name: str | None, expected: dict[str, Any] |
 
 
 def _difference(model: nn.Module, expected: dict[str, Any]) -> str | None:
-    """What tells the model from the fingerprint; "" if nothing does, None if no weight could be
-    compared."""
+    """What tells model from fingerprint: "" if nothing, None if no weight could be compared."""
     config = _text_config(model)
     for size in _SIZES:
         here, there = _get(config, size), expected.get(size)

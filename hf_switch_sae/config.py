@@ -1,5 +1,4 @@
-"""What an SAE is, in numbers and names: from keywords or a `config.json` to a checked
-`SwitchSAEConfig`.
+"""What an SAE is, in numbers and names: keywords or a config.json -> a checked `SwitchSAEConfig`.
 
 Everything inference needs that is not a tensor lives here, so nothing is ever guessed at load:
 shape, activation rule, router, the place in the language model, and the identity of that language
@@ -7,8 +6,7 @@ model.
 
 Beware `PreTrainedConfig` keeps unknown keywords silently, and `strict` wraps what a validator
        raises; both are undone here, so a slip (`num_expert=8`) is a ConfigError when the config is
-       built. `strict` reads annotations as
-       objects: no `from __future__ import annotations` in this file.
+       built. `strict` reads annotations as objects: no `from __future__ import annotations` here.
 """
 
 import difflib
@@ -27,31 +25,28 @@ Activation = Literal["topk", "batch_topk", "jumprelu", "relu"]
 
 # What PreTrainedConfig itself reads from a config.json without having a field for it.
 _HOST_KEYWORDS = {
-    *(
-        "attn_implementation",
-        "experts_implementation",
-        "output_attentions",
-        "name_or_path",
-        "_name_or_path",
-    ),
-    *(
-        "torch_dtype",
-        "num_labels",
-        "_commit_hash",
-        "model_type",
-        "auto_map",
-        "quantization_config",
-        "tags",
-    ),
-    *("transformers_weights", "distributed_config", "fusion_config"),
+    "attn_implementation",
+    "experts_implementation",
+    "output_attentions",
+    "name_or_path",
+    "_name_or_path",
+    "torch_dtype",
+    "num_labels",
+    "_commit_hash",
+    "model_type",
+    "auto_map",
+    "quantization_config",
+    "tags",
+    "transformers_weights",
+    "distributed_config",
+    "fusion_config",
 }
 
 _Config = TypeVar("_Config", bound=type[Any])
 
 
 def _with_plain_errors(cls: _Config) -> _Config:
-    """Turn the `StrictDataclassError`s of a config class into ConfigErrors that carry the first
-    cause."""
+    """Turn a config class's StrictDataclassErrors into ConfigErrors that carry the first cause."""
 
     def plain(method: Callable[..., None]) -> Callable[..., None]:
         @wraps(method)
@@ -59,8 +54,8 @@ def _with_plain_errors(cls: _Config) -> _Config:
             for alias, name in cls.attribute_map.items():
                 if kwargs.get(alias, kwargs.get(name)) != kwargs.get(name, kwargs.get(alias)):
                     raise ConfigError(
-                        f"{alias}={kwargs[alias]} contradicts {name}={kwargs[name]}: they are one "
-                        "field."
+                        f"{alias}={kwargs[alias]} contradicts {name}={kwargs[name]}: "
+                        "they are one field."
                     )
             try:
                 method(self, *args, **kwargs)
@@ -91,50 +86,53 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     attribute_map: ClassVar[dict[str, str]] = {"d_in": "hidden_size", "d_sae": "num_features"}
 
     hidden_size: int = 768
-    """Width of the residual stream, as in the language model's own config; also readable as
-    `d_in`."""
+    """Width of the residual stream, as in the LM's own config; also readable as `d_in`."""
 
     num_features: int = 24_576
     """Features over all experts together, a multiple of `num_experts`; also readable as `d_sae`."""
 
     num_experts: int = 32
-    """Experts the features are split over, in equal contiguous parts; 1 is a plain SAE without a
-    router."""
+    """Experts the features are split over, in equal contiguous parts; 1: a plain SAE, no router."""
 
     num_experts_per_token: int = 1
-    """Experts each token is encoded by, with one joint top-k over their features; 1 is the Switch
-    SAE."""
+    """Experts each token is encoded by, with one joint top-k over theirs; 1 is the Switch SAE."""
 
     k: int | None = 32
-    """Features kept per token (`batch_topk`: on average over a training batch). Only `relu` and
-    `jumprelu` allow
-    None: as many as are active."""
+    """Features kept per token (`batch_topk`: on average over a training batch).
+
+    None keeps as many as are active; only `relu` and `jumprelu` allow it.
+    """
 
     activation: Activation = "topk"
     """How the active features of a token are chosen among the routed ones.
-    topk: the k largest. batch_topk: in training the k * num_tokens largest of the batch, at
-    inference those above `threshold`. jumprelu: those above their own `threshold`. relu: all that
-    are positive."""
+
+    topk: the k largest.
+    batch_topk: in training the k * num_tokens largest of the batch, else those above `threshold`.
+    jumprelu: those above their own `threshold`; of them at most k, if k is given.
+    relu: all that are positive; of them at most k, if k is given.
+    """
 
     encoder_bias: bool = False
-    """Whether there is a `b_enc` [num_experts, features_per_expert]; the paper's experts have
-    none."""
+    """Whether there is a `b_enc` [num_experts, features_per_expert]; the paper has none."""
 
     subtract_b_dec: bool = True
     """Whether the encoder sees the residual less `b_dec` (the paper) or the residual as it is."""
 
     apply_router_probs: bool = True
-    """Whether an activation includes its expert's router probability. Without it (the `heaviside`
-    of the paper's code) the router learns nothing from the reconstruction. Of no effect with one
-    expert."""
+    """Whether an activation includes its expert's router probability; no effect with one expert.
+
+    Without it (the `heaviside` of the paper's code) the router learns nothing from the
+    reconstruction.
+    """
 
     norm_topk_prob: bool = False
-    """Whether the probabilities of a token's chosen experts are divided by their sum; needs
-    `num_experts_per_token` >= 2, as one expert alone would always have weight 1."""
+    """Whether the probabilities of a token's chosen experts are divided by their sum.
+
+    Needs `num_experts_per_token` >= 2, as one expert alone would always have weight 1.
+    """
 
     hookpoint: str | None = None
-    """Where the SAE reads and writes: `layers.<i>.resid_post`, `layers.<i>.resid_pre` or a module
-    path."""
+    """Where it reads and writes: `layers.<i>.resid_post`, `layers.<i>.resid_pre`, a module path."""
 
     base_model: str | None = None
     """Hub id of the language model it was trained on."""
@@ -146,15 +144,16 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """What `fingerprint(lm)` said of it: recognises a local copy, tells a fine-tune apart."""
 
     metrics: dict[str, Any] | None = None
-    """Figures measured when it was released, at least `fvu` and `l0`; `session.preflight` compares
-    with them."""
+    """Figures at its release, at least `fvu` and `l0`; `session.preflight` compares with them."""
 
     fvu_loss_coef: float | int = 1.0
     """Weight of the reconstruction error (as FVU of the batch) in `loss`."""
 
     router_aux_loss_coef: float | int = 0.16
-    """Weight of the load balance num_experts * sum(f_e * P_e) in `loss`; relative to FVU, so free
-    of scale. 0.16 is the published 3 * hidden_size on GPT-2's activations."""
+    """Weight of the load balance num_experts * sum(f_e * P_e) in `loss`; relative to FVU.
+
+    So it is free of scale: 0.16 is the published 3 * hidden_size on GPT-2's activations.
+    """
 
     initializer_range: float | int | None = None
     """Bound of the uniform start of encoder and router; None: 1 / sqrt(hidden_size)."""
@@ -177,15 +176,13 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`; keywords replace fields, and the result is checked as a
-        whole."""
+        """As `PreTrainedConfig.from_dict`; keywords replace fields, the result is checked whole."""
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
 
     def validate_numbers(self) -> None:
-        """Sizes are positive, features divide into experts, a token's experts exist and hold k
-        features."""
+        """Sizes are positive, experts divide the features, a token's experts exist and hold k."""
         for name in ("hidden_size", "num_features", "num_experts", "num_experts_per_token"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -204,23 +201,22 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if self.norm_topk_prob and self.num_experts_per_token == 1:
             raise ConfigError(
                 "norm_topk_prob=True needs num_experts_per_token >= 2: the one expert's weight "
-                "would always be 1 and "
-                "the router would learn nothing. Use apply_router_probs=False if that is what "
-                "you want."
+                "would always be 1 and the router would learn nothing. "
+                "Use apply_router_probs=False if that is what you want."
             )
 
         routed = self.features_per_expert * self.num_experts_per_token
         if self.k is None:
             if self.activation in ("topk", "batch_topk"):
                 raise ConfigError(
-                    f"activation={self.activation!r} needs k; only 'relu' and 'jumprelu' go "
-                    "without."
+                    f"activation={self.activation!r} needs k; "
+                    "only 'relu' and 'jumprelu' go without."
                 )
         elif not 1 <= self.k <= routed:
             raise ConfigError(
                 f"k={self.k} is outside 1 to {routed}: each token is encoded by "
-                f"{self.num_experts_per_token} of "
-                f"{self.num_experts} experts with {self.features_per_expert} features each."
+                f"{self.num_experts_per_token} of {self.num_experts} experts "
+                f"with {self.features_per_expert} features each."
             )
 
         for name in ("fvu_loss_coef", "router_aux_loss_coef"):

@@ -88,8 +88,7 @@ class _Part:
         if isinstance(edit, Patch) and edit.source.num_features != sae.config.num_features:
             raise EditError(
                 f"the patch's features are of an SAE with {edit.source.num_features} features; "
-                "this one has "
-                f"{sae.config.num_features}."
+                f"this one has {sae.config.num_features}."
             )
         # Never inference tensors, even if set there: a later pass may need their gradient.
         with torch.inference_mode(False), torch.no_grad():
@@ -154,8 +153,7 @@ def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: Unit) -> Tensor:
     elif int(sae.statistics_tokens.item()) == 0:
         raise EditError(
             f"unit={unit!r} needs the SAE's statistics, and it has none: call "
-            "sae.calibrate(batches of the residual "
-            "stream), or pass unit='raw'."
+            "sae.calibrate(batches of the residual stream), or pass unit='raw'."
         )
     elif unit == "norm":
         size = sae.residual_norm / rows.float().norm(dim=-1)
@@ -165,8 +163,7 @@ def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: Unit) -> Tensor:
         if len(silent):
             raise EditError(
                 f"feature {int(silent[0])} was never active while the statistics were measured, "
-                "so it has no maximum; "
-                "pass unit='norm' or unit='raw'."
+                "so it has no maximum; pass unit='norm' or unit='raw'."
             )
     return size.to(rows.device, torch.promote_types(rows.dtype, torch.float32))
 
@@ -185,8 +182,8 @@ def _positions_mask(positions: Positions, tokens: Tokens) -> Tensor:
         mask = mask[None].expand(int(tokens.row.max()) + 1, -1) if mask.ndim == 1 else mask
         if len(mask) <= int(tokens.row.max()):
             raise EditError(
-                f"the positions mask has {len(mask)} rows, but this batch has "
-                f"{int(tokens.row.max()) + 1}."
+                f"the positions mask has {len(mask)} rows, "
+                f"but this batch has {int(tokens.row.max()) + 1}."
             )
         inside = (at >= 0) & (at < mask.shape[1])
         return inside & mask[tokens.row[:, None], at.clamp(0, mask.shape[1] - 1)]
@@ -194,8 +191,7 @@ def _positions_mask(positions: Positions, tokens: Tokens) -> Tensor:
 
 
 def _aligned(source: SparseFeatures, tokens: Tokens) -> SparseFeatures:
-    """The source's features at each token's row and position, [B, T, k]; anything beyond its
-    end."""
+    """The source's features at each token's row and position, [B, T, k]; beyond its end, any."""
     source = source if len(source.shape) == 2 else source.reshape(1, -1)
     rows = tokens.row if source.shape[0] > 1 else torch.zeros_like(tokens.row)
     if int(rows.max()) >= source.shape[0]:

@@ -1,8 +1,8 @@
-"""What to change in a token's features, as the user says it: small frozen objects that are checked
-when they are made, combine, and turn into JSON and back.
+"""What to change in a token's features, as the user says it, and as JSON.
 
-Every edit reads the features of the residual as it arrived, and their deltas add up (`deltas.py`);
-so order does not matter, and two edits that set one feature on one token contradict each other.
+Edits are small frozen objects, checked when they are made. Every edit reads the features of the
+residual as it arrived, and their deltas add up (`deltas.py`); so they combine, order does not
+matter, and two edits that set one feature on one token contradict each other.
 
 Strengths have a unit: "max" (1.0 is the feature's own recorded maximum), "norm" (1.0 is the typical
 norm of the residual stream at this place) or "raw" (the LM's own units).
@@ -74,21 +74,19 @@ class _OfFeatures(_Scope):
 
 @dataclass(frozen=True, eq=False)
 class Steer(_OfFeatures):
-    """Add each feature's decoder row, `strength` times the unit, to the residual; needs no
-    encoding.
+    """Add each feature's decoder row, `strength` times the unit, to the residual.
+
+    Nothing is encoded for it, unless `when` asks.
 
     Args:
         features: one id or several.
-        strength: any sign; a 0-d tensor may require grad (its gradient is the feature's
-            attribution).
+        strength: any sign; a 0-d tensor may require grad (its gradient: the feature's attribution).
         unit: "max", "norm" or "raw".
         rows: batch rows as the user gave them, beams and return sequences not counted; None: all.
-        positions: "all", "prompt", "generated" (what `generate` appends), absolute positions as an
-            int, ints or a
-            slice, or a bool mask over positions [positions] or [rows, positions]. Padding is never
+        positions: "all", "prompt", "generated" (what `generate` appends), absolute positions (an
+            int, ints or a slice), or a bool mask [positions] or [rows, positions]. Padding is never
             edited.
-        when: a feature that must be active on the token, or (feature, least activation in raw
-            units).
+        when: a feature that must be active on the token, or (feature, activation to exceed, raw).
 
     Raises:
         EditError: a strength that is not finite, an unknown unit, a negative or malformed position.
@@ -116,14 +114,12 @@ class Scale(_OfFeatures):
 
 @dataclass(frozen=True, eq=False)
 class Ablate(_OfFeatures):
-    """Set each feature's activation to 0: `Scale` with factor 0; scope arguments and errors as for
-    `Steer`."""
+    """Set each feature's activation to 0: `Scale` with factor 0; scope, errors as for `Steer`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clamp(_OfFeatures):
-    """Set each feature's activation to `value` times the unit, active or not; scope and errors as
-    for `Steer`."""
+    """Set each activation to `value` times the unit, active or not; the rest as for `Steer`."""
 
     value: float | Tensor = 0.0
     unit: Unit = "max"
@@ -153,8 +149,8 @@ class Patch(_Scope):
         super().__post_init__()
         if not isinstance(self.source, SparseFeatures) or len(self.source.shape) not in (1, 2):
             raise EditError(
-                "Patch takes the SparseFeatures of another run, [positions, k] or [rows, "
-                "positions, k]."
+                "Patch takes the SparseFeatures of another run, "
+                "[positions, k] or [rows, positions, k]."
             )
         if self.features is not None:
             _set(self, "features", tuple(dict.fromkeys(_ints(self.features, "features"))))
@@ -200,17 +196,16 @@ def _from_plain(value: dict[str, Any]) -> slice | Tensor | SparseFeatures:
 
 
 def check_conflicts(edits: Sequence[Edit]) -> None:
-    """EditError if two edits set one feature on tokens that may be the same; adding (`Steer`) never
-    conflicts."""
+    """EditError if two edits set one feature on tokens that may be the same; `Steer` only adds."""
     setting = [edit for edit in edits if not isinstance(edit, Steer)]
     for index, one in enumerate(setting):
         for other in setting[:index]:
             shared = _shared(one, other)
             if shared and _may_overlap(one, other):
                 raise EditError(
-                    f"{shared} set by both {type(other).__name__} and {type(one).__name__} on "
-                    "tokens that may be the "
-                    "same. Keep one of them, or give them different rows or positions."
+                    f"{shared} set by both {type(other).__name__} and {type(one).__name__} "
+                    "on tokens that may be the same. Keep one of them, "
+                    "or give them different rows or positions."
                 )
 
 
@@ -279,8 +274,8 @@ def _checked_positions(positions: Positions) -> Positions:
     if isinstance(positions, str):
         if positions not in ("all", "prompt", "generated"):
             raise EditError(
-                "positions are 'all', 'prompt', 'generated', ints, a slice or a mask; got "
-                f"{positions!r}."
+                "positions are 'all', 'prompt', 'generated', ints, a slice or a mask; "
+                f"got {positions!r}."
             )
         return positions
     if isinstance(positions, slice):
@@ -293,8 +288,8 @@ def _checked_positions(positions: Positions) -> Positions:
     if isinstance(positions, Tensor) and positions.dtype == torch.bool:
         if positions.ndim not in (1, 2):
             raise EditError(
-                "a positions mask is [positions] or [rows, positions]; got "
-                f"{list(positions.shape)}."
+                "a positions mask is [positions] or [rows, positions]; "
+                f"got {list(positions.shape)}."
             )
         return positions
     return _ints(positions, "positions")

@@ -25,8 +25,7 @@ _T = TypeVar("_T")
 
 
 class ExpertGroup(nn.Module):
-    """Consecutive experts that a device map moves as one: W_enc, W_dec [e, m, d], b_enc [e, m] or
-    None."""
+    """Experts that a device map moves as one: W_enc, W_dec [e, m, d], b_enc [e, m] or None."""
 
     def __init__(
         self, num_experts: int, features_per_expert: int, hidden_size: int, bias: bool
@@ -37,8 +36,7 @@ class ExpertGroup(nn.Module):
         self.b_enc = nn.Parameter(torch.empty(num_experts, features_per_expert)) if bias else None
 
     def forward(self, compute: Callable[..., _T], *args: Any) -> _T:
-        """`compute(self, *args)` while the weights are in place and the tensors among `args` beside
-        them."""
+        """`compute(self, *args)` with the weights in place and tensors in `args` beside them."""
         return compute(self, *args)
 
 
@@ -66,8 +64,7 @@ class Experts(nn.ModuleList):
         return cast(Iterator[ExpertGroup], super().__iter__())
 
     def joined(self, name: str) -> Tensor:
-        """One parameter of all groups as a single tensor; the parameter itself if there is one
-        group."""
+        """One parameter of all groups as a single tensor; of one group, the parameter itself."""
         parts: list[Tensor] = [group(lambda g: getattr(g, name)) for group in self]
         return (
             parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
@@ -130,8 +127,7 @@ class Experts(nn.ModuleList):
         return ops.keep_largest(acts, ids, wanted if batch_topk else k, batch_topk)
 
     def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
-        """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d] on the device of
-        `acts`."""
+        """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`."""
 
         def decode(g: ExpertGroup, acts: Tensor, ids: Tensor) -> Tensor:
             return ops.sparse_decode(acts.to(g.W_dec.dtype), ids, g.W_dec)
@@ -157,8 +153,7 @@ class Experts(nn.ModuleList):
 def _in_pair_order(
     parts: list[tuple[Tensor, Tensor, Tensor]], num_pairs: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(pairs, acts, ids) of each group -> acts, ids [num_pairs, s], narrower parts padded with
-    empty slots."""
+    """(pairs, acts, ids) of each group -> acts, ids [num_pairs, s], padded with empty slots."""
     width = max((acts.shape[1] for _, acts, _ in parts), default=1)
     out_acts = like.new_zeros(num_pairs, width)
     out_ids = torch.zeros(num_pairs, width, dtype=torch.int64, device=like.device)

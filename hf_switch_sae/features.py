@@ -21,12 +21,10 @@ from hf_switch_sae.errors import FeatureIdError
 
 @dataclass(frozen=True, eq=False)
 class SparseFeatures:
-    """Active features of tokens: `acts[..., j]` is how much feature `ids[..., j]` adds along its
-    decoder row.
+    """Active features of tokens: feature `ids[..., j]` adds `acts[..., j]` along its decoder row.
 
     Args:
-        acts: [..., k], floating; in the language model's own units, router weight included. 0 is an
-            empty slot.
+        acts: [..., k], floating, in the LM's own units, router weight included; 0: an empty slot.
         ids: [..., k], int64 in [0, num_features), counted over all experts; distinct within a token
             where acts > 0.
         num_features: width of the dictionary.
@@ -41,8 +39,8 @@ class SparseFeatures:
     def __post_init__(self) -> None:
         if self.acts.shape != self.ids.shape or self.acts.ndim == 0:
             raise ValueError(
-                f"acts {tuple(self.acts.shape)} and ids {tuple(self.ids.shape)} must have one "
-                "shape [..., k]."
+                f"acts {tuple(self.acts.shape)} and ids {tuple(self.ids.shape)} "
+                "must have one shape [..., k]."
             )
 
     @property
@@ -72,16 +70,14 @@ class SparseFeatures:
         """Index the token dimensions, e.g. `features[0, -1]`: the last token of the first row."""
         parts = index if isinstance(index, tuple) else (index,)
         index = parts if any(part is Ellipsis for part in parts) else (*parts, ...)
-        # A trailing full slice keeps the slots out of the user's reach, so k is never cut by
-        # accident.
+        # A trailing full slice keeps the slots out of reach, so k is never cut by accident.
         index = (*index, slice(None))
         return SparseFeatures(self.acts[index], self.ids[index], self.num_features)
 
     def __repr__(self) -> str:
         return (
             f"SparseFeatures(tokens={list(self.shape)}, k={self.k}, "
-            f"num_features={self.num_features}, "
-            f"dtype={self.dtype}, device={self.device})"
+            f"num_features={self.num_features}, dtype={self.dtype}, device={self.device})"
         )
 
     def to(self, *args: Any, **kwargs: Any) -> SparseFeatures:
@@ -98,8 +94,7 @@ class SparseFeatures:
         return SparseFeatures(self.acts.detach(), self.ids, self.num_features)
 
     def reshape(self, *shape: int) -> SparseFeatures:
-        """The same with the token dimensions in another shape, e.g. `features.reshape(-1)`: one row
-        a token."""
+        """The same with tokens in another shape, e.g. `features.reshape(-1)`: one row a token."""
         return SparseFeatures(
             self.acts.reshape(*shape, self.k), self.ids.reshape(*shape, self.k), self.num_features
         )
@@ -130,8 +125,7 @@ class SparseFeatures:
         return SparseFeatures(acts, ids, widths.pop())
 
     def select(self, feature_ids: int | Sequence[int] | Tensor) -> Tensor:
-        """Activations of the named features, [..., len(feature_ids)]; 0 where a feature is not
-        active.
+        """Activations of the named features, [..., len(feature_ids)]; 0 where not active.
 
         An int selects one feature and drops the last dimension.
 
@@ -157,14 +151,13 @@ class SparseFeatures:
         return (self.acts > 0).sum(-1).float().mean()
 
     def to_dense(self) -> Tensor:
-        """[..., num_features], the one place where the full width is laid out; for small inputs."""
+        """[..., num_features] in the dtype of `acts`, laid out in full width; for small inputs."""
         dense = self.acts.new_zeros(*self.shape, self.num_features)
         # scatter_add, as empty slots may repeat the id of an active one
         return dense.scatter_add(-1, self.ids, self.acts)
 
     def to_csr(self) -> Tensor:
-        """[num_tokens, num_features] as a torch sparse CSR tensor without the empty slots, columns
-        in rising order."""
+        """[num_tokens, num_features], torch sparse CSR, no empty slots, columns in rising order."""
         acts, ids = self.acts.reshape(-1, self.k), self.ids.reshape(-1, self.k)
         ids, order = ids.sort(dim=-1)
         acts = acts.gather(-1, order)
@@ -181,8 +174,7 @@ class SparseFeatures:
 
 
 def check_feature_ids(feature_ids: int | Sequence[int] | Tensor, num_features: int) -> Tensor:
-    """The ids as an int64 tensor, or FeatureIdError naming the first that is not a feature and the
-    range."""
+    """The ids as int64 [n], or FeatureIdError naming the first that is no feature and the range."""
     given = torch.as_tensor(feature_ids)
     if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
         # rounding 2.7 to 2, or reading a mask as ids 0 and 1, would quietly name other features

@@ -72,8 +72,10 @@ class ResidualBlocks:
     """Innermost PreTrainedModel around the stack: its forward gets this stack's attention_mask."""
     owner_path: str
     decoding: bool
-    """In what `generate` decodes with, or in the one stack of a model that does not generate;
-    False for the encoder of an encoder-decoder and for a vision or audio tower."""
+    """Whether it lies in what `generate` decodes with, or is the one stack of any other model.
+
+    False for the encoder of an encoder-decoder and for a vision or audio tower.
+    """
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -180,12 +182,11 @@ def _inside_wrapper(module: nn.Module) -> nn.Module | None:
 
 
 def _read(thing: Any, name: str, call: bool = False) -> Any:
-    """`thing.name`, or what it returns; None if that raises anything: configs with values per layer
-    have errors of their own, and `get_text_config` raises ValueError where it is ambiguous."""
+    """`thing.name`, or what it returns when called; None if that raises anything."""
     try:
         value = getattr(thing, name)
         return value() if call else value
-    except Exception:
+    except Exception:  # an ambiguous get_text_config, or a config with values and errors per layer
         return None
 
 
@@ -199,8 +200,7 @@ def _model_type(module: nn.Module) -> Any:
 
 
 def _stacks(root: nn.Module) -> list[_Stack]:
-    """Every outermost list of blocks, in module order. Lists in blocks (experts, heads) are not
-    looked at, except through `at`."""
+    """Every outermost list of blocks, in module order; lists within blocks only through `at`."""
     # The model of transformers need not be the root: value heads, a user's own module.
     head = next((module for module in root.modules() if isinstance(module, PreTrainedModel)), root)
     found = list(_lists(root, "", root))
@@ -405,8 +405,11 @@ def _find(root: nn.Module, path: str, stacks: list[_Stack]) -> tuple[str, nn.Mod
 
 
 def _may_lack_modules(path: str, name: str) -> bool:
-    """Is `name` `path` with more modules before the list of blocks? So differ text models alone and
-    inside a multimodal one. From the list on the two must agree, or an expert could be taken."""
+    """Is `name` `path` with more modules before the list of blocks?
+
+    So differ text models alone and inside a multimodal one. From the list on the two must agree, or
+    an expert could be taken.
+    """
     parts, whole = path.split("."), name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     head, tail = parts[: max(first - 1, 0)], parts[max(first - 1, 0) :]

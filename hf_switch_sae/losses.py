@@ -13,7 +13,7 @@ from torch import Tensor
 def fvu_of(x: Tensor, x_hat: Tensor, counts: Tensor) -> Tensor:
     """Squared error over squared deviation from the mean; x, x_hat [n, d], counts [n] bool -> 0-d.
 
-    nan where fewer than two tokens count. Weighted, not indexed: no shape depends on data.
+    nan where fewer than two tokens count.
     """
     weight = counts.float()[:, None]
     # what does not count may be nan or infinite, as padding is in some models

@@ -46,8 +46,7 @@ class SwitchSAEOutput(ModelOutput):
     """What `SwitchSAE.forward` returns; n is the number of tokens, [...] their shape."""
 
     loss: Tensor | None = None
-    """0-d: fvu_loss_coef * fvu + router_aux_loss_coef * router_aux_loss, over the tokens of the
-    mask."""
+    """0-d: fvu_loss_coef * fvu + router_aux_loss_coef * router_aux_loss, over the mask's tokens."""
     reconstruction: Tensor | None = None
     """[..., hidden_size], in the LM's own units and the dtype of the input."""
     features: SparseFeatures | None = None
@@ -55,15 +54,13 @@ class SwitchSAEOutput(ModelOutput):
     router_logits: Tensor | None = None
     """[n, num_experts] float32; None with one expert."""
     fvu: Tensor | None = None
-    """0-d float32: squared error over squared deviation from the mean token; nan with fewer than
-    two tokens."""
+    """0-d float32: squared error over squared deviation from the mean; nan under two tokens."""
     router_aux_loss: Tensor | None = None
     """0-d float32: num_experts * sum(f_e * P_e), 1 at perfect balance; 0 with one expert."""
 
 
 class Router(nn.Module):
-    """Scores the experts for a token. Always float32, so that all devices and dtypes choose
-    alike."""
+    """Scores the experts for a token, in float32, so that all devices and dtypes choose alike."""
 
     def __init__(self, num_experts: int, hidden_size: int) -> None:
         super().__init__()
@@ -72,15 +69,13 @@ class Router(nn.Module):
     def forward(
         self, x: Tensor, center: Tensor, scale: Tensor, num_experts_per_token: int
     ) -> tuple[Tensor, ...]:
-        """Logits of scale * x - center: x [n, d] -> logits [n, E], probs [n, E], expert ids [n,
-        t]."""
+        """Route scale * x - center: x [n, d] -> logits, probs [n, E], expert ids [n, t]."""
         weight = self.weight.float()
         return ops.route(x, weight * scale, -(weight @ center.float()), num_experts_per_token)
 
 
 class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
-    """A sparse autoencoder whose features are split over experts; each token is encoded by the one
-    routed to.
+    """A sparse autoencoder with its features split over experts; the router picks each token's.
 
     Parameters, E experts of m features over a residual stream of width d:
         W_enc [E, m, d], W_dec [E, m, d] (one feature = one row in both), b_enc [E, m] or None,
@@ -110,8 +105,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     input_modalities = ("residual_stream",)  # type: ignore[assignment]
     _no_split_modules: ClassVar[list[str]] = ["ExpertGroup", "Router"]  # type: ignore[misc]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = [  # type: ignore[misc]
-        *("router", "b_router", "input_scale", "threshold"),
-        *("feature_max", "feature_rate", "residual_norm", "outlier_norm"),
+        "router",
+        "b_router",
+        "input_scale",
+        "threshold",
+        "feature_max",
+        "feature_rate",
+        "residual_norm",
+        "outlier_norm",
     ]
     input_scale: Tensor
     threshold: Tensor
@@ -120,17 +121,16 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     residual_norm: Tensor
     outlier_norm: Tensor
     statistics_tokens: Tensor
-    _open_session: ClassVar[Callable[..., Any] | None] = (
-        None  # attach.py, a floor above, fills this in
-    )
+    # attach is a floor above and can't be imported from here, so it hands itself down
+    _open_session: ClassVar[Callable[..., Any] | None] = None
 
     def __init__(self, config: SwitchSAEConfig, expert_groups: int | Literal["each"] = 1) -> None:
         super().__init__(config)
         groups = config.num_experts if expert_groups == "each" else expert_groups
         if not isinstance(groups, int) or groups < 1 or config.num_experts % groups:
             raise ConfigError(
-                f"expert_groups={groups} does not divide num_experts={config.num_experts}; "
-                "choose one of "
+                f"expert_groups={groups} does not divide "
+                f"num_experts={config.num_experts}; choose one of "
                 f"{[g for g in range(1, config.num_experts + 1) if config.num_experts % g == 0]}."
             )
         self.experts = Experts(
@@ -164,8 +164,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Encoder and router uniform within 1 / sqrt(d); decoder = encoder with rows of length 1;
-        biases 0."""
+        """Encoder, router uniform within 1 / sqrt(d); decoder = encoder, unit rows; biases 0."""
         bound = self.config.initializer_range or 1 / math.sqrt(self.config.hidden_size)
         if isinstance(module, Router):
             init.uniform_(module.weight, -bound, bound)
@@ -187,8 +186,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> SwitchSAE:
-        """As `PreTrainedModel.from_pretrained` (subfolder, revision, dtype, device_map, ...), and
-        `expert_groups`.
+        """As `PreTrainedModel.from_pretrained`, and `expert_groups`.
+
+        So it takes `subfolder`, `revision`, `dtype`, `device_map` and the like.
 
         With `device_map="auto"` (or another automatic one) every expert becomes a module of its
         own, so that the map can spread them over devices, CPU and disk; only the routed ones are
@@ -197,8 +197,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if kwargs.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
             kwargs.setdefault("expert_groups", "each")
         with warnings.catch_warnings():
-            # accelerate looks for modules of the names of our root parameters; they are placed all
-            # the same
+            # accelerate takes our root parameters' names for modules'; they are placed all the same
             warnings.filterwarnings(
                 "ignore", "The following device_map keys do not match", UserWarning
             )
@@ -220,8 +219,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @classmethod
     def for_lm(cls, lm: nn.Module, at: int | str, **config: Any) -> SwitchSAE:
-        """A fresh SAE for a place in a language model: width, hookpoint and base model filled in
-        from it.
+        """A fresh SAE for a place in a language model: width, hookpoint, base model taken from it.
 
         Args:
             lm: any Hugging Face transformer, wrapped or not.
@@ -241,8 +239,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @property
     def W_enc(self) -> Tensor:
-        """[E, m, d], encoder; the parameter itself with one expert group, else joined from the
-        groups."""
+        """[E, m, d], encoder; with one expert group the parameter itself, else a joined copy."""
         return self.experts.joined("W_enc")
 
     @property
@@ -256,8 +253,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return self.experts.joined("b_enc") if self.config.encoder_bias else None
 
     def decoder_rows(self, feature_ids: int | Sequence[int] | Tensor) -> Tensor:
-        """[len(feature_ids), hidden_size]: what each feature adds to the residual stream per unit
-        of activation.
+        """[len(feature_ids), hidden_size]: what each feature adds to the stream, per unit of act.
 
         Raises:
             FeatureIdError: an id outside 0 to num_features - 1.
@@ -281,8 +277,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
-        """Remove from each decoder row's gradient the part along the row, so that a step keeps its
-        length."""
+        """Remove each decoder row's gradient along the row, so that a step keeps its length."""
         for group in self.experts:
             if group.W_dec.grad is not None:
                 along = (group.W_dec.grad * group.W_dec).sum(-1, keepdim=True)
@@ -290,13 +285,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are taken and outputs appear: the device of `b_dec`, wherever the experts
-        lie."""
+        """Where inputs go and features appear: the device of `b_dec`, wherever the experts lie."""
         return self.b_dec.device
 
     def encode(self, hidden_states: Tensor) -> SparseFeatures:
-        """Features of each token: hidden_states [..., hidden_size], floating -> acts and ids [...,
-        slots].
+        """Features of floating hidden_states [..., hidden_size]: acts and ids [..., slots].
 
         Raises:
             WidthError: the last dimension is not `hidden_size`.
@@ -305,13 +298,17 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return self._encode(hidden_states)[0]
 
     def decode(self, features: SparseFeatures) -> Tensor:
-        """Reconstruction [..., hidden_size] of features, linear in the activations, `b_dec`
-        included."""
+        """Reconstruction [..., hidden_size] of features: linear in the activations, plus `b_dec`.
+
+        In the SAE's dtype and on its device.
+        """
         return self.decode_delta(features) + self._bias().to(self.dtype)
 
     def decode_delta(self, features: SparseFeatures) -> Tensor:
-        """sum_j acts[..., j] * W_dec[ids[..., j]] without `b_dec`; activations of any sign -> [...,
-        hidden_size]."""
+        """sum_j acts[..., j] * W_dec[ids[..., j]], [..., hidden_size], without `b_dec`.
+
+        Linear in the activations, which may have any sign. In the SAE's dtype and on its device.
+        """
         flat = features.reshape(-1).to(self.device, self.dtype)
         delta = self.experts.decode(flat.acts, flat.ids)
         return delta.reshape(*features.shape, self.config.hidden_size)

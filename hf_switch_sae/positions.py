@@ -1,5 +1,4 @@
-"""Where the tokens of one forward pass stand: from what a model was called with to rows and
-absolute positions.
+"""Where the tokens of one forward pass stand: a model's call -> rows and absolute positions.
 
 A residual stream [B, T, d] does not say which of the user's rows a batch row came from (beams and
 return sequences multiply them), nor where in the text its T tokens stand (a KV cache hides what
@@ -45,8 +44,7 @@ class Call:
     """What bears on positions in one call of the module that owns a stack of blocks."""
 
     mask: Any = None
-    """attention_mask as given: 2-D, 4-D, a dict of 4-D ones, or what else an attention kernel
-    takes."""
+    """attention_mask as given: 2-D, 4-D, a dict of 4-D ones, or what else a kernel takes."""
     decoder_mask: Any = None
     position_ids: Tensor | None = None
     has_cache: bool = False

@@ -51,6 +51,7 @@ class Recipe:
         """Read what `save` wrote.
 
         Raises:
+            FileNotFoundError: no such file.
             EditError: not a recipe, or an edit that is not one.
         """
         try:

@@ -64,8 +64,7 @@ class Tap:
         self.last: Passed | None = None
 
     def pass_by(self, x: Tensor, tokens: Tokens, read_only: bool) -> tuple[Tensor, Tensor] | None:
-        """Take note of a stream x [B, T, d]; return (delta [B, T, d], edited [B, T]), or None to
-        leave it alone."""
+        """Note a stream x [B, T, d]; delta [B, T, d] and edited [B, T], or None: leave it alone."""
         self._check(x, tokens)
         passed = self.last = Passed(self.sae, x, tokens)
         edits = self.edits  # looked up once, as another thread may set new ones meanwhile
@@ -97,8 +96,8 @@ class Tap:
     def _check(self, x: Tensor, tokens: Tokens) -> None:
         if x.shape[-1] != self.sae.config.hidden_size:
             raise WidthError(
-                f"the residual stream at {self.place.name} is {x.shape[-1]} wide; the SAE reads "
-                f"{self.sae.config.hidden_size}."
+                f"the residual stream at {self.place.name} is {x.shape[-1]} wide; "
+                f"the SAE reads {self.sae.config.hidden_size}."
             )
         if not torch.isfinite(x).all():
             wrong = (~torch.isfinite(x)).any(-1) & tokens.real
@@ -107,8 +106,8 @@ class Tap:
                 position = int(tokens.position[row, at])
                 raise NonFiniteError(
                     f"the residual stream at {self.place.name} holds NaN or infinity, first in "
-                    f"row {row}, position {position}: the model's own numbers broke before the SAE "
-                    "saw them (dtype?)."
+                    f"row {row}, position {position}: the model's own numbers broke "
+                    "before the SAE saw them (dtype?)."
                 )
 
 
@@ -117,11 +116,17 @@ class AttachedSAE:
     """One line of `status`: which SAE reads and writes where, and what it changes."""
 
     hookpoint: str
+    """Where, e.g. `layers.7.resid_post`."""
     path: str
+    """The same place as a module path in the unwrapped model."""
     sae: str
+    """Hub id or folder it was loaded from; its size if it was built in memory."""
     edits: tuple[Edit, ...]
+    """The live edits."""
     splice: bool
+    """Whether the reconstruction replaces the residual stream."""
     thread: str
+    """Which threads the session acts in: "all threads", or "thread " and a name."""
 
     def __str__(self) -> str:
         changes = ", ".join(repr(edit) for edit in self.edits) or "no edits"
@@ -131,15 +136,20 @@ class AttachedSAE:
 
 @dataclass(frozen=True)
 class Preflight:
-    """Whether an SAE fits the place it is attached to, by its error on live tokens; prints as one
-    line."""
+    """Whether an SAE fits its place, by its error on live tokens; prints as one line."""
 
     hookpoint: str
+    """Where the SAE is attached."""
     fvu: float
+    """Error on these tokens: 0 is exact, 1 no better than the mean."""
     l0: float
+    """Active features per token, on average."""
     tokens: int
+    """How many tokens were measured, padding and outliers left out."""
     card_fvu: float | None
+    """`fvu` in the metrics of the SAE's config; None if absent."""
     card_l0: float | None
+    """`l0` in the metrics of the SAE's config; None if absent."""
 
     @property
     def fits(self) -> bool | None:
@@ -166,8 +176,7 @@ class Preflight:
 
 
 class Session:
-    """SAEs attached to a language model, from `attach` until `detach` or the end of the `with`
-    block.
+    """SAEs attached to a language model, from `attach` to `detach` or the end of the `with` block.
 
     A session acts in the thread that opened it. One opened in the main thread also acts in threads
     that have none of their own on this model (so a streaming `generate` in a worker thread is
@@ -217,13 +226,15 @@ class Session:
 
     @property
     def features(self) -> SparseFeatures | dict[str, SparseFeatures]:
-        """Features [batch, seq] of the last forward pass, before edits; a dict by hookpoint if
-        there are several.
+        """Features of the last forward pass, before edits; a dict by hookpoint if several.
 
-        Under `generate` that is the last step: [rows * beams, 1] with a cache.
+        [batch, seq] tokens with k slots each, acts in the LM's own units. Under `generate` that is
+        the last step: [rows * beams, 1] with a cache. With gradients on they are differentiable,
+        and the stream's graph stays alive until the next forward.
 
         Raises:
             HookpointError: no forward pass has come by yet.
+            ConfigError: a batch_topk SAE without a threshold.
         """
         found = {name: tap.last_passed().features() for name, tap in self._taps.items()}
         return next(iter(found.values())) if len(found) == 1 else found
@@ -235,8 +246,7 @@ class Session:
         return next(iter(found.values())) if len(found) == 1 else found
 
     def edit(self, *edits: Edit, at: str | None = None) -> None:
-        """Make these the live edits at a hookpoint, in place of those before; none at all clears
-        them.
+        """Make these the live edits at a hookpoint, in place of those before; none clears them.
 
         Takes effect at the next forward pass, so at the next token of a running `generate`.
 
@@ -260,8 +270,7 @@ class Session:
         tap.edits = prepared
 
     def check_with_others(self, tap: Tap, prepared: PreparedEdits) -> None:
-        """Raise EditError if the edits contradict those of another session; `attach` puts the check
-        here."""
+        """EditError if the edits contradict another session's; `attach` puts the check here."""
 
     def _tap(self, at: str | None) -> Tap:
         if at is None and len(self._taps) == 1:
@@ -273,7 +282,11 @@ class Session:
         return self._taps[at]
 
     def recipe(self, at: str | None = None) -> Recipe:
-        """The live edits at a hookpoint as a `Recipe`, to save or publish."""
+        """The live edits at a hookpoint as a `Recipe`, to save or publish.
+
+        Raises:
+            HookpointError: several hookpoints and none named, or one that is not the session's.
+        """
         tap = self._tap(at)
         return Recipe(sae=_name(tap.sae), edits=tap.edits.edits, hookpoint=tap.place.name)
 
@@ -287,11 +300,10 @@ class Session:
 
     @torch.no_grad()
     def preflight(self, inputs: Mapping[str, Any], at: str | None = None) -> Preflight:
-        """Run the model once, without any session's edits, and compare FVU and L0 on these tokens
-        with the card's figures.
+        """Run the model once, unedited, and compare FVU and L0 with the card's figures.
 
-        Padding and outliers (above the SAE's `outlier_norm`; if it has none, of more than 6 times
-        the median norm) are left out.
+        No session edits in that run. Padding and outliers (above the SAE's `outlier_norm`; if it
+        has none, of more than 6 times the median norm) are left out.
 
         Args:
             inputs: keyword arguments of the model's forward; a few hundred tokens of ordinary text.
@@ -337,8 +349,7 @@ class Session:
         return nullcontext()
 
     def detach(self) -> None:
-        """Remove every hook of this session; the model is what it was before. Doing it twice does
-        nothing."""
+        """Remove this session's hooks: the model is what it was. Doing it twice does nothing."""
         if self.attached:
             self.attached = False
             self._on_detach(self)
@@ -352,6 +363,6 @@ def check_splices(taps: list[Tap], new: Tap) -> None:
     """EditError if two SAEs would both replace one residual stream."""
     if new.splice and any(tap.splice for tap in taps):
         raise EditError(
-            f"{new.place.name} is spliced already: only one SAE can replace the residual stream "
-            "there."
+            f"{new.place.name} is spliced already: "
+            "only one SAE can replace the residual stream there."
         )

@@ -1,5 +1,6 @@
-"""What calibrated edits and checks rest on, accumulated batch by batch: how strongly and how often
-each feature fires, and how long a token's residual is.
+"""What calibrated edits and checks rest on, accumulated batch by batch.
+
+How strongly and how often each feature fires, and how long a token's residual is.
 """
 
 from __future__ import annotations

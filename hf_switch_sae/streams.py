@@ -47,8 +47,8 @@ class Layout:
         )
         if x.ndim < 2:
             raise HookpointError(
-                "a residual stream has at least two dimensions; this tensor is "
-                f"{list(stream.shape)}."
+                "a residual stream has at least two dimensions; "
+                f"this tensor is {list(stream.shape)}."
             )
 
     def restore(self, rows: Tensor) -> Tensor:

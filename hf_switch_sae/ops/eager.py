@@ -1,5 +1,4 @@
-"""Routed encode and sparse decode on any device with stock torch operators and a hand-written
-backward.
+"""Routed encode and sparse decode on any device: stock torch operators, hand-written backward.
 
 Only routed experts are computed. The gradient of the pre-activations is k-sparse, and nothing of
 size tokens x num_features is allocated: an expert's tokens are taken in chunks of at most
@@ -26,11 +25,10 @@ from torch.autograd.function import once_differentiable
 from hf_switch_sae.ops.routing import visits
 
 WORKSPACE_BYTES = 256 * 2**20
-"""Most bytes of pre-activations held at once (batch_topk in training holds those of all routed
-experts)."""
+"""Most bytes of pre-activations held at once (batch_topk in training: all routed experts')."""
 
-# What embedding_bag itself runs for this gradient: a private name, so it may be gone one day; then
-# rows are gathered.
+# What embedding_bag itself runs for this gradient: a private name, so one day it may be gone and
+# rows are gathered instead.
 _ROW_DOTS = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
 
 
@@ -80,8 +78,7 @@ def routed_encode(
 def keep_largest(
     acts: Tensor, ids: Tensor, k: int | None, batch_topk: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Joint selection among candidates: the k largest slots of each token; all active ones when k
-    is None.
+    """Joint selection among candidates: each token's k largest slots; all active if k is None.
 
     Args:
         acts: [n, s], >= 0.
@@ -116,8 +113,7 @@ def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
 
 
 class _EncodePairs(torch.autograd.Function):
-    """Ungated activations of each (token, expert) pair's kept features: acts [n * t, s], ids [n *
-    t, s]."""
+    """Ungated activations of each (token, expert) pair's kept features: acts, ids [n * t, s]."""
 
     @staticmethod
     def forward(
@@ -185,9 +181,8 @@ class _Selection:
     ) -> None:
         self.m, self.k, self.threshold, self.batch_topk, self.n = m, k, threshold, batch_topk, n
         self.parts: list[tuple[int, Tensor, Tensor, Tensor]] = []  # expert, pairs, acts, local ids
-        self.pending: list[
-            tuple[int, Tensor, Tensor, Tensor | None]
-        ] = []  # batch_topk: waits for its border
+        # batch_topk: expert, pairs, acts and gates that wait for the border
+        self.pending: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
 
     def add(self, expert: int, pairs: Tensor, acts: Tensor, gates: Tensor | None) -> None:
         if self.threshold is not None:
@@ -282,8 +277,7 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
 
 
 def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
-    """W[f] = sum of coefs[n, j] * x[n] over all (n, j) with ids[n, j] = f; -> [num_rows, d], in the
-    dtype of x.
+    """W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f; [num_rows, d], in the dtype of x.
 
     A gather in the other direction: pairs sorted by feature, then one bag of tokens per feature.
     """

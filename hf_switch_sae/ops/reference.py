@@ -1,5 +1,6 @@
-"""The definitions: what every backend must compute, written to be read. No speed, no options,
-autograd as it comes.
+"""The definitions: what every backend must compute, written to be read.
+
+No speed, no options, autograd as it comes.
 
 Letters: n tokens, d hidden size, E experts, m features per expert, F = E * m features, t experts
     per token, k slots.
