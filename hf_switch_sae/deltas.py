@@ -43,6 +43,8 @@ class PreparedEdits:
     def __init__(self, sae: SwitchSAE, edits: Sequence[Edit]) -> None:
         self.sae, self.edits = sae, tuple(edits)
         for edit in self.edits:
+            if isinstance(edit, list | tuple):
+                raise EditError("edits are given one by one: session.edit(*edits), not a list.")
             if not isinstance(edit, tuple(EDITS.values())):
                 raise EditError(f"an edit is one of {sorted(EDITS)}; got {edit!r}.")
         check_conflicts(self.edits)

@@ -138,7 +138,7 @@ def _words(folder: Path) -> dict[int, str]:
     if not file.exists():
         return {}
     table = json.loads(file.read_text(encoding="utf-8"))
-    return {int(feature): ", ".join(words[:3]) for feature, words in table.items()}
+    return {int(feature): " ".join(map(repr, words[:3])) for feature, words in table.items()}
 
 
 def _edits(sae: Path, feature: int | None, strength: float | None) -> tuple[Steer, ...]:
@@ -179,7 +179,7 @@ def _show_features(
     assert isinstance(features, SparseFeatures)
     table = Table(title="What it reads in the prompt, token by token", title_justify="left")
     table.add_column("token")
-    table.add_column("features by surprise: id (words it fires on most), share of its maximum")
+    table.add_column("features, rarest and strongest first: id (words it fires on), % of maximum")
     # the first position is an attention sink, which has no features
     for position, token in list(enumerate(inputs["input_ids"][0]))[1:]:
         line = Text()
@@ -229,7 +229,7 @@ def _show_steering(
         answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
     session.edit()
     named = ", ".join(
-        f"{feature} ({words.get(feature, '?')}) x {edit.strength:g}"
+        f"{feature} ({words.get(feature, '?')}), {edit.strength:g} of its maximum"
         for edit in edits
         for feature in _ids(edit)
     )

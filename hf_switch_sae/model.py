@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -201,7 +202,10 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             warnings.filterwarnings(
                 "ignore", "The following device_map keys do not match", UserWarning
             )
-            return super().from_pretrained(*args, **kwargs)
+            try:
+                return super().from_pretrained(*args, **kwargs)
+            except OSError as err:
+                raise OSError(f"{err}{_saes_in(*args, **kwargs)}") from err
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:
         """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32."""
@@ -511,6 +515,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if SwitchSAE._open_session is None:
             raise AttachError("import hf_switch_sae as a whole: its attach module is not loaded.")
         return SwitchSAE._open_session(lm, self, at=at, **options)
+
+
+def _saes_in(folder: Any, *_: Any, subfolder: str = "", **__: Any) -> str:
+    """What `from_pretrained` could have been asked for in a local folder, as a sentence."""
+    found = sorted(str(p.parent.relative_to(folder)) for p in Path(folder).rglob("*.safetensors"))
+    if not found:
+        return ""
+    return f" There is no SAE under subfolder={subfolder!r}; there are: {', '.join(found)}."
 
 
 register_checkpoint_layout(SwitchSAEConfig.model_type)

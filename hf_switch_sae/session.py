@@ -27,7 +27,7 @@ from hf_switch_sae.deltas import PreparedEdits
 from hf_switch_sae.edits import Edit
 from hf_switch_sae.errors import AttachError, EditError, HookpointError, NonFiniteError, WidthError
 from hf_switch_sae.features import SparseFeatures
-from hf_switch_sae.hookpoints import Hookpoint
+from hf_switch_sae.hookpoints import Hookpoint, resolve
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.positions import Tokens
 from hf_switch_sae.recipe import Recipe
@@ -46,12 +46,15 @@ class Passed:
         self._features: SparseFeatures | None = None
 
     def features(self) -> SparseFeatures:
-        """Features [B, T]; differentiable if the stream is and gradients are on now."""
+        """Features [B, T], none of padding; differentiable if stream and grad mode allow."""
         live = self.stream.requires_grad and torch.is_grad_enabled()
         found = self._features
         if found is None or (live and not found.acts.requires_grad):
             with torch.set_grad_enabled(live):
-                found = self._features = self._sae.encode(self.stream)
+                found = self._sae.encode(self.stream)
+                real = self.tokens.real.to(found.device)[..., None]
+                found = SparseFeatures(found.acts.where(real, 0), found.ids, found.num_features)
+            self._features = found
         return found
 
 
@@ -150,14 +153,18 @@ class Preflight:
     """`fvu` in the metrics of the SAE's config; None if absent."""
     card_l0: float | None
     """`l0` in the metrics of the SAE's config; None if absent."""
+    trained_at: str | None = None
+    """The SAE's own hookpoint, where that is another place than this; else None."""
 
     @property
     def fits(self) -> bool | None:
-        """None when the SAE's config has no figures to compare with.
+        """None when the SAE's config has no figures to compare with; False at another place.
 
         FVU may be twice the card's plus 0.05, and L0 off by half: a short text differs from the
         card's corpus, a wrong layer, model or scale differs far more.
         """
+        if self.trained_at is not None:
+            return False
         if self.card_fvu is None:
             return None
         near = self.card_l0 is None or abs(self.l0 - self.card_l0) <= 0.5 * self.card_l0
@@ -172,7 +179,8 @@ class Preflight:
             None: "nothing on the card to compare with",
         }[self.fits]
         live = f"FVU {self.fvu:.3f}, L0 {self.l0:.1f} on {self.tokens} tokens"
-        return f"{self.hookpoint}: {live}{card}: {verdict}"
+        where = "" if self.trained_at is None else f", trained at {self.trained_at}"
+        return f"{self.hookpoint}: {live}{card}: {verdict}{where}"
 
 
 class Session:
@@ -316,6 +324,11 @@ class Session:
         """
         if not self.attached:
             raise AttachError("this session is detached, so nothing would come by; attach again.")
+        if not isinstance(inputs, Mapping):
+            raise TypeError(
+                "preflight takes the model's inputs by name, as a tokenizer returns them with "
+                f"return_tensors='pt'; got {type(inputs).__name__}."
+            )
         tap = self._tap(at)
         tap.last = None
         with self.without_edits():
@@ -342,6 +355,7 @@ class Session:
             tokens=len(x),
             card_fvu=card.get("fvu"),
             card_l0=card.get("l0"),
+            trained_at=_trained_elsewhere(self.lm, tap),
         )
 
     def without_edits(self) -> AbstractContextManager[None]:
@@ -357,6 +371,18 @@ class Session:
 
 def _name(sae: SwitchSAE) -> str:
     return sae.name_or_path or f"SwitchSAE({sae.config.num_features} features)"
+
+
+def _trained_elsewhere(lm: nn.Module, tap: Tap) -> str | None:
+    """The SAE's own hookpoint, if that is another place of the model than the tap's."""
+    own = tap.sae.config.hookpoint
+    if own is None:
+        return None
+    try:
+        place = resolve(lm, own)
+    except HookpointError:
+        return own
+    return None if (place.module, place.site) == (tap.place.module, tap.place.site) else own
 
 
 def check_splices(taps: list[Tap], new: Tap) -> None:

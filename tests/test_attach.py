@@ -111,7 +111,10 @@ def test_features_are_those_of_the_stream_that_passed(lm, sae):
         logits(lm)
         features = session.features
 
-    torch.testing.assert_close(features.to_dense(), sae.encode(stream[0]).to_dense())
+    real = inputs()["attention_mask"].bool()
+    assert not real.all()
+    torch.testing.assert_close(features.to_dense()[real], sae.encode(stream[0]).to_dense()[real])
+    assert float(features.acts[~real].abs().max()) == 0  # padding has no features
 
 
 def test_features_are_of_the_stream_as_it_came_by_even_if_the_model_writes_into_it(lm, sae):
@@ -942,7 +945,7 @@ def test_preflight_tells_the_right_layer_from_a_wrong_one(lm):
     assert right.fvu == pytest.approx(sae.config.metrics["fvu"], rel=0.05)
     assert right.tokens <= int(batch["attention_mask"].sum())
     assert str(right).endswith(": fits")
-    assert str(wrong).endswith(": DOES NOT FIT")
+    assert str(wrong).endswith(": DOES NOT FIT, trained at layers.1.resid_post")
 
 
 def logits_without(lm: nn.Module, session: Any) -> Tensor:
@@ -1074,6 +1077,14 @@ def test_what_is_no_sae_is_refused_by_name(lm, what):
         attach(lm, what, at=1)
     with pytest.raises(AttachError, match=f"got {type(what).__name__}"):
         attach(lm, {1: what})
+
+
+def test_preflight_and_edit_say_how_to_call_them(lm):
+    with tiny.sae_for(lm).attach(lm, at=2) as session:
+        with pytest.raises(TypeError, match=r"as a tokenizer returns them.*got str"):
+            session.preflight("a text")
+        with pytest.raises(EditError, match=r"session\.edit\(\*edits\)"):
+            session.edit([raw(), raw(3)])
 
 
 def test_preflight_of_a_detached_session_says_so(lm):

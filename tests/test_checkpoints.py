@@ -228,3 +228,12 @@ def test_a_file_without_newer_statistics_still_loads_with_their_start_values(tmp
     loaded = SwitchSAE.from_pretrained(tmp_path)
     assert loaded.outlier_norm == torch.inf
     torch.testing.assert_close(loaded.W_enc, sae.W_enc, atol=0, rtol=0)
+
+
+def test_a_wrong_subfolder_is_answered_with_those_there_are(tmp_path):
+    make("switch").save_pretrained(tmp_path / "layers.3.resid_post")
+
+    with pytest.raises(OSError, match=r"subfolder='layers\.4'.*there are: layers\.3\.resid_post"):
+        SwitchSAE.from_pretrained(tmp_path, subfolder="layers.4")
+    with pytest.raises(OSError, match=r"there are: layers\.3\.resid_post"):
+        SwitchSAE.from_pretrained(str(tmp_path))

@@ -238,11 +238,13 @@ def test_every_type_with_a_model_is_built_or_excused_and_the_rest_are_parts_of_c
     assert not [kind for kind in rest if any(kind in mapping for mapping in mappings)]
 
 
-def width_of(stream: Tensor, place: Hookpoint) -> int:
-    """Of convolutional stages [batch, d, height, width] the second dimension, else the last."""
-    convolves = stream.ndim == 4 and any(isinstance(m, nn.Conv2d) for m in place.module.modules())
-    square = stream.ndim == 4 and stream.shape[-1] == stream.shape[-2]
-    return stream.shape[1] if convolves and square else stream.shape[-1]
+def width_of(stream: Tensor) -> int:
+    """Of stages [batch, d, side, side] the second dimension, else the last."""
+    return (
+        stream.shape[1]
+        if stream.ndim == 4 and stream.shape[2] == stream.shape[3]
+        else stream.shape[-1]
+    )
 
 
 def test_an_attached_sae_reads_without_a_trace_and_steers_and_leaves(case):
@@ -250,9 +252,7 @@ def test_an_attached_sae_reads_without_a_trace_and_steers_and_leaves(case):
     seen: list[Tensor] = []
     with hook_residual(case.model, case.at("resid_post"), seen.append):
         case.run()
-    config = SwitchSAEConfig(
-        hidden_size=width_of(seen[0], case.place), num_features=16, num_experts=4, k=2
-    )
+    config = SwitchSAEConfig(hidden_size=width_of(seen[0]), num_features=16, num_experts=4, k=2)
     sae = SwitchSAE(config).eval()
 
     with attach(case.model, sae, at=case.at("resid_post")) as session:
