@@ -111,7 +111,7 @@ def test_features_are_those_of_the_stream_that_passed(lm, sae):
         logits(lm)
         features = session.features
 
-    real = inputs()["attention_mask"].bool()
+    real = inputs("llama", lm)["attention_mask"].bool()
     assert not real.all()
     torch.testing.assert_close(features.to_dense()[real], sae.encode(stream[0]).to_dense()[real])
     assert float(features.acts[~real].abs().max()) == 0  # padding has no features
