@@ -205,7 +205,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             try:
                 return super().from_pretrained(*args, **kwargs)
             except OSError as err:
-                raise OSError(f"{err}{_saes_in(*args, **kwargs)}") from err
+                name = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+                hint = _saes_in(name, kwargs.get("subfolder") or "")
+                raise OSError(f"{err}{hint}") from err
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:
         """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32."""
@@ -517,9 +519,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return SwitchSAE._open_session(lm, self, at=at, **options)
 
 
-def _saes_in(folder: Any, *_: Any, subfolder: str = "", **__: Any) -> str:
+def _saes_in(name: str, subfolder: str) -> str:
     """What `from_pretrained` could have been asked for in a local folder, as a sentence."""
-    found = sorted(str(p.parent.relative_to(folder)) for p in Path(folder).rglob("*.safetensors"))
+    found = sorted(str(p.parent.relative_to(name)) for p in Path(name).rglob("*.safetensors"))
     if not found:
         return ""
     return f" There is no SAE under subfolder={subfolder!r}; there are: {', '.join(found)}."
