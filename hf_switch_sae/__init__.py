@@ -6,6 +6,7 @@ from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.edits import Ablate, Clamp, Patch, Scale, Steer
 from hf_switch_sae.errors import (
     AttachError,
+    BackendError,
     BaseModelError,
     ConfigError,
     EditError,
@@ -27,6 +28,7 @@ __all__ = [
     "Ablate",
     "AttachError",
     "AttachedSAE",
+    "BackendError",
     "BaseModelError",
     "Clamp",
     "ConfigError",

@@ -8,7 +8,8 @@
     │   ├── WidthError      residual width and SAE width differ (and ValueError)
     │   └── BaseModelError  not the language model the SAE was trained on (and ValueError)
     ├── EditError           an edit that means nothing, or contradicts another (and ValueError)
-    └── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
+    ├── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
+    └── BackendError        a compute backend that does not exist, or declines (and RuntimeError)
 
 Each message says what was asked, what is there, and what to do. An error is raised before anything
 was changed.
@@ -49,3 +50,7 @@ class EditError(SwitchSAEError, ValueError):
 
 class NonFiniteError(SwitchSAEError, ArithmeticError):
     """NaN or infinity where a residual stream was expected."""
+
+
+class BackendError(SwitchSAEError, RuntimeError):
+    """No such compute backend, or one that can't work on these tensors."""

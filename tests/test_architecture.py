@@ -40,6 +40,7 @@ FACE = [
     "Ablate",
     "AttachError",
     "AttachedSAE",
+    "BackendError",
     "BaseModelError",
     "Clamp",
     "ConfigError",

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_switch_sae import ops
-from hf_switch_sae.ops import eager, reference
-
-BACKENDS = {name: backend for name, backend in ops.BACKENDS.items() if name != "reference"}
+from hf_switch_sae.ops import eager, reference, routed
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,8 @@ class Case:
     bias: bool = True
     shift: float = 0.0
     gated: bool = True
+    centered: bool = False
+    in_order: bool = False
     threshold: float | None = None
     batch_topk: bool = False
     experts: tuple[int, ...] | None = None
@@ -48,6 +48,7 @@ class Case:
             "W_enc": draw(self.E, self.m, self.d) / self.d**0.5,
             "b_enc": 0.3 * draw(self.E, self.m) + self.shift if self.bias else None,
             "gates": draw(self.n, self.t).sigmoid() if self.gated else None,
+            "center": 0.5 * draw(self.d) if self.centered else None,
         }
         leaves = {
             name: None
@@ -60,23 +61,29 @@ class Case:
         limit = None if self.threshold is None else torch.full((self.E, self.m), self.threshold)
         return {
             **leaves,
-            "expert_ids": allowed[order],
+            "expert_ids": allowed[order].sort(0).values if self.in_order else allowed[order],
             "k": self.k,
             "threshold": None if limit is None else limit.to(dtype),
             "batch_topk": self.batch_topk,
+            "in_order": self.in_order,
         }
 
 
 CASES = {
     "switch": Case(),
     "odd_width": Case(d=37, E=3, m=7),
+    "centered": Case(centered=True),
+    "in_order": Case(in_order=True, centered=True),
+    "in_order_one_row": Case(in_order=True, n=1),
+    "wide_experts": Case(m=64, k=4, in_order=True),
+    "many_experts": Case(E=64, m=3, k=2, centered=True),
     "no_bias_no_gates": Case(bias=False, gated=False),
     "an_expert_nobody_visits": Case(experts=(0, 2, 4)),
     "all_tokens_on_one_expert": Case(experts=(3,)),
     "fewer_than_k_positives": Case(shift=-1.5, k=6),
     "nothing_positive": Case(shift=-50.0),
     "one_row": Case(n=1),
-    "one_row_two_experts": Case(n=1, t=2, k=5),
+    "one_row_two_experts": Case(n=1, t=2, k=5, centered=True),
     "one_expert": Case(E=1, gated=False),
     "k_is_all_of_an_expert": Case(k=8),
     "k_is_one": Case(k=1),
@@ -86,15 +93,26 @@ CASES = {
     "every_expert": Case(t=5, k=9),
     "relu": Case(k=None),
     "relu_two_experts": Case(k=None, t=2),
+    "relu_in_order": Case(k=None, in_order=True),
     "threshold": Case(k=None, threshold=0.3),
     "threshold_and_k": Case(k=2, threshold=0.3, t=2),
     "batch_topk": Case(batch_topk=True),
     "batch_topk_two_experts": Case(batch_topk=True, t=2),
     "batch_topk_more_than_there_is": Case(batch_topk=True, shift=-1.5, k=7),
+    "batch_topk_in_order": Case(batch_topk=True, in_order=True, k=1, m=32),
     "batch_topk_one_row": Case(batch_topk=True, n=1),
 }
 CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-BACKEND = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
+PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum", "why_not")
+BOTH = pytest.mark.parametrize("computation", [reference, ops], ids=["reference", "routed"])
+BACKEND = pytest.mark.parametrize("backend", ["eager"], indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """The routed computation over one backend's primitives."""
+    with ops.use_backend(request.param):
+        yield ops
 
 
 def encode(backend: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -128,9 +146,15 @@ def assert_same_encode(backend: Any, case: Case, dtype: torch.dtype, **tolerance
         torch.testing.assert_close(gradients(value, inputs), gradients(wanted, inputs), **tolerance)
 
 
-def test_every_backend_has_the_functions_and_signatures_of_the_reference():
+def test_the_routed_computation_has_the_signatures_of_its_definition():
     for name in ("route", "routed_encode", "sparse_decode"):
-        for backend in BACKENDS.values():
+        mine, theirs = getattr(ops, name), getattr(reference, name)
+        assert inspect.signature(mine) == inspect.signature(theirs)
+
+
+def test_every_backend_has_the_primitives_and_signatures_of_the_reference():
+    for name in PRIMITIVES:
+        for backend in ops.BACKENDS.values():
             mine, theirs = getattr(backend, name), getattr(reference, name)
             assert inspect.signature(mine) == inspect.signature(theirs)
 
@@ -143,7 +167,7 @@ def test_every_backend_has_the_functions_and_signatures_of_the_reference():
 @pytest.mark.parametrize("workspace", [None, 100], ids=["one_chunk", "split_chunks"])
 def test_encode_agrees_with_reference(monkeypatch, backend, case, workspace):
     if workspace:
-        monkeypatch.setattr(eager, "WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(routed, "CPU_WORKSPACE_BYTES", workspace)
     assert_same_encode(backend, case, torch.float32, atol=1e-5, rtol=1e-5)
 
 
@@ -173,7 +197,8 @@ def test_encode_in_bfloat16_is_the_formula_up_to_rounding(backend, case):
         for name, value in inputs.items()
     }
     chosen = (acts > 0).float()
-    pre = torch.einsum("nd,nkd->nk", exact["x"], exact["W_enc"].reshape(-1, case.d)[ids])
+    z = exact["x"] if exact["center"] is None else exact["x"] - exact["center"]
+    pre = torch.einsum("nd,nkd->nk", z, exact["W_enc"].reshape(-1, case.d)[ids])
     if exact["b_enc"] is not None:
         pre = pre + exact["b_enc"].flatten()[ids]
     slot = (ids[..., None] // case.m == inputs["expert_ids"][:, None]).float()
@@ -204,15 +229,14 @@ def test_encode_agrees_with_reference_at_any_size(data):
     )
     if case.k is not None and data.draw(st.booleans(), "batch_topk"):
         case = replace(case, batch_topk=True)
-    for backend in BACKENDS.values():
-        assert_same_encode(backend, case, torch.float64, atol=1e-11, rtol=1e-11)
+    assert_same_encode(ops, case, torch.float64, atol=1e-11, rtol=1e-11)
 
 
-@pytest.mark.parametrize("name", ops.BACKENDS)
+@BOTH
 @CASE
-def test_every_slot_names_a_feature_of_the_tokens_own_experts(name, case):
+def test_every_slot_names_a_feature_of_the_tokens_own_experts(computation, case):
     inputs = case.tensors()
-    acts, ids = encode(ops.BACKENDS[name], inputs)
+    acts, ids = encode(computation, inputs)
     own = (ids[..., None] // case.m == inputs["expert_ids"][:, None]).any(-1)
     assert own.all()
     assert (acts >= 0).all()
@@ -280,14 +304,15 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rule", ["topk", "two_experts", "batch_topk", "relu"])
 def test_nothing_as_large_as_tokens_times_features_is_ever_laid_out(monkeypatch, dtype, rule):
-    monkeypatch.setattr(eager, "WORKSPACE_BYTES", 4096)
+    monkeypatch.setattr(routed, "CPU_WORKSPACE_BYTES", 4096)
+    monkeypatch.setattr(eager, "CHUNK_BYTES", 4096)
     case = Case(n=256, d=8, E=16, m=32, k=None if rule == "relu" else 4, shift=-2.0)
     case = replace(case, t=2 if rule == "two_experts" else 1, batch_topk=rule == "batch_topk")
     inputs = case.tensors(dtype)
     W_dec = torch.randn(case.E, case.m, case.d, dtype=dtype, requires_grad=True)
     with Largest() as seen:
-        acts, ids = encode(eager, inputs)
-        eager.sparse_decode(acts, ids, W_dec).float().square().sum().backward()
+        acts, ids = encode(ops, inputs)
+        ops.sparse_decode(acts, ids, W_dec).float().square().sum().backward()
     with Largest() as dense_seen:
         encode(reference, inputs)
 
@@ -298,18 +323,18 @@ def test_nothing_as_large_as_tokens_times_features_is_ever_laid_out(monkeypatch,
 
 def test_the_tokens_of_one_expert_are_taken_in_chunks_of_the_workspace(monkeypatch):
     inputs = Case(n=256, d=4, E=1, m=64, k=2, gated=False).tensors()
-    whole = dense(*encode(eager, inputs), inputs)
-    monkeypatch.setattr(eager, "WORKSPACE_BYTES", 32 * 64 * 4)
+    whole = dense(*encode(ops, inputs), inputs)
+    monkeypatch.setattr(routed, "CPU_WORKSPACE_BYTES", 32 * 64 * 4)
     with Largest() as seen:
-        acts, ids = encode(eager, inputs)
+        acts, ids = encode(ops, inputs)
     assert seen.numel <= 32 * 64  # 32 tokens' pre-activations; all would be 256 * 64
     torch.testing.assert_close(dense(acts, ids, inputs), whole)
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS.values(), ids=ops.BACKENDS.keys())
+@BOTH
 @pytest.mark.parametrize("gate", [1.0, 0.5])
-def test_an_activation_must_exceed_its_threshold_router_weight_included(backend, gate):
-    acts, ids = backend.routed_encode(
+def test_an_activation_must_exceed_its_threshold_router_weight_included(computation, gate):
+    acts, ids = computation.routed_encode(
         x=torch.tensor([[4.0, 4.0, 4.0]]),
         W_enc=torch.eye(3)[None],
         b_enc=None,
@@ -332,7 +357,7 @@ def test_an_activation_must_exceed_its_threshold_router_weight_included(backend,
 def test_decode_agrees_with_reference(monkeypatch, backend, dtype, shape, private, d):
     if not private:
         monkeypatch.setattr(eager, "_ROW_DOTS", None)
-        monkeypatch.setattr(eager, "WORKSPACE_BYTES", 1000)
+        monkeypatch.setattr(eager, "CHUNK_BYTES", 1000)
     acts = torch.randn(11, 4, dtype=dtype)  # of any sign: edits decode differences
     acts[2], acts[5, 1:] = 0.0, 0.0
     ids = torch.randint(24, (11, 4))
@@ -384,11 +409,11 @@ def test_gradients_agree_with_finite_differences(backend):
 # ---------------------------------------------------------------- route and selection
 
 
-@pytest.mark.parametrize("name", ops.BACKENDS)
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_router_ties_go_to_the_lowest_index(name, dtype, t):
-    route = ops.BACKENDS[name].route
+def test_router_ties_go_to_the_lowest_index(computation, dtype, t):
+    route = computation.route
     x = torch.ones(3, 6, dtype=dtype)
     weight, bias = torch.zeros(5, 6), torch.zeros(5)
 
@@ -418,9 +443,9 @@ def test_route_agrees_with_reference(backend, t):
     )
 
 
-@pytest.mark.parametrize("name", ops.BACKENDS)
-def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(name):
-    route = ops.BACKENDS[name].route
+@BOTH
+def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(computation):
+    route = computation.route
     x, weight, bias = torch.randn(64, 48).bfloat16(), torch.randn(8, 48), torch.randn(8)
     wanted = route(x.float(), weight, bias, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -428,15 +453,34 @@ def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(
 
 
 @BACKEND
-def test_encode_and_decode_are_untouched_by_autocast(backend):
-    inputs = Case().tensors()
-    acts, ids = encode(backend, inputs)
-    W_dec = torch.randn(40, 48)
+@CASE
+def test_autocast_takes_products_in_its_dtype_and_keeps_results_in_that_of_the_weights(
+    backend, case
+):
+    """What autocast computes is what inputs and encoder rounded to its dtype give."""
+    if case.batch_topk or case.threshold is not None:
+        pytest.skip("at a border, rounding decides what is kept")
+    inputs = case.tensors()
+    rounded = {
+        name: value.bfloat16()
+        if name in ("x", "W_enc", "b_enc", "center") and value is not None
+        else value
+        for name, value in inputs.items()
+    }
+    W_dec = torch.randn(case.E * case.m, case.d)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again, again_ids = encode(backend, inputs)
+        acts, ids = encode(backend, inputs)
         y = backend.sparse_decode(acts, ids, W_dec)
-    torch.testing.assert_close((again, again_ids), (acts, ids), atol=0, rtol=0)
+
+    wanted, _ = encode(backend, rounded)
+    assert acts.dtype == y.dtype == torch.float32
+    torch.testing.assert_close(
+        acts.sort(1).values, wanted.float().sort(1).values, atol=0.02, rtol=0.02
+    )
     torch.testing.assert_close(y, backend.sparse_decode(acts, ids, W_dec), atol=0, rtol=0)
+    for name, grad in gradients(acts, inputs).items():
+        assert grad.dtype == inputs[name].dtype
+        assert grad.isfinite().all()
 
 
 @given(n=st.integers(0, 6), slots=st.integers(1, 7), data=st.data())
