@@ -72,33 +72,56 @@ class Experts(nn.ModuleList):
 
     def encode(
         self,
-        z: Tensor,
+        x: Tensor,
         expert_ids: Tensor,
         gates: Tensor | None,
         k: int | None,
         threshold: Tensor | None,
         batch_topk: bool,
+        center: Tensor | None,
         input_scale: Tensor,
+        in_order: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As `ops.routed_encode`, over the groups; `b_enc` is divided by `input_scale` []."""
+        """As `ops.routed_encode`, over the groups.
+
+        `threshold` [E, m] and `b_enc` are in scaled units: divided by `input_scale` [] here, where
+        only one expert's may be needed.
+        """
 
         def encode(
             g: ExpertGroup,
-            z: Tensor,
+            x: Tensor,
             expert_ids: Tensor,
             gates: Tensor | None,
             threshold: Tensor | None,
+            center: Tensor | None,
             s: Tensor,
         ) -> tuple[Tensor, Tensor]:
-            bias = None if g.b_enc is None else (g.b_enc.float() / s).to(z.dtype)
-            return ops.routed_encode(
-                z, g.W_enc, bias, expert_ids, gates, k, threshold, batch_topk and alone
+            W_enc, b_enc, first = g.W_enc, g.b_enc, 0
+            if expert_ids.numel() == 1 and not torch.is_grad_enabled():  # views of one expert
+                first = int(expert_ids)
+                own = slice(first, first + 1)
+                W_enc, expert_ids = W_enc[own], torch.zeros_like(expert_ids)
+                b_enc = None if b_enc is None else b_enc[own]
+                threshold = None if threshold is None else threshold[own]
+            acts, ids = ops.routed_encode(
+                x,
+                W_enc,
+                None if b_enc is None else (b_enc.float() / s).to(W_enc.dtype),
+                expert_ids,
+                gates,
+                k,
+                None if threshold is None else threshold / s,
+                batch_topk and alone,
+                center,
+                in_order,
             )
+            return acts, ids + first * W_enc.shape[1] if first else ids
 
         first, alone = next(iter(self)), len(self) == 1
-        if alone or not len(z):
-            acts, ids = first(encode, z, expert_ids, gates, threshold, input_scale)
-            return acts.to(z.device), ids.to(z.device)
+        if alone or not len(x):
+            acts, ids = first(encode, x, expert_ids, gates, threshold, center, input_scale)
+            return acts.to(x.device), ids.to(x.device)
         if batch_topk:
             # the border lies between all groups' features: first keep all, then the k * n largest
             wanted, k = k, None
@@ -114,16 +137,17 @@ class Experts(nn.ModuleList):
                 own = slice(index * size, (index + 1) * size)
                 acts, ids = group(
                     encode,
-                    z[pairs // t],
+                    x[pairs // t],
                     (pair_experts[pairs] - own.start)[:, None],
                     None if pair_gates is None else pair_gates[pairs],
                     None if threshold is None else threshold[own],
+                    center,
                     input_scale,
                 )
                 parts.append(
-                    (pairs, acts.to(z.device), ids.to(z.device) + index * self.features_per_group)
+                    (pairs, acts.to(x.device), ids.to(x.device) + index * self.features_per_group)
                 )
-        acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t, z))
+        acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t))
         return ops.keep_largest(acts, ids, wanted if batch_topk else k, batch_topk)
 
     def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
@@ -151,12 +175,12 @@ class Experts(nn.ModuleList):
 
 
 def _in_pair_order(
-    parts: list[tuple[Tensor, Tensor, Tensor]], num_pairs: int, like: Tensor
+    parts: list[tuple[Tensor, Tensor, Tensor]], num_pairs: int
 ) -> tuple[Tensor, Tensor]:
     """(pairs, acts, ids) of each group -> acts, ids [num_pairs, s], padded with empty slots."""
     width = max((acts.shape[1] for _, acts, _ in parts), default=1)
-    out_acts = like.new_zeros(num_pairs, width)
-    out_ids = torch.zeros(num_pairs, width, dtype=torch.int64, device=like.device)
+    like_acts, like_ids = parts[0][1:]
+    out_acts, out_ids = like_acts.new_zeros(num_pairs, width), like_ids.new_zeros(num_pairs, width)
     for pairs, acts, ids in parts:
         short = width - acts.shape[1]
         out_acts = out_acts.index_copy(0, pairs, nn.functional.pad(acts, (0, short)))

@@ -7,12 +7,15 @@
 from hf_switch_sae.ops.backends import BACKENDS, explain_backends, use_backend
 from hf_switch_sae.ops.routed import keep_largest, routed_encode, sparse_decode
 from hf_switch_sae.ops.routing import route, sort_by_expert
+from hf_switch_sae.ops.token import encode_token, route_token
 
 __all__ = [
     "BACKENDS",
+    "encode_token",
     "explain_backends",
     "keep_largest",
     "route",
+    "route_token",
     "routed_encode",
     "sort_by_expert",
     "sparse_decode",
