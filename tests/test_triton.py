@@ -274,7 +274,6 @@ def test_without_triton_the_module_imports_and_says_what_is_missing():
     assert "not installed" in done.stdout
 
 
-
 def test_every_kernel_compiles_for_an_h100_and_products_use_its_tensor_cores():
     """The compiler needs no GPU; only the loads, stores and speed do. In a process of its own, as
     this one interprets."""

@@ -18,7 +18,8 @@ INT64 = {"rows_ptr", "ids_ptr", "offsets_ptr", "order_ptr", "begins_ptr"}
 SHIFT = {"bf16": 16, "fp32": 0}
 
 
-def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: int) -> dict[str, Any]:
+def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: Any) -> dict[str, Any]:
+    options |= kernels._FUSED
     kernel = kernel if isinstance(kernel, triton.JITFunction) else kernel.fn  # the tuner's
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -39,9 +40,7 @@ def products(dtype: str, tile: tuple[int, ...], d: int = 768) -> dict[str, Any]:
     shape = {"E": 16, "m": 1536, "d": d, "EXPERTS": 16, "HAS_ROWS": True, "HAS_BIAS": True}
     blocks = {"BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth, "GROUP": 8}
     constants = {**shape, **blocks, "WIDEN": False}
-    return compiled(
-        kernels._expert_products, dtype, constants, num_warps=warps, num_stages=stages
-    )
+    return compiled(kernels._expert_products, dtype, constants, num_warps=warps, num_stages=stages)
 
 
 def main() -> None:
@@ -52,7 +51,7 @@ def main() -> None:
         for tile in tiles[dtype] if everything else tiles[dtype][1:2]:
             report[f"expert_products {dtype} {tile}"] = products(dtype, tile)
         row = {"m": 1536, "k": 32, "SHIFT": SHIFT[dtype], "BLOCK": 2048, "SLOTS": 32}
-        report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=4)
+        report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=8)
         sizes = {"k": 32, "d": 768, **kernels._blocks(32, 768)}
         for name in ("gather_sum", "row_dots", "scatter_sum"):
             report[f"{name} {dtype}"] = compiled(getattr(kernels, f"_{name}"), dtype, sizes)

@@ -9,7 +9,7 @@ m = 1536, k = 32, bfloat16:
     row_dots         L2 bytes: the same 73 us
     scatter_sum      L2 bytes: the same 73 us, then writing W, 38 MB; the sort comes on top
 
-Beware TRITON_INTERPRET is read when this module is imported; kernels then run on the CPU, for tests.
+Beware TRITON_INTERPRET is read on import; with it kernels run on the CPU, slowly, for tests.
        The interpreter does not notice a load without a mask.
        One program sums all tokens of a feature: one that fires on every token is a long program.
 """
@@ -30,8 +30,11 @@ except ImportError:  # kernels stay functions that nobody calls: see why_not
 
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_ROW = 32768
-"""Features of one expert that a program of relu_topk holds in registers; more go in two rounds."""
+MAX_ROW = 8192
+"""Longest row that a program of relu_topk holds in registers; longer ones are taken in rounds."""
+
+# From 3.10 on Triton multiplies and adds in one instruction only if told to.
+_FUSED = {"enable_fp_fusion": True}
 
 # BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. A tile of 64 or more tokens runs on a warp
 # group's tensor cores (wgmma); float32 has only the ordinary cores, and less room for its tiles.
@@ -97,6 +100,12 @@ def _worth_it(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[A
     tiles = TILES_32BIT if arguments["x_ptr"].element_size() == 4 else TILES_16BIT
     wanted = {tile[:3] for tile in tiles if tile[0] <= arguments["share"]}
     return [c for c in configs if tuple(c.kwargs[f"BLOCK_{axis}"] for axis in "MNK") in wanted]
+
+
+def _launch(kernel: Any, grid: Any, *tensors: Tensor, **constants: Any) -> None:
+    """Run a kernel on contiguous tensors, on their device, which need not be the current one."""
+    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
+        kernel[grid](*(tensor.contiguous() for tensor in tensors), **constants, **_FUSED)
 
 
 # ---------------------------------------------------------------- encode
@@ -184,31 +193,31 @@ def expert_products(
     pre = x.new_empty(p, m)
     if pre.numel() == 0:
         return pre
-    x, W = x.contiguous(), W.contiguous()
     used = min(E, p)  # with that many experts not empty, so many row blocks there can be
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         row_blocks = (p - used) // meta["BLOCK_M"] + used
         return (row_blocks * triton.cdiv(m, meta["BLOCK_N"]),)
 
-    with torch.cuda.device_of(x):
-        _expert_products[grid](
-            x,
-            x if rows is None else rows.contiguous(),
-            W,
-            x if bias is None else bias.contiguous(),
-            offsets,
-            pre,
-            min(128, max(16, triton.next_power_of_2(p // E))),
-            E=E,
-            m=m,
-            d=d,
-            EXPERTS=triton.next_power_of_2(E),
-            HAS_ROWS=rows is not None,
-            HAS_BIAS=bias is not None,
-            WIDEN=INTERPRETED,  # its dot takes bfloat16 for integers
-            **(_TINY if INTERPRETED else {}),
-        )
+    _launch(
+        _expert_products,
+        grid,
+        x,
+        x if rows is None else rows,
+        W,
+        x if bias is None else bias,
+        offsets,
+        pre,
+        share=min(128, max(16, triton.next_power_of_2(p // E))),
+        E=E,
+        m=m,
+        d=d,
+        EXPERTS=triton.next_power_of_2(E),
+        HAS_ROWS=rows is not None,
+        HAS_BIAS=bias is not None,
+        WIDEN=INTERPRETED,  # its dot takes bfloat16 for integers
+        **(_TINY if INTERPRETED else {}),
+    )
     return pre
 
 
@@ -244,10 +253,10 @@ def _relu_topk(
     ties = (keys == low).to(tl.int32)
     room = k - tl.sum(above.to(tl.int32), 0)
     keep = above | ((ties > 0) & (tl.cumsum(ties, 0) <= room))
-    place = row * k + tl.cumsum(keep.to(tl.int32), 0) - 1
+    place = tl.cumsum(keep.to(tl.int32), 0) - 1
     acts = (keys << SHIFT).to(tl.float32, bitcast=True)
-    tl.store(acts_ptr + place, acts.to(acts_ptr.dtype.element_ty), mask=keep)
-    tl.store(ids_ptr + place, cols.to(tl.int64), mask=keep)
+    tl.store(acts_ptr + row * k + place, acts.to(acts_ptr.dtype.element_ty), mask=keep)
+    tl.store(ids_ptr + row * k + place, cols.to(tl.int64), mask=keep)
 
     slots = tl.arange(0, SLOTS)
     empty = (slots >= tl.sum(keep.to(tl.int32), 0)) & (slots < k)
@@ -259,32 +268,33 @@ _SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """As `reference.relu_topk`: the k-th largest by bisection of its bits, then one pass to keep."""
+    """As `reference.relu_topk`: the k-th largest by bisection of its bits, then one pass."""
     p, m = pre.shape
     if m > MAX_ROW:
-        return _relu_topk_in_two_rounds(pre, k)
+        return _relu_topk_in_rounds(pre, k)
     acts = pre.new_empty(p, k)
     ids = torch.empty(p, k, dtype=torch.int64, device=pre.device)
     if p == 0:
         return acts, ids
     block = triton.next_power_of_2(m)
-    with torch.cuda.device_of(pre):
-        _relu_topk[(p,)](
-            pre.contiguous(),
-            acts,
-            ids,
-            m=m,
-            k=k,
-            SHIFT=_SHIFT[pre.dtype],
-            BLOCK=block,
-            SLOTS=triton.next_power_of_2(k),
-            num_warps=min(16, max(1, block // 512)),
-        )
+    _launch(
+        _relu_topk,
+        (p,),
+        pre,
+        acts,
+        ids,
+        m=m,
+        k=k,
+        SHIFT=_SHIFT[pre.dtype],
+        BLOCK=block,
+        SLOTS=triton.next_power_of_2(k),
+        num_warps=min(16, max(1, block // 256)),  # 8 keys a thread: 64 registers
+    )
     return acts, ids
 
 
-def _relu_topk_in_two_rounds(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each part of a row, then of all parts; kept order lets the lowest win."""
+def _relu_topk_in_rounds(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each part of a row, then of all these; kept order lets the lowest win."""
     p, m = pre.shape
     parts = -(-m // MAX_ROW)
     width = -(-m // parts)
@@ -337,10 +347,8 @@ def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     blocks = _blocks(k, d)
-    with torch.cuda.device_of(W):
-        _gather_sum[(n, triton.cdiv(d, blocks["BLOCK_D"]))](
-            coefs.contiguous(), ids.contiguous(), W.contiguous(), y, k=k, d=d, **blocks
-        )
+    grid = (n, triton.cdiv(d, blocks["BLOCK_D"]))
+    _launch(_gather_sum, grid, coefs, ids, W, y, k=k, d=d, **blocks)
     return y
 
 
@@ -379,10 +387,8 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     if dots.numel() == 0:
         return dots
     blocks = _blocks(k, d)
-    with torch.cuda.device_of(W):
-        _row_dots[(n, triton.cdiv(k, blocks["BLOCK_K"]))](
-            g.contiguous(), ids.contiguous(), W.contiguous(), dots, k=k, d=d, **blocks
-        )
+    grid = (n, triton.cdiv(k, blocks["BLOCK_K"]))
+    _launch(_row_dots, grid, g, ids, W, dots, k=k, d=d, **blocks)
     return dots
 
 
@@ -431,10 +437,8 @@ def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
     features = torch.arange(num_rows + 1, dtype=key_dtype, device=x.device)
     begins = torch.searchsorted(keys, features)
     blocks = _blocks(16, d)
-    with torch.cuda.device_of(x):
-        _scatter_sum[(num_rows, triton.cdiv(d, blocks["BLOCK_D"]))](
-            coefs.contiguous(), order, begins, x.contiguous(), W, k=max(k, 1), d=d, **blocks
-        )
+    grid = (num_rows, triton.cdiv(d, blocks["BLOCK_D"]))
+    _launch(_scatter_sum, grid, coefs, order, begins, x, W, k=max(k, 1), d=d, **blocks)
     return W
 
 
