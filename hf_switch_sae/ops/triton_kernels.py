@@ -16,6 +16,8 @@ Beware TRITON_INTERPRET is read on import; with it kernels run on the CPU, slowl
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,8 @@ INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROW = 8192
 """Longest row that a program of relu_topk holds in registers; longer ones are taken in rounds."""
+
+_TINY = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP": 2}  # for the interpreter
 
 # From 3.10 on Triton multiplies and adds in one instruction only if told to.
 _FUSED = {"enable_fp_fusion": True}
@@ -68,6 +72,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and major < 8:
         return f"Triton needs compute capability 8.0 or newer, and {device} has {major}.{minor}."
+    if not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):
+        return "Triton needs a C compiler: install gcc or clang, or set CC."
     return None
 
 
@@ -90,9 +96,6 @@ def _tuned(kernel: Any) -> Any:
     return triton.autotune(
         configs, key=["share", "E", "m", "d"], prune_configs_by={"early_config_prune": _worth_it}
     )(kernel)
-
-
-_TINY = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP": 2}
 
 
 def _worth_it(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
@@ -178,11 +181,8 @@ def _expert_products(
     if HAS_BIAS:
         total += tl.load(bias_ptr + features)[None, :].to(tl.float32)
     place = pre_ptr + pairs[:, None] * m + cols[None, :]
-    tl.store(
-        place,
-        total.to(pre_ptr.dtype.element_ty),
-        mask=(pairs < end)[:, None] & (cols < m)[None, :],
-    )
+    inside = (pairs < end)[:, None] & (cols < m)[None, :]
+    tl.store(place, total.to(pre_ptr.dtype.element_ty), mask=inside)
 
 
 def expert_products(
@@ -331,11 +331,8 @@ def _gather_sum(
         coefs = tl.load(coefs_ptr + row * k + slots, mask=slots < k, other=0.0).to(tl.float32)
         used = coefs != 0  # an empty slot reads nothing
         ids = tl.load(ids_ptr + row * k + slots, mask=used, other=0)
-        w = tl.load(
-            w_ptr + ids[:, None] * d + cols[None, :],
-            mask=used[:, None] & (cols < d)[None, :],
-            other=0.0,
-        )
+        inside = used[:, None] & (cols < d)[None, :]
+        w = tl.load(w_ptr + ids[:, None] * d + cols[None, :], mask=inside, other=0.0)
         total += coefs[:, None] * w.to(tl.float32)
     tl.store(y_ptr + row * d + cols, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=cols < d)
 
@@ -370,11 +367,8 @@ def _row_dots(
     for start in range(0, d, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         g = tl.load(g_ptr + row * d + cols, mask=cols < d, other=0.0).to(tl.float32)
-        w = tl.load(
-            w_ptr + ids[:, None] * d + cols[None, :],
-            mask=(slots < k)[:, None] & (cols < d)[None, :],
-            other=0.0,
-        )
+        inside = (slots < k)[:, None] & (cols < d)[None, :]
+        w = tl.load(w_ptr + ids[:, None] * d + cols[None, :], mask=inside, other=0.0)
         total += g[None, :] * w.to(tl.float32)
     dots = tl.sum(total, 1).to(dots_ptr.dtype.element_ty)
     tl.store(dots_ptr + row * k + slots, dots, mask=slots < k)
@@ -412,11 +406,8 @@ def _scatter_sum(
         places = start + tl.arange(0, BLOCK_K)
         pairs = tl.load(order_ptr + places, mask=places < end, other=0)
         coefs = tl.load(coefs_ptr + pairs, mask=places < end, other=0.0).to(tl.float32)
-        x = tl.load(
-            x_ptr + (pairs // k)[:, None] * d + cols[None, :],
-            mask=(places < end)[:, None] & (cols < d)[None, :],
-            other=0.0,
-        )
+        inside = (places < end)[:, None] & (cols < d)[None, :]
+        x = tl.load(x_ptr + (pairs // k)[:, None] * d + cols[None, :], mask=inside, other=0.0)
         total += coefs[:, None] * x.to(tl.float32)
     sums = tl.sum(total, 0).to(w_ptr.dtype.element_ty)
     tl.store(w_ptr + feature * d + cols, sums, mask=cols < d)
@@ -444,7 +435,5 @@ def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
 
 def _blocks(k: int, d: int) -> dict[str, int]:
     """A tile of rows: at 16 x 256 each of 128 threads has four vector loads of 16-bit in flight."""
-    return {
-        "BLOCK_K": min(16, triton.next_power_of_2(k)),
-        "BLOCK_D": min(256, triton.next_power_of_2(d)),
-    }
+    two = triton.next_power_of_2
+    return {"BLOCK_K": min(16, two(k)), "BLOCK_D": min(256, two(d))}
