@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import gpu
 from torch import Tensor
 
+from hf_switch_sae import SwitchSAE
 from hf_switch_sae.ops import reference, triton_kernels
 
 pytestmark = pytest.mark.skipif(triton_kernels.triton is None, reason="Triton is not installed")
@@ -323,3 +325,61 @@ def test_every_kernel_compiles_for_an_h100_and_products_use_its_tensor_cores():
     for name, kernel in kernels.items():
         assert kernel["shared"] <= 227 * 1024, name
         assert kernel["wgmma"] == name.startswith("expert_products bf16"), name
+
+
+# ---------------------------------------------------------------- the benchmark for a GPU
+
+
+def test_the_gpu_benchmarks_comparisons_hold_in_the_interpreter():
+    for what, error, allowed in gpu.check(torch.device("cpu")):
+        assert error <= allowed, what
+
+
+def test_the_gpu_benchmark_finds_a_wrong_kernel_and_a_wrong_gradient(monkeypatch):
+    cpu, right = torch.device("cpu"), triton_kernels.row_dots
+    monkeypatch.setattr(triton_kernels, "row_dots", lambda *args: 1.001 * right(*args))
+    errors = gpu.kernel_errors(gpu.SMALL, torch.float32, cpu)
+    assert [name for name, error in errors.items() if error > 1e-5] == ["row_dots"]
+
+    forward = SwitchSAE.forward
+
+    def slightly_off(self, x):
+        output = forward(self, x)
+        if self.b_dec.dtype == torch.float32:
+            output.loss = output.loss + 1e-2 * self.W_enc.sum()
+        return output
+
+    monkeypatch.setattr(SwitchSAE, "forward", slightly_off)
+    assert gpu.model_errors(cpu, autocast=False, n=64)["d experts.0.W_enc"] > 1e-4
+
+
+def test_the_gpu_benchmark_times_every_primitive_and_the_step(monkeypatch):
+    """All but the clock, which is CUDA's."""
+    cpu = torch.device("cpu")
+
+    def once(calls):
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, 2.0)
+
+    monkeypatch.setattr(gpu, "medians", once)
+    monkeypatch.setattr(gpu, "GEMM", 8)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    rows = gpu.time_primitives(gpu.SMALL, torch.bfloat16, cpu) + gpu.time_steps(gpu.SMALL, cpu)
+
+    lines = gpu.table(rows, gpu.SMALL).splitlines()
+    assert lines[0].startswith("**a GPU**")
+    assert all(line.count("|") == 6 for line in lines[2:])
+    for name in PRIMITIVES:
+        assert any(line.startswith(f"| {name} bfloat16 | 2.000 |") for line in lines)
+    assert any("training step" in line and "| 0.600 | 0.30 |" in line for line in lines)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_and_model_are_right_on_a_real_gpu():
+    """In a process of its own, as this one interprets."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, gpu.__file__, "--check"], check=True, env=env)
