@@ -19,6 +19,8 @@ from hf_switch_sae.errors import (
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
 from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
+from hf_switch_sae.ops import explain_backends, use_backend
+from hf_switch_sae.optim import SwitchSAEAdam
 from hf_switch_sae.recipe import Recipe
 from hf_switch_sae.session import AttachedSAE, Preflight, Session
 
@@ -46,13 +48,16 @@ __all__ = [
     "SparseFeatures",
     "Steer",
     "SwitchSAE",
+    "SwitchSAEAdam",
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
     "WidthError",
     "attach",
+    "explain_backends",
     "find_residual_blocks",
     "fingerprint",
     "hook_residual",
     "status",
+    "use_backend",
 ]

@@ -35,7 +35,13 @@ from hf_switch_sae import ops
 from hf_switch_sae.base_model import base_model_fields
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.errors import AttachError, ConfigError, WidthError
-from hf_switch_sae.experts import ExpertGroup, Experts, register_checkpoint_layout
+from hf_switch_sae.experts import (
+    ExpertGroup,
+    Experts,
+    normalize_rows,
+    register_checkpoint_layout,
+    row_blocks,
+)
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
 from hf_switch_sae.losses import balance_of, fvu_of
@@ -297,16 +303,15 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if any(group.W_dec.device.type == "meta" for group in self.experts):
             raise ConfigError("offloaded experts can't be changed: load the SAE without offload.")
         for group in self.experts:
-            for rows in _cached_blocks(group.W_dec):
-                length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
-                rows.div_(length.clamp_min_(1e-12))
+            for rows in row_blocks(group.W_dec):
+                normalize_rows(rows)
 
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
         """Remove each decoder row's gradient along the row, so that a step keeps its length."""
         for group in self.experts:
             if group.W_dec.grad is not None:
-                blocks = _cached_blocks(group.W_dec.grad), _cached_blocks(group.W_dec)
+                blocks = row_blocks(group.W_dec.grad), row_blocks(group.W_dec)
                 for grad, rows in zip(*blocks, strict=True):
                     grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True), value=-1)
 
@@ -499,22 +504,26 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         rule = self.config.activation
         if rule not in ("jumprelu", "batch_topk") or (rule == "batch_topk" and self.training):
             return None
-        if rule == "batch_topk" and bool(self.threshold[0] < 0):
-            raise ConfigError(
+        if rule == "batch_topk":
+            message = (
                 "this batch_topk SAE has no threshold yet, so it can't encode outside training: "
                 "train it, or call calibrate() on batches of the residual stream."
             )
+            known = self.threshold[0] >= 0
+            if torch.compiler.is_compiling():
+                torch._assert_async(known, message)
+            elif not known:
+                raise ConfigError(message)
         return self.threshold.reshape(self.config.num_experts, -1)
 
     @torch.no_grad()
     def _follow_threshold(self, acts: Tensor, weight: float = 0.01) -> None:
         """batch_topk: a running mean of the smallest activation kept, in scaled units."""
-        active = acts[acts > 0]
-        if active.numel():
-            border = active.amin().float() * self.input_scale
-            self.threshold.copy_(
-                torch.where(self.threshold < 0, border, self.threshold.lerp(border, weight))
-            )
+        if not len(acts):
+            return
+        smallest = acts.where(acts > 0, torch.inf).amin().float() * self.input_scale
+        followed = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, weight))
+        self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
@@ -596,14 +605,6 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if SwitchSAE._open_session is None:
             raise AttachError("import hf_switch_sae as a whole: its attach module is not loaded.")
         return SwitchSAE._open_session(lm, self, at=at, **options)
-
-
-def _cached_blocks(weight: Tensor) -> Sequence[Tensor]:
-    """Views of a weight's rows [rows, d]; on a CPU so few at a time that they stay in cache."""
-    rows = weight.flatten(0, 1)
-    if weight.device.type != "cpu":
-        return (rows,)
-    return rows.split(max(1, 2**21 // (rows.shape[1] * rows.element_size())))
 
 
 def _as_they_came(rows: Tensor, order: Tensor | None) -> Tensor:

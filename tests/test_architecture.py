@@ -29,6 +29,7 @@ FLOOR = {
     "model": 3,
     "recipe": 3,
     "deltas": 4,
+    "optim": 4,
     "session": 5,
     "attach": 6,
     "demo": 7,
@@ -58,15 +59,18 @@ FACE = [
     "SparseFeatures",
     "Steer",
     "SwitchSAE",
+    "SwitchSAEAdam",
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
     "WidthError",
     "attach",
+    "explain_backends",
     "find_residual_blocks",
     "fingerprint",
     "hook_residual",
     "status",
+    "use_backend",
 ]
 
 MAX_FILE, MAX_FUNCTION = 450, 70

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_switch_sae import ops
-from hf_switch_sae.ops import eager, reference, routed
+from hf_switch_sae.errors import BackendError
+from hf_switch_sae.ops import backends, eager, reference, routed, triton_kernels
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum", "why_not")
 BOTH = pytest.mark.parametrize("computation", [reference, ops], ids=["reference", "routed"])
 BACKEND = pytest.mark.parametrize("backend", ["eager"], indirect=True)
+FEW_CASES = (
+    "switch",
+    "in_order",
+    "an_expert_nobody_visits",
+    "one_row",
+    "two_experts",
+    "batch_topk",
+)
 
 
 @pytest.fixture
@@ -169,6 +178,23 @@ def test_encode_agrees_with_reference(monkeypatch, backend, case, workspace):
     if workspace:
         monkeypatch.setattr(routed, "CPU_WORKSPACE_BYTES", workspace)
     assert_same_encode(backend, case, torch.float32, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"], indirect=True)
+@pytest.mark.parametrize("name", FEW_CASES)
+@pytest.mark.skipif(triton_kernels.triton is None, reason="Triton is not installed")
+def test_the_other_backends_primitives_serve_the_routed_computation_as_well(backend, name):
+    case = replace(CASES[name], n=min(CASES[name].n, 9), d=19)
+    assert_same_encode(backend, case, torch.float32, atol=1e-5, rtol=1e-5)
+    inputs = {"acts": torch.rand(5, 3), "W_dec": torch.randn(12, 19)}
+    inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+    ids = torch.randint(12, (5, 3))
+    y = backend.sparse_decode(inputs["acts"], ids, inputs["W_dec"])
+    wanted = reference.sparse_decode(inputs["acts"], ids, inputs["W_dec"])
+    torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        gradients(y, inputs), gradients(wanted, inputs), atol=1e-5, rtol=1e-5
+    )
 
 
 @BACKEND
@@ -505,3 +531,84 @@ def test_keep_largest_keeps_the_k_largest_and_their_ids(n, slots, data):
             assert pairs[feature] == act
     torch.testing.assert_close(everything.sum(1), acts.sum(1))
     assert everything.shape[1] == max(1, int((acts > 0).sum(1).max()) if n else 1)
+
+
+# ---------------------------------------------------------------- backends, compiling, one token
+
+
+def test_a_backend_says_why_it_declines_and_is_refused_when_asked_for_all_the_same():
+    told = ops.explain_backends("cpu", torch.float64)
+    assert list(told) == ["triton", "eager", "reference"]
+    assert told["eager"] is told["reference"] is None
+    assert "float64" in told["triton"] or "not installed" in told["triton"]
+    with pytest.raises(BackendError, match="there are 'triton', 'eager', 'reference'"):
+        ops.use_backend("cuda").__enter__()
+    with ops.use_backend("triton"), pytest.raises(BackendError, match=r"'triton' .* declines"):
+        encode(ops, Case().tensors(torch.float64))
+
+
+def test_the_backend_is_eager_on_a_cpu_and_what_was_before_after_a_block():
+    cpu = torch.device("cpu")
+    assert backends.backend_for(cpu, torch.float32) is eager
+    with ops.use_backend("reference"):
+        assert backends.backend_for(cpu, torch.float32) is reference
+        with ops.use_backend("eager"):
+            assert backends.backend_for(cpu, torch.float32) is eager
+        assert backends.backend_for(cpu, torch.float32) is reference
+    assert backends.backend_for(cpu, torch.float32) is eager
+
+
+@pytest.mark.parametrize("name", ["switch", "in_order", "two_experts", "one_expert"])
+def test_operators_pass_torchs_own_check_of_custom_operators(name):
+    """Schema, fake tensors, autograd registration, and AOTAutograd with dynamic shapes."""
+    case = CASES[name]
+    inputs = case.tensors()
+    order = ("x", "center", "W_enc", "b_enc", "expert_ids", "gates", "k", "threshold")
+    arguments = (*(inputs[key] for key in order), False, case.in_order, None)
+    torch.library.opcheck(torch.ops.hf_switch_sae.routed_encode, arguments)
+    acts, ids = encode(ops, inputs)
+    W_dec = torch.randn(case.E * case.m, case.d, requires_grad=True)
+    arguments = (acts.detach().requires_grad_(), ids, W_dec)
+    torch.library.opcheck(torch.ops.hf_switch_sae.sparse_decode, arguments)
+
+
+def test_deterministic_algorithms_are_enough_for_values_and_gradients():
+    case = CASES["two_experts"]
+    inputs = case.tensors()
+    wanted, ids = encode(ops, inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        acts, again = encode(ops, inputs)
+        y = ops.sparse_decode(acts, again, torch.ones(case.E * case.m, case.d, requires_grad=True))
+        y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close((acts, again), (wanted, ids), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_one_token_is_encoded_as_the_definition_has_it(dtype, bias):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x, scale = torch.randn(1, 48).to(dtype), torch.tensor(0.5)
+        weight, b_router, center = torch.randn(6, 48), torch.randn(48), torch.randn(48)
+        W_enc = torch.randn(6, 9, 48).to(dtype)
+        b_enc = torch.randn(6, 9).to(dtype) if bias else None
+
+        logits, probs, expert = ops.route_token(x, weight, b_router, scale)
+        wanted = reference.route(x * scale, weight, -(weight @ b_router), 1)
+        torch.testing.assert_close((logits, probs), wanted[:2], atol=1e-4, rtol=1e-4)
+        assert expert == int(wanted[2])
+
+        acts, ids = ops.encode_token(x, W_enc, b_enc, expert, probs[:, expert], 4, center, scale)
+        scaled = None if b_enc is None else b_enc / scale
+        wanted_acts, _ = reference.routed_encode(
+            x, W_enc, scaled, wanted[2], probs[:, [expert]], 4, center=center
+        )
+        assert acts.dtype == dtype
+        assert (ids // 9 == expert).all()
+        loose = 1e-4 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(
+            acts.sort(1).values, wanted_acts.sort(1).values, atol=loose, rtol=loose
+        )

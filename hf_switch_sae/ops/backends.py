@@ -13,9 +13,10 @@ from types import ModuleType
 import torch
 
 from hf_switch_sae.errors import BackendError
-from hf_switch_sae.ops import eager, reference
+from hf_switch_sae.ops import eager, reference, triton_kernels
 
 BACKENDS: dict[str, ModuleType] = {
+    "triton": triton_kernels,
     "eager": eager,
     "reference": reference,
 }

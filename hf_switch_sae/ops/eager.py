@@ -17,6 +17,8 @@ import ctypes
 import itertools
 import mmap
 import sys
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -154,13 +156,13 @@ def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _find_madvise() -> ctypes._CFuncPtr | None:
+def _find_madvise() -> Callable[[int, int, int], int] | None:
     if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if madvise is not None:
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
+    return cast("Callable[[int, int, int], int] | None", madvise)
 
 
 _madvise = _find_madvise()

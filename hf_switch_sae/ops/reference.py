@@ -118,61 +118,68 @@ def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
     return torch.einsum("nk,nkd->nd", acts, W_dec.reshape(-1, W_dec.shape[-1])[ids])
 
 
-# ---------------------------------------------------------------- the primitives of a backend
+# ---------------------------------------------------------------- the primitives of the backends
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend can't compute there: it always can, slowly."""
+    """Why this backend can't compute there, as one sentence; None: it always can, slowly."""
     return None
 
 
 def expert_products(
     x: Tensor, rows: Tensor | None, W: Tensor, bias: Tensor | None, offsets: Tensor
 ) -> Tensor:
-    """pre[i] = W[e] @ x[rows[i]] + bias[e] for i in [offsets[e], offsets[e + 1]).
+    """pre[i] = W[e] @ x[rows[i]] + bias[e], for the pairs offsets[e] <= i < offsets[e + 1].
 
     Args:
         x: [n, d].
-        rows: [p] int64, which row of x is the i-th; None: row i itself.
-        W: [E, m, d], floating, taken in the dtype of x.
+        rows: [p] int64, the token of each pair, sorted by expert; None for row i itself, p = n.
+        W: [E, m, d], taken in the dtype of x, as is the bias.
         bias: [E, m] or None.
-        offsets: [E + 1] int64, rising from 0 to p.
+        offsets: [E + 1] int64, from 0 to p, rising; an expert may have no pairs.
 
     Returns:
         [p, m] in the dtype of x.
     """
-    z = x if rows is None else x[rows]
-    place = torch.arange(len(z), device=x.device)
-    expert = torch.searchsorted(offsets, place, right=True) - 1
-    pre = torch.einsum("pd,pmd->pm", z, W.to(x.dtype)[expert])
-    return pre if bias is None else pre + bias.to(x.dtype)[expert]
+    x = x if rows is None else x[rows]
+    experts = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True) - 1
+    pre = torch.einsum("pd,pmd->pm", x, W[experts].to(x.dtype))
+    return pre if bias is None else pre + bias[experts].to(x.dtype)
 
 
 def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of relu(pre) in each row, in no order; a slot of 0 is an empty one.
+    """The k largest of relu(pre) in each row; of equal ones those of the lowest index.
 
     Args:
-        pre: [p, m].
+        pre: [p, m]; nan is never chosen.
         k: 1 to m.
 
     Returns:
-        acts [p, k] in the dtype of pre, ids [p, k] int64 in [0, m), distinct within a row.
+        acts [p, k] in the dtype of pre, in no order; where fewer are positive, slots of 0.
+        ids [p, k] int64 in [0, m), distinct among the slots above 0.
     """
-    order = pre.sort(dim=1, descending=True, stable=True)
-    return order.values[:, :k].relu(), order.indices[:, :k]
+    acts, ids = torch.where(pre > 0, pre, 0).sort(dim=1, descending=True, stable=True)
+    return acts[:, :k], ids[:, :k]
 
 
 def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
-    """y[n] = sum_j coefs[n, j] * W[ids[n, j]]; coefs, ids [n, k], W [F, d] -> [n, d], as W."""
-    return torch.einsum("nk,nkd->nd", coefs.to(W.dtype), W[ids])
+    """y[n] = sum_j coefs[n, j] * W[ids[n, j]]; coefs, ids [n, k], W [F, d] -> [n, d] as W.
+
+    A slot of 0 adds nothing, whatever its row holds.
+    """
+    rows = torch.where((coefs != 0)[..., None], W[ids], 0)
+    return torch.einsum("nk,nkd->nd", coefs.to(W.dtype), rows)
 
 
 def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
-    """c[n, j] = <g[n], W[ids[n, j]]>; g [n, d], ids [n, k], W [F, d] -> [n, k], as g."""
-    return torch.einsum("nd,nkd->nk", g, W.to(g.dtype)[ids])
+    """c[n, j] = <g[n], W[ids[n, j]]>; g [n, d], ids [n, k], W [F, d] -> [n, k] as g."""
+    return torch.einsum("nd,nkd->nk", g, W[ids].to(g.dtype))
 
 
 def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
-    """W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f; -> [num_rows, d] in the dtype of x."""
-    parts = coefs.to(x.dtype)[..., None] * x[:, None]
-    return x.new_zeros(num_rows, x.shape[1]).index_add(0, ids.flatten(), parts.flatten(0, 1))
+    """W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f; -> [num_rows, d] as x.
+
+    coefs, ids [n, k], x [n, d]. A feature that nobody names gets 0; a slot of 0 adds nothing.
+    """
+    values = torch.where((coefs != 0)[..., None], coefs[..., None].to(x.dtype) * x[:, None], 0)
+    return x.new_zeros(num_rows, x.shape[1]).index_add(0, ids.flatten(), values.flatten(0, 1))

@@ -331,6 +331,7 @@ def _(
     in_order: bool,
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
+    slots: int | torch.SymInt
     if k is None or batch_topk:  # as many as the fullest pair has, known when it runs
         slots = torch.library.get_ctx().new_dynamic_size(min=1)
     else:
