@@ -327,7 +327,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             WidthError: the last dimension is not `hidden_size`.
             ConfigError: a batch_topk SAE without a threshold, outside training.
         """
-        return self._features(self._encode(hidden_states), hidden_states.shape)
+        code, shape = self._encode(hidden_states), hidden_states.shape
+        if len(code.acts) == 1:  # one token: nothing to put in order
+            shape = (*shape[:-1], code.acts.shape[1])
+            return SparseFeatures(
+                code.acts.view(shape), code.ids.view(shape), vars(self.config)["num_features"]
+            )
+        return self._features(code, shape)
 
     def decode(self, features: SparseFeatures) -> Tensor:
         """Reconstruction [..., hidden_size] of features: linear in the activations, plus `b_dec`.
@@ -405,15 +411,16 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def _encode(self, hidden_states: Tensor, sort: bool = False) -> _Encoded:
         """The tokens' code; with `sort`, in the order of experts where each has one."""
-        config = self.config
-        if hidden_states.shape[-1] != config.hidden_size:
+        width = len(self.b_dec)
+        if hidden_states.shape[-1] != width:
             raise WidthError(
-                f"the SAE reads a residual stream of width {config.hidden_size}; this one is "
+                f"the SAE reads a residual stream of width {width}; this one is "
                 f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
             )
-        x = hidden_states.reshape(-1, config.hidden_size).to(self.device)
+        x = hidden_states.reshape(-1, width).to(self.b_dec.device)
         if len(x) == 1 and self._takes_single_tokens():
             return self._encode_token(x)
+        config = self.config
         center = self._bias() if config.subtract_b_dec else None
         outlier = self._outliers_among(x)
         if outlier is not None:  # encoded as nothing, or one would take from a batch_topk's budget

@@ -43,18 +43,35 @@ def expert_products(
     x: Tensor, rows: Tensor | None, W: Tensor, bias: Tensor | None, offsets: Tensor
 ) -> Tensor:
     """As `reference.expert_products`; off the CPU it waits for the device, to read `offsets`."""
-    bounds = offsets.tolist()
+    bounds, z = offsets.tolist(), x if rows is None else x[rows]
     pre = x.new_empty(bounds[-1], W.shape[1])
     for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             continue
-        z = x[start:end] if rows is None else x[rows[start:end]]
-        weight = W[expert].to(x.dtype).T
+        weight = W[expert].to(x.dtype)
         if bias is None:
-            torch.mm(z, weight, out=pre[start:end])
+            products(z[start:end], weight, pre[start:end])
         else:
-            torch.addmm(bias[expert].to(x.dtype), z, weight, out=pre[start:end])
+            torch.addmm(bias[expert].to(x.dtype), z[start:end], weight.T, out=pre[start:end])
     return pre
+
+
+def products(z: Tensor, W: Tensor, out: Tensor) -> None:
+    """out = z @ W.T; z [c, d], W [m, d], out [c, m].
+
+    Few rows of z leave a product waiting for W to come from memory, which the CPU's library then
+    reads with one thread. Other forms of the same product read it with all: up to 3 times as fast.
+    """
+    (c, d), m = z.shape, len(W)
+    if z.device.type != "cpu" or z.dtype != torch.float32 or c > 64 or m % 4:
+        torch.mm(z, W.T, out=out)
+    elif c == 1:
+        out.copy_(torch.bmm(W.view(2, -1, d), z.T.expand(2, d, 1)).view(1, m))
+    elif c <= 8:
+        out.copy_(torch.mm(W, z.T).T)
+    else:
+        parts = torch.bmm(z.expand(4, c, d), W.view(4, -1, d).transpose(1, 2))
+        out.view(c, 4, -1).copy_(parts.transpose(0, 1))
 
 
 def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_switch_sae.ops.eager import products
+
 
 def route_token(
     x: Tensor, weight: Tensor, b_router: Tensor, scale: Tensor
@@ -45,7 +47,8 @@ def encode_token(
         acts [1, k] in the dtype of W_enc, ids [1, k] int64.
     """
     z = x if center is None else x - center
-    pre = torch.mm(z.to(W_enc.dtype), W_enc[expert].T)
+    pre = W_enc.new_empty(1, W_enc.shape[1])
+    products(z.to(W_enc.dtype), W_enc[expert], pre)
     if b_enc is not None:
         pre += b_enc[expert] / scale
     acts, ids = pre.topk(k, sorted=False)

@@ -1,0 +1,429 @@
+"""How fast a Switch SAE is on this machine, beside its peers and the machine's own limits.
+
+    python tests/bench/cpu.py [limits forward train attach memory] [--write]
+
+All that is compared runs in one process, in turns; shown are medians, and ratios of them. `--write`
+puts the tables into tests/bench/RESULTS.md and their summary into README.md. Run it on an idle
+machine: two of a machine's threads wait for each other, and a neighbour makes both wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import installed
+from torch import Tensor, nn
+
+from hf_switch_sae import Clamp, Steer, SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
+
+HERE = Path(__file__).parent
+D, F, K = 768, 24_576, 32  # width, features, active features of all tables but where others stand
+TOKENS = 4096
+Table = list[tuple[str, ...]]
+
+
+def switch_sae(num_experts: int, num_features: int = F, d: int = D, **config: Any) -> SwitchSAE:
+    torch.manual_seed(0)
+    sae = SwitchSAE(
+        SwitchSAEConfig(
+            hidden_size=d, num_features=num_features, num_experts=num_experts, k=K, **config
+        )
+    )
+    return sae.eval()
+
+
+def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def medians(
+    calls: dict[str, Callable[[], Any]], rounds: int = 7, repeats: dict[str, int] | None = None
+) -> dict[str, float]:
+    """Seconds of each call; every round runs all of them once, after a round that is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            taken = seconds(call, (repeats or {}).get(name, 1))
+            if turn:
+                found[name].append(taken)
+    return {name: statistics.median(taken) for name, taken in found.items()}
+
+
+def ms(value: float) -> str:
+    return f"{1e3 * value:.3g}" if value < 1 else f"{1e3 * value:.0f}"
+
+
+def against(ours: float, theirs: float | None) -> str:
+    return "-" if theirs is None else f"{theirs / ours:.3g}x"
+
+
+# ---------------------------------------------------------------- limits
+
+
+def limits() -> dict[str, float]:
+    """FLOP/s of a matrix product; bytes/s of a + b in place, and of rows gathered from cache."""
+    a, out = torch.randn(2048, 2048), torch.empty(2048, 2048)
+    big, other = torch.randn(F * D), torch.randn(F * D)
+    rows, ids = torch.randn(F // 32, D), torch.randint(F // 32, (TOKENS, K))
+    weights = torch.rand(TOKENS, K)
+    pre = torch.randn(TOKENS, F // 32)
+    taken = medians(
+        {
+            "product": lambda: torch.mm(a, a, out=out),
+            "add": lambda: other.add_(big),
+            "gather": lambda: nn.functional.embedding_bag(
+                ids, rows, per_sample_weights=weights, mode="sum"
+            ),
+            "topk": lambda: pre.topk(K, dim=1, sorted=False),
+        }
+    )
+    return {
+        "flops": 2 * 2048**3 / taken["product"],
+        "bytes": 3 * 4 * F * D / taken["add"],
+        "row_bytes": 4 * TOKENS * K * D / taken["gather"],
+        "topk": taken["topk"],
+    }
+
+
+def floors(limit: dict[str, float], num_experts: int = 32) -> tuple[float, float]:
+    """Seconds that a training step takes at least, hard and practical.
+
+    Hard: the products of the one routed expert, and every weight, gradient and moment through
+    memory once (28 bytes a parameter, less what stays in cache: 24). Practical: and four sparse
+    passes over k rows a token, at the rate of rows in cache, and the top-k.
+    """
+    products = 2 * TOKENS * D * F / num_experts / limit["flops"]
+    memory = 24 * 2 * F * D / limit["bytes"] + 8 * TOKENS * D / limit["bytes"]
+    passes = 4 * 4 * TOKENS * K * D / limit["row_bytes"]
+    return products + memory, products + memory + passes + limit["topk"]
+
+
+def limits_table() -> Table:
+    limit = limits()
+    hard, practical = floors(limit)
+    return [
+        ("what", "value"),
+        ("float32 matrix product, 2048^3", f"{limit['flops'] / 1e9:.0f} GFLOP/s"),
+        ("a += b over 75 MB", f"{limit['bytes'] / 1e9:.0f} GB/s"),
+        ("weighted sums of rows in cache", f"{limit['row_bytes'] / 1e9:.0f} GB/s"),
+        ("torch.topk, 4096 x 768", f"{ms(limit['topk'])} ms"),
+        ("hard floor of a training step", f"{ms(hard)} ms"),
+        ("practical floor of a training step", f"{ms(practical)} ms"),
+    ]
+
+
+# ---------------------------------------------------------------- forward
+
+
+@torch.no_grad()
+def forward_table() -> Table:
+    rows: Table = [("tokens, features, experts", "ours, ms", "sparsify", "dictionary_learning",
+                    "SAELens", "dense masked", "limit, ms")]  # fmt: skip
+    limit = limits()
+    sizes = [(1, F, 64, "one warm token"), (1, F, 64, "one cold token"), (32, F, 64, "32"),
+             (512, F, 64, "512"), (8192, F, 64, "8192"), (1, 262_144, 128, "one cold token"),
+             (128, 262_144, 128, "128")]  # fmt: skip
+    peers, width = {}, 0
+    for n, num_features, num_experts, what in sizes:
+        if num_features != width:
+            peers, width = installed(D, num_features, K)[0], num_features
+            if num_features > F:  # its gradients alone would fill the memory
+                peers = {name: peers[name] for name in peers if name == "sparsify"}
+        sae = switch_sae(num_experts, num_features)
+        # a cold token goes to another expert than those before, so no weight is in cache
+        pool = torch.randn(64 if "cold" in what else 1, n, D)
+        turn = iter(range(10**9))
+
+        def ours(sae: SwitchSAE = sae, pool: Tensor = pool, turn: Iterator[int] = turn) -> Tensor:
+            return sae.decode(sae.encode(pool[next(turn) % len(pool)]))
+
+        calls: dict[str, Callable[[], Any]] = {"ours": ours}
+        for name, peer in peers.items():
+            calls[name] = lambda peer=peer, pool=pool: peer.forward(pool[0])
+        repeats = {"ours": 200 if n == 1 else 5 if n <= 512 else 1}
+        repeats |= {name: 5 if n == 1 else 1 for name in peers}
+        taken = medians(calls, 7 if n <= 512 else 3, repeats)
+        m = num_features // num_experts
+        least = max(
+            2 * n * D * (m + num_experts) / limit["flops"],
+            4 * D * (min(n, num_experts) * m + num_experts + n * K) / limit["bytes"],
+        )
+        others = (against(taken["ours"], taken.get(name)) for name in rows[0][2:6])
+        size = f"{what}, {num_features}, {num_experts}"
+        rows.append((size, ms(taken["ours"]), *others, ms(least)))
+    return rows
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_table() -> Table:
+    x = torch.randn(TOKENS, D)
+    sae, fused_sae = switch_sae(32).train(), switch_sae(32).train()
+    adam = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    fused = SwitchSAEAdam(fused_sae, lr=1e-4)
+
+    def plain_loop() -> None:
+        sae(x).loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        sae.project_decoder_grad()
+        adam.step()
+        sae.normalize_decoder()
+        adam.zero_grad()
+
+    def fused_loop() -> None:
+        fused_sae(x).loss.backward()
+        fused.step()
+        fused.zero_grad()
+
+    calls: dict[str, Callable[[], Any]] = {
+        "ours, SwitchSAEAdam": fused_loop,
+        "ours, torch's Adam": plain_loop,
+    }
+    peers, _ = installed(D, F, K)
+    for name, peer in peers.items():
+        calls[name] = lambda peer=peer: peer.update(x)
+    repeats = {name: 5 for name in calls if name.startswith("ours")}
+    taken = medians(calls, 5, repeats)
+    hard, practical = floors(limits())
+    best = taken["ours, SwitchSAEAdam"]
+    rows: Table = [("training step", "ms", "against SwitchSAEAdam", "against torch's Adam")]
+    for name, value in taken.items():
+        rows.append(
+            (name, ms(value), against(best, value), against(taken["ours, torch's Adam"], value))
+        )
+    rows.append(("practical floor", ms(practical), f"{practical / best:.2f} of it",
+                 f"{practical / taken['ours, torch' + chr(39) + 's Adam']:.2f} of it"))  # fmt: skip
+    rows.append(("hard floor", ms(hard), f"{hard / best:.2f} of it", "-"))
+    return rows
+
+
+# ---------------------------------------------------------------- attached
+
+
+class Stopwatch:
+    """Seconds spent between what it hooks first and last on some modules: in the hooks between."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.spent, self._start, self._handles = 0.0, 0.0, []
+        self._modules = modules
+
+    def before(self) -> None:
+        """Hooks in front of which nothing may come later but prepended ones."""
+        for module in self._modules:
+            self._handles.append(module.register_forward_hook(lambda *_: self._go()))
+
+    def around(self) -> None:
+        """The hooks that stand outside of those registered since `before`."""
+        for module in self._modules:
+            first = module.register_forward_pre_hook(lambda *_: self._go(), prepend=True)
+            last = module.register_forward_pre_hook(lambda *_: self._stop())
+            front = module.register_forward_hook(lambda *_: self._go(), prepend=True)
+            back = module.register_forward_hook(lambda *_: self._stop())
+            self._handles += [first, last, front, back]
+
+    def _go(self) -> None:
+        self._start = time.perf_counter()
+
+    def _stop(self) -> None:
+        self.spent += time.perf_counter() - self._start
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextmanager
+def attached(lm: Any, layer: nn.Module, kind: str, sae: Any, peers: dict[str, Any]) -> Iterator:
+    """The model with something at a layer: nothing, a hook, a peer, or our SAE doing its work."""
+    handles = []
+    try:
+        if kind in peers:
+            handles.append(
+                layer.register_forward_hook(
+                    lambda module, args, out: (peers[kind].forward(_stream(out)[0]), None)[1]
+                )
+            )
+        elif kind == "no-op hook":
+            handles.append(layer.register_forward_hook(lambda module, args, out: None))
+        elif kind != "bare":
+            session = sae.attach(lm, at=15)
+            handles.append(session)
+            if "read" in kind:
+                handles.append(layer.register_forward_hook(lambda *_: (session.features, None)[1]))
+            elif "Steer" in kind:
+                session.edit(Steer(5, 0.5))
+            elif "Clamp" in kind:
+                session.edit(Clamp(5, 0.5))
+        yield
+    finally:
+        for handle in reversed(handles):
+            getattr(handle, "remove", None) and handle.remove()
+            getattr(handle, "detach", None) and handle.detach()
+
+
+def _stream(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def attach_table() -> Table:
+    """A 135-million-parameter model generates with an SAE at its middle layer, batch 1."""
+    from hf_switch_sae.demo import load_demo_lm
+
+    lm, tokenizer = load_demo_lm()
+    d, layer, tokens = lm.config.hidden_size, lm.model.layers[15], 40
+    prompt = tokenizer("The ship sailed across the sea to the old harbour.", return_tensors="pt")
+    rows: Table = [("attached", "in the hooks, ms a token", "share of a bare token",
+                    "generate, against no-op hook (min to max)")]  # fmt: skip
+    sizes = [("65,536 features, 64 experts", switch_sae(64, 65_536, d)),
+             ("1,048,576 features, 512 experts, bf16",
+              switch_sae(512, 1_048_576, d).to(torch.bfloat16))]  # fmt: skip
+    for size, sae in sizes:
+        sae.feature_max.fill_(1.0)
+        sae.residual_norm.fill_(100.0)
+        sae.statistics_tokens.fill_(1)
+        small = sae.config.num_features < 10**5
+        peers = installed(d, sae.config.num_features, K)[0] if small else {}
+        peers.pop("dense masked", None)
+        ours = ["ours, attached", "ours, features read", "ours, Steer", "ours, Clamp"]
+        kinds = ["bare", "no-op hook", *ours, *peers]
+        whole: dict[str, list[float]] = {kind: [] for kind in kinds}
+        inside: dict[str, list[float]] = {kind: [] for kind in kinds}
+
+        def run(kind: str, sae: SwitchSAE = sae, peers: dict[str, Any] = peers) -> None:
+            lm.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+                        pad_token_id=0)  # fmt: skip
+
+        for turn in range(8):
+            for kind in kinds:
+                with attached(lm, layer, kind, sae, peers), torch.no_grad():
+                    taken = seconds(lambda kind=kind: run(kind)) / tokens
+                watch = Stopwatch([lm, lm.model, layer])
+                with attached(lm, layer, kind, sae, peers), torch.no_grad():
+                    watch.around()
+                    seconds(lambda kind=kind: run(kind))
+                    watch.remove()
+                if turn:
+                    whole[kind].append(taken)
+                    inside[kind].append(watch.spent / tokens)
+        empty = statistics.median(inside["bare"])  # what the stopwatch itself takes
+        token = statistics.median(whole["bare"])
+        rows.append((f"**{size}**; a bare token: {ms(token)} ms", "", "", ""))
+        for kind in kinds[2:]:
+            spent = statistics.median(inside[kind]) - empty
+            ratios = [a / b for a, b in zip(whole[kind], whole["no-op hook"], strict=True)]
+            rows.append((kind, ms(spent), f"{100 * spent / token:.2f} %",
+                         f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to "
+                         f"{max(ratios):.3f})"))  # fmt: skip
+        noise = [a / b for a, b in zip(whole["bare"], whole["no-op hook"], strict=True)]
+        rows.append(("bare", "0", "0 %", f"{statistics.median(noise):.3f} "
+                     f"({min(noise):.3f} to {max(noise):.3f})"))  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------- memory
+
+_TRAIN_LARGE = """
+import resource, torch
+from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
+sae = SwitchSAE(SwitchSAEConfig(hidden_size=768, num_features=262144, num_experts=128, k=32))
+optimizer = {optimizer}
+for _ in range(3):
+    sae(torch.randn(4096, 768)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+def memory_table() -> Table:
+    rows: Table = [("262,144 x 768 features, 4096 tokens a batch", "peak resident memory, GB")]
+    for name, optimizer in {
+        "SwitchSAEAdam": "SwitchSAEAdam(sae)",
+        "torch's Adam, fused": "torch.optim.Adam(sae.parameters(), fused=True)",
+    }.items():
+        code = _TRAIN_LARGE.format(optimizer=optimizer)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        rows.append((name, f"{float(done.stdout.split()[-1]) * 1.024:.2f}"))
+    return rows
+
+
+# ---------------------------------------------------------------- as text
+
+TABLES: dict[str, tuple[str, Callable[[], Table]]] = {
+    "limits": ("Limits of this machine", limits_table),
+    "forward": (
+        f"Forward: encode and decode, d = {D}, k = {K}; columns: how many times longer",
+        forward_table,
+    ),
+    "train": (
+        f"Training step, {TOKENS} tokens, d = {D}, {F} features, 32 experts, k = {K}",
+        train_table,
+    ),
+    "attach": ("Attached to SmolLM2-135M while it generates (7 paired runs)", attach_table),
+    "memory": ("Memory", memory_table),
+}
+
+
+def markdown(rows: Table) -> str:
+    head, *body = rows
+    lines = [" | ".join(row) for row in (head, ("---",) * len(head), *body)]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = re.findall(r"model name\s*: (.*)", info.read_text())[0]
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{cpu}, {threads}, torch {torch.__version__}"
+
+
+def replace_section(text: str, name: str, body: str) -> str:
+    """`text` with what stands between the two marks of a section replaced, or added at the end."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    section = f"{start}\n{body}{end}"
+    if start not in text:
+        return f"{text.rstrip()}\n\n{section}\n"
+    return re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: section, text, flags=re.S)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; all by default")
+    parser.add_argument("--write", action="store_true", help="put them into RESULTS.md")
+    options = parser.parse_args()
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    for name, why in installed(8, 64, 4)[1].items():
+        print(f"{name} is left out: {why}", file=sys.stderr)
+    for name in options.tables or TABLES:
+        title, measure = TABLES[name]
+        body = f"## {title}\n\n{markdown(measure())}\n{machine()}\n"
+        print(body, flush=True)
+        if options.write:
+            results = HERE / "RESULTS.md"
+            results.write_text(replace_section(results.read_text(), name, body))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
