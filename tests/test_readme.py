@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from bench import cpu
 from typer.testing import CliRunner
 
 from hf_switch_sae.cli.app import app
@@ -82,3 +83,9 @@ def lines_of(text: str) -> list[str]:
 def test_every_relative_link_leads_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_speed_section_is_the_one_that_the_benchmark_wrote():
+    results = (ROOT / "tests/bench/RESULTS.md").read_text(encoding="utf-8")
+    section = README.split("<!-- speed -->\n")[1].split("<!-- end of speed -->")[0]
+    assert section == cpu.speed_section(results)

@@ -15,10 +15,10 @@ from hf_switch_sae.ops.eager import products
 
 def route_token(
     x: Tensor, weight: Tensor, b_router: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, int]:
-    """Route scale * x - b_router: x [1, d] -> logits and probs [1, E] float32, and the expert."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route scale * x - b_router: x [1, d] -> logits, probs [1, E] float32, expert_ids [1, 1]."""
     logits = torch.mm(x.float() * scale - b_router, weight.T)
-    return logits, logits.softmax(1), int(logits.argmax())  # the first of several maxima
+    return logits, logits.softmax(1), logits.argmax(1, keepdim=True)  # the first of several maxima
 
 
 def encode_token(

@@ -1,6 +1,6 @@
 """How fast a Switch SAE is on this machine, beside its peers and the machine's own limits.
 
-    python tests/bench/cpu.py [limits forward train attach memory] [--write]
+    python -m tests.bench.cpu [limits forward train attach memory] [--write]
 
 All that is compared runs in one process, in turns; shown are medians, and ratios of them. `--write`
 puts the tables into tests/bench/RESULTS.md and their summary into README.md. Run it on an idle
@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import installed
 from torch import Tensor, nn
 
 from hf_switch_sae import Clamp, Steer, SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
+
+from .peers import installed
 
 HERE = Path(__file__).parent
 D, F, K = 768, 24_576, 32  # width, features, active features of all tables but where others stand
@@ -54,7 +55,7 @@ def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
 def medians(
     calls: dict[str, Callable[[], Any]], rounds: int = 7, repeats: dict[str, int] | None = None
 ) -> dict[str, float]:
-    """Seconds of each call; every round runs all of them once, after a round that is not counted."""
+    """Seconds of each call; a round runs all of them in turn, and the first is not counted."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
@@ -397,6 +398,16 @@ def machine() -> str:
     return f"{cpu}, {threads}, torch {torch.__version__}"
 
 
+def speed_section(results: str) -> str:
+    """README's part on speed: the tables of RESULTS.md that show the peers."""
+    found = []
+    for name in ("train", "forward", "attach"):
+        match = re.search(rf"<!-- {name} -->\n(.*?)<!-- end", results, flags=re.S)
+        if match is not None:
+            found.append(re.sub(r"^## (.*)$", r"**\1**", match[1], flags=re.M))
+    return "\n" + "\n".join(found)
+
+
 def replace_section(text: str, name: str, body: str) -> str:
     """`text` with what stands between the two marks of a section replaced, or added at the end."""
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
@@ -422,6 +433,10 @@ def main() -> int:
         if options.write:
             results = HERE / "RESULTS.md"
             results.write_text(replace_section(results.read_text(), name, body))
+    if options.write:
+        readme = HERE.parents[1] / "README.md"
+        section = speed_section((HERE / "RESULTS.md").read_text())
+        readme.write_text(replace_section(readme.read_text(), "speed", section))
     return 0
 
 
