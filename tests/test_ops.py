@@ -1,5 +1,6 @@
 """The kernels: every backend computes what `ops/reference.py` defines, values and gradients."""
 
+import gc
 import inspect
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_switch_sae import ops
 from hf_switch_sae.errors import BackendError
-from hf_switch_sae.ops import backends, eager, reference, routed, triton_kernels
+from hf_switch_sae.ops import backends, eager, memory, reference, routed, triton_kernels
 
 
 @dataclass(frozen=True)
@@ -613,3 +614,53 @@ def test_one_token_is_encoded_as_the_definition_has_it(dtype, bias):
         torch.testing.assert_close(
             acts.sort(1).values, wanted_acts.sort(1).values, atol=loose, rtol=loose
         )
+
+
+# ---------------------------------------------------------------- memory of gradients
+
+
+def large_gradient(W_dec: Tensor, acts: Tensor, ids: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(ops.sparse_decode(acts, ids, W_dec).square().sum(), W_dec)
+    return grad
+
+
+def test_a_gradient_takes_the_memory_of_the_one_before_but_never_of_one_in_use():
+    W_dec = torch.randn(2048, 1100, requires_grad=True)  # 9 MB, over what is kept
+    ids = torch.randint(2048, (5, 3))
+    first = large_gradient(W_dec, torch.ones(5, 3), ids)
+    wanted, place = first.clone(), first.data_ptr()
+
+    second = large_gradient(W_dec, 2 * torch.ones(5, 3), ids)  # while the first is still held
+    torch.testing.assert_close(first, wanted, atol=0, rtol=0)
+    assert second.data_ptr() != place
+    view, place = second[7], second.data_ptr()
+    before = view.clone()
+    del second
+
+    third = large_gradient(W_dec, torch.ones(5, 3), ids)  # while a view of the second is held
+    assert third.data_ptr() != place
+    torch.testing.assert_close(view, before, atol=0, rtol=0)
+    torch.testing.assert_close(third, wanted)
+    place = third.data_ptr()
+    del third
+
+    assert large_gradient(W_dec, torch.ones(5, 3), ids).data_ptr() == place
+
+
+def test_gradients_of_two_passes_add_up_in_place():
+    W_dec = torch.randn(2048, 1100, requires_grad=True)
+    acts, ids = torch.rand(5, 3), torch.randint(2048, (5, 3))
+    for _ in range(3):
+        ops.sparse_decode(acts, ids, W_dec).sum().backward()
+    once = torch.autograd.grad(ops.sparse_decode(acts, ids, W_dec).sum(), W_dec)[0]
+    torch.testing.assert_close(W_dec.grad, 3 * once)
+
+
+def test_the_memory_of_gradients_goes_with_the_weight():
+    W_dec = torch.randn(2048, 1100, requires_grad=True)
+    large_gradient(W_dec, torch.ones(5, 3), torch.randint(2048, (5, 3)))
+    assert len(memory._kept) >= 1
+    kept = len(memory._kept)
+    del W_dec
+    gc.collect()
+    assert len(memory._kept) == kept - 1

@@ -7,18 +7,12 @@
     scatter_sum       W[f] = sum of c[n, j] * x[n] over ids[n, j] = f    the gradients of weights
 
 Measured on two CPU cores: a loop of matrix products is as fast as `grouped_mm`, `embedding_bag` is
-the fastest gather, and a fresh tensor of a weight's size costs more in page faults than its sum
-does in arithmetic (see `_empty`).
+the fastest gather.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
-import sys
-from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,7 +21,6 @@ CHUNK_BYTES = 256 * 2**20
 """Most bytes of gathered rows held at once, where rows have to be gathered."""
 
 _BLOCK_BYTES = 2 * 2**20  # of a gradient's rows summed at a time: they stay in cache until copied
-_HUGE_PAGE = 2 * 2**20
 
 # What embedding_bag itself runs for this gradient: a private name, so one day it may be gone and
 # rows are gathered instead.
@@ -124,7 +117,9 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
+def scatter_sum(
+    coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int, out: Tensor | None = None
+) -> Tensor:
     """As `reference.scatter_sum`.
 
     A gather in the other direction: pairs sorted by feature, then one bag of tokens per feature.
@@ -144,9 +139,9 @@ def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
         )
 
     block = max(1, _BLOCK_BYTES // (d * x.element_size()))
-    if x.device.type != "cpu" or num_rows <= block:
+    if out is None and (x.device.type != "cpu" or num_rows <= block):
         return bags(0, len(tokens), slice(0, num_rows))
-    total = _empty(num_rows, d, x.dtype)
+    total = x.new_empty(num_rows, d) if out is None else out
     bounds = [*offsets[:-1:block].tolist(), len(tokens)]
     for index, first in enumerate(range(0, num_rows, block)):
         features = slice(first, min(first + block, num_rows))
@@ -156,30 +151,3 @@ def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
         else:
             total[features] = bags(start, end, features)
     return total
-
-
-def _empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised CPU memory in huge pages, where the system has them.
-
-    A gradient of 75 MB is new memory at every step; touching it page by page for the first time
-    would take twice as long as summing it.
-    """
-    tensor = torch.empty(rows, columns, dtype=dtype)
-    size = tensor.numel() * tensor.element_size()
-    if _madvise is not None and size >= 4 * _HUGE_PAGE:
-        start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        end = (tensor.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
-        _madvise(start, end - start, mmap.MADV_HUGEPAGE)  # advice: nothing is lost if not taken
-    return tensor
-
-
-def _find_madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is not None:
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return cast("Callable[[int, int, int], int] | None", madvise)
-
-
-_madvise = _find_madvise()

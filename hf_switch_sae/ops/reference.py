@@ -176,10 +176,14 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     return torch.einsum("nd,nkd->nk", g, W[ids].to(g.dtype))
 
 
-def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
+def scatter_sum(
+    coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int, out: Tensor | None = None
+) -> Tensor:
     """W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f; -> [num_rows, d] as x.
 
     coefs, ids [n, k], x [n, d]. A feature that nobody names gets 0; a slot of 0 adds nothing.
+    Written to `out` [num_rows, d], contiguous and as x, if given.
     """
     values = torch.where((coefs != 0)[..., None], coefs[..., None].to(x.dtype) * x[:, None], 0)
-    return x.new_zeros(num_rows, x.shape[1]).index_add(0, ids.flatten(), values.flatten(0, 1))
+    total = x.new_zeros(num_rows, x.shape[1]).index_add(0, ids.flatten(), values.flatten(0, 1))
+    return total if out is None else out.copy_(total)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.ops.backends import backend_for
+from hf_switch_sae.ops.memory import gradient_of
 from hf_switch_sae.ops.routing import sort_by_expert
 
 CPU_WORKSPACE_BYTES = 24 * 2**20
@@ -265,7 +266,7 @@ def _encode_backward(
         d_x = backend.gather_sum(coefs, ids, rows).to(x.dtype)
     if need_W:
         z = _centered(x, center, W_enc.dtype)
-        d_W = backend.scatter_sum(coefs, ids, z, E * m).reshape(E, m, d)
+        d_W = _weight_gradient(backend, coefs, ids, z, W_enc)
     if need_b or need_center:
         # thousands of tokens may add to one bias: bfloat16 would stop counting after 256
         wide = torch.promote_types(W_enc.dtype, torch.float32)
@@ -300,8 +301,18 @@ def _decode_backward(
     if need_acts:
         d_acts = torch.where(acts != 0, backend.row_dots(d_y, ids, rows), 0).to(acts.dtype)
     if need_W:
-        d_W = backend.scatter_sum(acts, ids, d_y, rows.shape[0]).view_as(W_dec)
+        d_W = _weight_gradient(backend, acts, ids, d_y, W_dec)
     return d_acts, d_W
+
+
+def _weight_gradient(
+    backend: ModuleType, coefs: Tensor, ids: Tensor, x: Tensor, weight: Tensor
+) -> Tensor:
+    d = weight.shape[-1]
+    grad = gradient_of(weight)
+    out = None if grad is None else grad.view(-1, d)
+    total: Tensor = backend.scatter_sum(coefs, ids, x, weight.numel() // d, out)
+    return total.view(weight.shape) if grad is None else grad
 
 
 # ---------------------------------------------------------------- as operators of torch

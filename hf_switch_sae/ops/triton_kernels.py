@@ -413,10 +413,12 @@ def _scatter_sum(
     tl.store(w_ptr + feature * d + cols, sums, mask=cols < d)
 
 
-def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
+def scatter_sum(
+    coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int, out: Tensor | None = None
+) -> Tensor:
     """As `reference.scatter_sum`, in float32 sums; no atomics, so the same bits every time."""
     k, d = ids.shape[1], x.shape[1]
-    W = x.new_empty(num_rows, d)
+    W = x.new_empty(num_rows, d) if out is None else out
     if W.numel() == 0:
         return W
     # Empty slots all name one feature of their expert: they sort behind all features, to nobody.

@@ -1,0 +1,68 @@
+"""Where the gradient of a large CPU weight lies: in memory that the step before has used.
+
+PyTorch gives a freed gradient of 75 MB back to the system, and the next step's has to be faulted in
+page by page: that takes longer than the sums that fill it. So a weight's gradient memory is kept as
+long as the weight lives, and handed out again when nobody else refers to it.
+
+Beware Somebody may hold on to an old gradient (`p.grad` of two steps summed, a list of them): only
+       the storage's own reference count says so, and then memory is new.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import threading
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_HUGE_PAGE = 2 * 2**20
+_WORTH_IT = 4 * _HUGE_PAGE  # smaller tensors stay in the C library's own hands
+_kept = WeakTensorKeyDictionary()  # weight -> UntypedStorage
+_lock = threading.Lock()  # two backward passes of one weight must not be given the same memory
+
+# How many tensors and handles share a storage; a private name, without which memory is always new.
+_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """Uninitialised memory for a weight's gradient, in its shape and dtype.
+
+    None where there is nothing to gain: a small weight, or another device than the CPU.
+    """
+    size = weight.numel() * weight.element_size()
+    if weight.device.type != "cpu" or size < _WORTH_IT or _use_count is None:
+        return None
+    with _lock:
+        storage = _kept.get(weight)  # type: ignore[no-untyped-call]
+        if storage is None or len(storage) != size or _use_count(storage._cdata) > 1:
+            storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
+            _advise_huge_pages(storage)
+            _kept[weight] = storage
+        strides = torch.empty(weight.shape, device="meta").stride()
+        return torch.empty(0, dtype=weight.dtype).set_(storage, 0, weight.shape, strides)
+
+
+def _advise_huge_pages(storage: torch.UntypedStorage) -> None:
+    """Ask for pages of 2 MiB, of which there are 500 times fewer to fault in."""
+    if _madvise is not None:
+        start = -(-storage.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        end = (storage.data_ptr() + len(storage)) // _HUGE_PAGE * _HUGE_PAGE
+        _madvise(start, end - start, mmap.MADV_HUGEPAGE)  # advice: nothing is lost if not taken
+
+
+def _find_madvise() -> Callable[[int, int, int], int] | None:
+    if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None:
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return cast("Callable[[int, int, int], int] | None", madvise)
+
+
+_madvise = _find_madvise()
