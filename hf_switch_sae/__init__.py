@@ -3,14 +3,17 @@
 from hf_switch_sae.attach import ResidualHandle, attach, hook_residual, status
 from hf_switch_sae.base_model import fingerprint
 from hf_switch_sae.config import SwitchSAEConfig
+from hf_switch_sae.convert import convert, export
 from hf_switch_sae.edits import Ablate, Clamp, Patch, Scale, Steer
 from hf_switch_sae.errors import (
     AttachError,
     BaseModelError,
     ConfigError,
+    ConversionError,
     EditError,
     FeatureIdError,
     HookpointError,
+    HubError,
     NonFiniteError,
     SwitchSAEError,
     WidthError,
@@ -30,9 +33,11 @@ __all__ = [
     "BaseModelError",
     "Clamp",
     "ConfigError",
+    "ConversionError",
     "EditError",
     "FeatureIdError",
     "HookpointError",
+    "HubError",
     "NonFiniteError",
     "Patch",
     "Preflight",
@@ -49,6 +54,8 @@ __all__ = [
     "SwitchSAEOutput",
     "WidthError",
     "attach",
+    "convert",
+    "export",
     "find_residual_blocks",
     "fingerprint",
     "hook_residual",
