@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
             f"{path.name} holds more than plain tensors, numbers and strings (pickled code, or "
             f"damage), so it was not read and nothing was executed: {_first_line(err)}"
         ) from err
-    except (SafetensorError, RuntimeError, EOFError, OSError) as err:
+    except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError) as err:
         raise ConversionError(f"{path.name} can't be read: {_first_line(err)}") from err
     if not isinstance(held, dict):
         raise ConversionError(f"{path.name} holds a {type(held).__name__}, not named tensors.")
