@@ -20,9 +20,12 @@ from hf_switch_sae.errors import (
 )
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
+from hf_switch_sae.hub import load_all, pull, push
+from hf_switch_sae.inspection import inspect
 from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
 from hf_switch_sae.recipe import Recipe
 from hf_switch_sae.session import AttachedSAE, Preflight, Session
+from hf_switch_sae.steering_files import export_recipe
 
 __version__ = "0.1.0"
 
@@ -56,8 +59,13 @@ __all__ = [
     "attach",
     "convert",
     "export",
+    "export_recipe",
     "find_residual_blocks",
     "fingerprint",
     "hook_residual",
+    "inspect",
+    "load_all",
+    "pull",
+    "push",
     "status",
 ]
