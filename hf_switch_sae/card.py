@@ -85,9 +85,10 @@ def _data(
         "base_model_relation": "adapter" if bases else None,
     }
     try:
-        theirs = ModelCard(old, ignore_metadata_errors=False).data.to_dict() if old else {}
+        data = ModelCard(old, ignore_metadata_errors=False).data if old else ModelCardData()
     except ValueError as err:
         raise SwitchSAEError(f"the front matter of README.md is damaged: {err}") from err
+    theirs: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
     theirs.pop("model-index", None)
     results = [
         EvalResult(
@@ -101,10 +102,10 @@ def _data(
         for name, value in metrics[place].items()
         if name in ("fvu", "l0", "ce_recovered")
     ]
-    data: dict[str, Any] = {**ours, **theirs}
+    entries: dict[str, Any] = {**ours, **theirs}
     if results:
-        data |= {"model_name": theirs.get("model_name") or repo_id, "eval_results": results}
-    return ModelCardData(**{name: value for name, value in data.items() if value is not None})
+        entries |= {"model_name": theirs.get("model_name") or repo_id, "eval_results": results}
+    return ModelCardData(**{name: value for name, value in entries.items() if value is not None})
 
 
 def _metrics(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

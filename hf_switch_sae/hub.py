@@ -15,7 +15,6 @@ Beware A pull writes what was pushed and nothing else; the commit it is of lies 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -64,7 +63,7 @@ def push(
 
     Args:
         release: a folder with SAEs, or SAEs by subfolder (mostly their hookpoints).
-        repo_id: where to; created if it is not there.
+        repo_id: where to; created if it is not there. Without an owner: your own.
         private: whether a new repository is private; None: as your account has it.
         branch: which to commit to; created from main if it is not there.
         message: of the commit.
@@ -80,21 +79,24 @@ def push(
             refuses or can't be reached. What was sent is kept for the next try.
     """
     if isinstance(release, Mapping):
-        with tempfile.TemporaryDirectory() as folder:
-            save_all(release, folder)
+        with tempfile.TemporaryDirectory() as staged:
+            save_all(release, staged)
             options: dict[str, Any] = {"private": private, "branch": branch, "message": message}
             options |= {"recipes": recipes, "create_card": create_card, "token": token}
-            return push(folder, repo_id, **options)
+            return push(staged, repo_id, **options)
     folder = Path(release)
     if not saes_in(folder):
         raise HubError(f"there is no SAE in {folder}: no config.json of one in it or below.")
+    api = HfApi(token=token)
+    if "/" not in repo_id:
+        with plain_hub_errors(repo_id, "find out whose"):
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
     for name, recipe in (recipes or {}).items():
         (folder / "recipes").mkdir(exist_ok=True)
         recipe.save(folder / _recipe_path(name))
     if create_card:
         _write_card(folder, repo_id)
     files = _files_to_push(folder)
-    api = HfApi(token=token)
     with plain_hub_errors(repo_id, "push to"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if branch != "main":
@@ -135,9 +137,9 @@ def pull(
 ) -> Pulled:
     """Fetch a release, byte for byte as it was pushed.
 
-    What is there already is not fetched again, and what was cut off goes on where it stopped. Files
-    of an earlier pull into the same folder that this revision lacks are removed, unless they were
-    changed since.
+    A download that is cut off goes on where it stopped; after a pull that failed, files that are
+    there whole are not fetched again. Files of an earlier pull into the same folder that this
+    revision lacks are removed, unless they were changed since.
 
     Args:
         repo_id: where from.
@@ -287,7 +289,7 @@ def _remove_left_over(folder: Path, names: set[str]) -> None:
             file.unlink()
             record.unlink()
             if not any(file.parent.iterdir()):
-                os.rmdir(file.parent)
+                file.parent.rmdir()
 
 
 def _records(tracked: Path) -> Iterable[Path]:

@@ -40,13 +40,17 @@ def plain_hub_errors(repo_id: str, what: str) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError) as err:
-        raise HubError(f"could not {what} {repo_id}: {_reason(err)}") from err
+    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError, RuntimeError) as err:
+        # the client wraps what stopped an upload in a RuntimeError of its own
+        cause = err.__cause__ if isinstance(err, RuntimeError) else err
+        if not isinstance(cause, Exception):
+            raise
+        raise HubError(f"could not {what} {repo_id}: {_reason(cause)}") from err
 
 
 def _reason(err: Exception) -> str:
     if isinstance(err, OfflineModeIsEnabled | LocalEntryNotFoundError):
-        return "it is not in the cache, and the Hub is offline or can't be reached."
+        return "the Hub is offline or can't be reached, and the cache does not have what is needed."
     if isinstance(err, GatedRepoError):
         return (
             "it is gated: ask for access on its page on the Hub, then log in with "
@@ -60,7 +64,7 @@ def _reason(err: Exception) -> str:
     if isinstance(err, RevisionNotFoundError):
         return "it has no such revision: give a branch, a tag or a full commit id."
     if isinstance(err, EntryNotFoundError):
-        return f"it has no such file ({_last_line(err)})."
+        return "it has no such file."
     if isinstance(err, HfHubHTTPError):
         status = err.response.status_code
         said = f" (it says: {err.server_message})" if err.server_message else ""

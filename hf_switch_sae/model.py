@@ -220,7 +220,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                     raise
                 return SwitchSAE._load_foreign(name, kwargs, err)  # type: ignore[no-any-return]
         if SwitchSAE._pin_revision is not None:
-            SwitchSAE._pin_revision(result, name, kwargs.get("subfolder") or "")
+            SwitchSAE._pin_revision(result, name, kwargs)
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:

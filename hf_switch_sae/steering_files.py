@@ -134,7 +134,7 @@ def _csv_row(
             "lm-eval's CSV names an SAE that sparsify or SAELens loads: export this one with "
             "format='sparsify' or 'saelens' and pass sparse_model=, or write a .pt instead."
         )
-    (feature,) = edits[0].features  # type: ignore[misc,union-attr]
+    (feature,) = edits[0].features  # type: ignore[misc]
     norm = sae.decoder_rows(feature)[0].float().cpu()
     coefficient = float(vector @ norm / (norm @ norm))
     return {

@@ -51,7 +51,7 @@ def convert(
         **{"heaviside": heaviside, "experts_per_token": experts_per_token},
         **{"input_scale": input_scale, "threshold": threshold, "dict_class": dict_class},
     }
-    where = {"subfolder": subfolder, "revision": revision}
+    where: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     if to is not None:
         known = {name: value for name, value in {**given, **where}.items() if value is not None}
         for note in export_sae(SwitchSAE.from_pretrained(source, **known), folder, to):

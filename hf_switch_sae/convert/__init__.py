@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from hf_switch_sae.convert.foreign import GIVEN, Foreign, Given
@@ -209,11 +210,19 @@ def _hint(source: Source, whole: Source) -> str:
     )
 
 
-def _pin_revision(result: Any, name: str, subfolder: str) -> None:
+def _pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
     """Record the commit an SAE of our own was loaded at, so that everything saved carries it."""
-    config = (result[0] if isinstance(result, tuple) else result).config
-    commit = getattr(config, "_commit_hash", None)
-    if commit and not Path(name).exists():
+    if Path(name).exists():
+        return
+    subfolder = kwargs.get("subfolder") or ""
+    file = f"{subfolder}/config.json" if subfolder else "config.json"
+    # transformers does not tell which commit it loaded, but the cache has it in the file's path
+    cached = try_to_load_from_cache(
+        name, file, kwargs.get("cache_dir"), kwargs.get("revision") or "main"
+    )
+    if isinstance(cached, str):
+        commit = Path(cached).parents[len(Path(file).parts) - 1].name
+        config = (result[0] if isinstance(result, tuple) else result).config
         known = {**(config.source or {}), "repo": name, "revision": commit, "path": subfolder}
         config.source = {key: value for key, value in known.items() if value}
 

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 
 from hf_switch_sae.convert.tensors import Tensors, read_tensors
-from hf_switch_sae.errors import ConversionError
+from hf_switch_sae.errors import ConversionError, HubError
 from hf_switch_sae.hub_errors import plain_hub_errors
 
 
@@ -174,12 +174,21 @@ def _under(subfolder: str, everything: list[str], name: str) -> tuple[str, tuple
 
 
 def _cached(name: str, revision: str, cache_dir: str | Path | None) -> tuple[str | None, list[str]]:
-    """The commit and the files of a repository that the cache has; none if it has nothing."""
+    """The commit and the files of a repository that the cache has.
+
+    Raises:
+        HubError: it has none.
+    """
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
     folder = cache / repo_folder_name(repo_id=name, repo_type="model")
     ref = folder / "refs" / revision
     commit = ref.read_text().strip() if ref.is_file() else revision
     snapshot = folder / "snapshots" / commit
+    if not snapshot.is_dir():
+        raise HubError(
+            f"could not list {name}: the Hub is offline, and the cache has nothing of revision "
+            f"{revision!r}. Load it once while online."
+        )
     return commit, [
         path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()
     ]

@@ -101,7 +101,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+            # numpy does not close a file that it could not read
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 return {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
         if path.suffix in (".pt", ".pth"):
             held = torch.load(path, map_location="cpu", weights_only=True)
