@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_switch_sae.errors import SwitchSAEError
@@ -86,7 +87,7 @@ def _data(
     }
     try:
         data = ModelCard(old, ignore_metadata_errors=False).data if old else ModelCardData()
-    except ValueError as err:
+    except (ValueError, yaml.YAMLError) as err:
         raise SwitchSAEError(f"the front matter of README.md is damaged: {err}") from err
     theirs: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
     theirs.pop("model-index", None)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
 
 from hf_switch_sae.card import render_card, saes_in
@@ -272,7 +273,7 @@ def _validate(readme: Path, repo_id: str) -> None:
     with plain_hub_errors(repo_id, "check the card of"):
         try:
             ModelCard.load(readme).validate()
-        except ValueError as err:
+        except (ValueError, yaml.YAMLError) as err:
             raise HubError(f"the card of {repo_id} ({readme}) is not valid: {err}") from err
 
 

@@ -135,8 +135,8 @@ def _csv_row(
             "format='sparsify' or 'saelens' and pass sparse_model=, or write a .pt instead."
         )
     (feature,) = edits[0].features  # type: ignore[misc]
-    norm = sae.decoder_rows(feature)[0].float().cpu()
-    coefficient = float(vector @ norm / (norm @ norm))
+    direction = sae.decoder_rows(feature)[0].detach().float().cpu()
+    coefficient = float(vector @ direction / (direction @ direction))
     return {
         "loader": "sae_lens" if sae_id else "sparsify",
         "action": "add",

@@ -1,4 +1,4 @@
-"""What is exported adds to the stream what an attached session adds, and nothing else is exported."""
+"""What is exported adds to the stream what an attached session adds; the rest is refused."""
 
 import csv
 
@@ -85,7 +85,7 @@ def test_the_table_of_lm_eval_names_a_feature_of_an_sae_that_it_can_load(tmp_pat
         "layers.1",
         "5",
     )
-    direction = sae.decoder_rows(5)[0]
+    direction = sae.decoder_rows(5)[0].detach()
     torch.testing.assert_close(
         float(row["steering_coefficient"]) * direction, steering_vector(one, sae)
     )
