@@ -101,6 +101,13 @@ class Steps:
         done = pull(REPO, self.folder / "mirror", revision=self.commits["first"], **WITH)
         return {"revision": done.revision, "files": files(done.folder)}
 
+    def pull_over_changes(self) -> Any:
+        folder = self.folder / "edited"
+        pull(REPO, folder, **WITH)
+        (folder / "notes.txt").write_text("changed by the user")
+        pull(REPO, folder, revision=self.commits["first"], **WITH)
+        return (folder / "notes.txt").read_text()
+
     def pull_one(self) -> Any:
         done = pull(REPO, self.folder / "one", subfolder=B, revision=self.commits["first"], **WITH)
         return sorted(files(done.folder))
@@ -308,6 +315,7 @@ ONLINE = [
     "push_folder",
     "pull_second",
     "pull_older_over_it",
+    "pull_over_changes",
     "pull_one",
     "load_all_older",
     "auto_model",

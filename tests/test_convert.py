@@ -13,7 +13,7 @@ from saes import make
 from safetensors.torch import load_file, save_file
 
 from hf_switch_sae import ConversionError, SwitchSAE, convert, export
-from hf_switch_sae.convert import EXPORTS, FORMATS
+from hf_switch_sae.convert import EXPORTS, FORMATS, Parity
 from hf_switch_sae.convert.foreign import Given
 from hf_switch_sae.convert.parity import compare
 from hf_switch_sae.convert.source import open_source
@@ -79,6 +79,13 @@ def test_parity_sees_a_wrong_weight(tmp_path, changed):
     found = compare(sae, foreign.formula, "test")
     assert not found.holds
     assert "DOES NOT AGREE" in str(found)
+
+
+def test_parity_allows_for_rounding_at_a_threshold_and_for_no_more():
+    assert Parity("x", 256, error=1e-6, l0=3.0, other_features=12).holds
+    assert not Parity("x", 256, error=1e-6, l0=3.0, other_features=13).holds
+    assert not Parity("x", 256, error=2e-5, l0=3.0, other_features=0).holds
+    assert not Parity("x", 256, error=0.0, l0=0.0, other_features=0).holds
 
 
 def test_a_16_bit_checkpoint_stays_one_and_is_compared_in_float32(tmp_path):

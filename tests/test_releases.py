@@ -92,6 +92,10 @@ def test_an_older_revision_replaces_a_newer_and_leaves_what_is_the_users(done):
     assert "notes.txt" in held(done, REPO, done["push_folder"]["revision"])
 
 
+def test_a_file_of_an_earlier_pull_that_was_changed_since_is_left(done):
+    assert done["pull_over_changes"] == "changed by the user"
+
+
 def test_the_marked_part_of_a_card_is_renewed_and_a_persons_words_stay(done):
     card = bytes.fromhex(done["push_folder"]["files"]["README.md"]).decode()
     assert "A person's words." in card

@@ -103,7 +103,7 @@ def convert(
     foreign = _read(name, format, options)
     sae = foreign.build()
     found = parity(sae, foreign)
-    if not found.holds and sae.dtype.itemsize == 4:
+    if not found.holds:
         raise ConversionError(f"{name}: {found}; it was not written.")
     live = None
     if lm is not None and inputs is not None:

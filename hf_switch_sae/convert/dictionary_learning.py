@@ -64,7 +64,8 @@ def read(source: Source, given: Given) -> Foreign:
         gate, mag, r = (tensors.take(name, F) for name in ("gate_bias", "mag_bias", "r_mag"))
         weights = gated(W_enc, gate, mag, r)
         b_enc, threshold = weights["b_enc"], weights["threshold"]
-    tensors.finish(("k", "group_sizes", "threshold"))
+    by_k = _rule_of(kind) in ("topk", "batch_topk")
+    tensors.finish(("k", "group_sizes", "threshold") if by_k else ())
 
     def formula(x: Tensor) -> tuple[Tensor, Tensor]:
         pre = (x - b_dec.float() * subtract) @ W_enc.float().T
