@@ -387,6 +387,20 @@ def test_a_path_that_climbs_out_of_its_folder_is_refused(tmp_path, path):
         SwitchSAE.from_pretrained(tmp_path / "here", subfolder=path)
 
 
+@pytest.mark.parametrize("name", ["saelens_topk", "switch_sae", "scale_sae"])
+def test_a_config_of_another_shape_is_refused(tmp_path, name):
+    folder, _, _ = LAYOUTS[name](tmp_path)
+    (file,) = folder.glob("*.json")
+    file.write_text(json.dumps({"trainer": ["x"], "metadata": "x", "architecture": "topk", "k": 3}))
+    assert_refused(tmp_path, folder, {}, "no JSON object")
+
+
+def test_the_name_may_be_given_by_keyword(tmp_path):
+    folder, expected, _ = LAYOUTS["sparsify"](tmp_path)
+    sae = SwitchSAE.from_pretrained(pretrained_model_name_or_path=folder)
+    torch.testing.assert_close(reconstruct(sae, vectors()), expected(vectors()))
+
+
 def test_a_config_that_is_no_json_is_refused(tmp_path):
     folder, _, _ = LAYOUTS["sparsify"](tmp_path)
     (folder / "cfg.json").write_text("{")

@@ -187,7 +187,8 @@ def _load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
     folder = tempfile.mkdtemp(prefix="hf-switch-sae-")
     try:
         foreign.build().save_pretrained(folder)
-        rest = {n: v for n, v in kwargs.items() if n not in {*_SOURCE_KEYWORDS, *GIVEN}}
+        mine = {*_SOURCE_KEYWORDS, *GIVEN, "pretrained_model_name_or_path"}
+        rest = {n: v for n, v in kwargs.items() if n not in mine}
         result = SwitchSAE.from_pretrained(folder, **rest)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

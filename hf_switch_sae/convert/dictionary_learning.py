@@ -47,7 +47,7 @@ def recognizes(source: Source) -> bool:
 
 def read(source: Source, given: Given) -> Foreign:
     """Take over a dictionary; raises ConversionError for another class, or what is missing."""
-    trainer = source.json(CONFIG).get("trainer") or {}
+    trainer = source.section(CONFIG, "trainer")
     tensors = source.tensors(WEIGHTS)
     kind = given.settle("dict_class", trainer.get("dict_class") or _told_by(tensors), source)
     if kind not in CLASSES:

@@ -46,7 +46,7 @@ def recognizes(source: Source) -> bool:
 def read(source: Source, given: Given) -> Foreign:
     """Take over an SAE; raises ConversionError for a kind or a normalisation that is not ours."""
     cfg = {_OLD_NAMES.get(name, name): value for name, value in source.json(CONFIG).items()}
-    metadata = cfg.get("metadata") or cfg
+    metadata = source.section(CONFIG, "metadata") or cfg
     tensors = source.tensors(WEIGHTS)
     kind, k = _kind(cfg, source, given)
     d = integer(cfg.get("d_in"), "d_in", source.where)

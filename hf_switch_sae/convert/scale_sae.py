@@ -36,7 +36,7 @@ def recognizes(source: Source) -> bool:
 
 def read(source: Source, given: Given) -> Foreign:
     """Take over a Scale-SAE; raises ConversionError for several experts a token, or what lacks."""
-    trainer = source.json(CONFIG).get("trainer") or {}
+    trainer = source.section(CONFIG, "trainer")
     tensors = source.tensors(WEIGHTS)
     d = len(b_dec := tensors.take("b_dec", None))
     gate, gate_bias = tensors.take("gate.weight", None, d), tensors.take("gate.bias", None)

@@ -82,6 +82,17 @@ class Source:
             self._held[file] = value
         return dict(self._held[file])
 
+    def section(self, file: str, name: str) -> dict[str, Any]:
+        """An object within a JSON file; {} if file or object are not there.
+
+        Raises:
+            ConversionError: it is something else.
+        """
+        value = self.json(file).get(name) or {}
+        if not isinstance(value, dict):
+            raise ConversionError(f"{name!r} in {file} of {self.where} is no JSON object.")
+        return value
+
     def tensors(self, file: str) -> Tensors:
         """What a weights file holds; read once.
 

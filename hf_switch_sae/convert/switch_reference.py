@@ -36,7 +36,7 @@ def recognizes(source: Source) -> bool:
     """By `ae.pt` and, in it, a decoder that is a bare parameter, or a class of this code."""
     if WEIGHTS not in source.files:
         return False
-    kind = (source.json(CONFIG).get("trainer") or {}).get("dict_class")
+    kind = source.section(CONFIG, "trainer").get("dict_class")
     return (
         kind in ("SwitchAutoEncoder", "MoEAutoEncoder")
         or "switch" in str(kind).lower()
@@ -46,7 +46,7 @@ def recognizes(source: Source) -> bool:
 
 def read(source: Source, given: Given) -> Foreign:
     """Take over a Switch SAE; raises ConversionError for its variants, or what is missing."""
-    trainer = source.json(CONFIG).get("trainer") or {}
+    trainer = source.section(CONFIG, "trainer")
     tensors = source.tensors(WEIGHTS)
     _refuse_variants(trainer, set(tensors.held), source)
     d = integer(trainer.get("activation_dim"), "activation_dim", source.where)
