@@ -7,6 +7,7 @@ from hf_switch_sae.convert import convert, export
 from hf_switch_sae.edits import Ablate, Clamp, Patch, Scale, Steer
 from hf_switch_sae.errors import (
     AttachError,
+    BackendError,
     BaseModelError,
     ConfigError,
     ConversionError,
@@ -23,6 +24,8 @@ from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
 from hf_switch_sae.hub import load_all, pull, push
 from hf_switch_sae.inspection import inspect
 from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
+from hf_switch_sae.ops import explain_backends, use_backend
+from hf_switch_sae.optim import SwitchSAEAdam
 from hf_switch_sae.recipe import Recipe
 from hf_switch_sae.session import AttachedSAE, Preflight, Session
 from hf_switch_sae.steering_files import export_recipe
@@ -33,6 +36,7 @@ __all__ = [
     "Ablate",
     "AttachError",
     "AttachedSAE",
+    "BackendError",
     "BaseModelError",
     "Clamp",
     "ConfigError",
@@ -52,12 +56,14 @@ __all__ = [
     "SparseFeatures",
     "Steer",
     "SwitchSAE",
+    "SwitchSAEAdam",
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
     "WidthError",
     "attach",
     "convert",
+    "explain_backends",
     "export",
     "export_recipe",
     "find_residual_blocks",
@@ -68,4 +74,5 @@ __all__ = [
     "pull",
     "push",
     "status",
+    "use_backend",
 ]

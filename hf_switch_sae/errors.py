@@ -10,7 +10,8 @@
     ├── EditError           an edit that means nothing, or contradicts another (and ValueError)
     ├── ConversionError     a checkpoint that can't be taken over or handed on (and ValueError)
     ├── HubError            what the Hugging Face Hub answered, said plainly (and OSError)
-    └── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
+    ├── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
+    └── BackendError        a compute backend that does not exist, or declines (and RuntimeError)
 
 Each message says what was asked, what is there, and what to do. An error is raised before anything
 was changed.
@@ -59,3 +60,7 @@ class HubError(SwitchSAEError, OSError):
 
 class NonFiniteError(SwitchSAEError, ArithmeticError):
     """NaN or infinity where a residual stream was expected."""
+
+
+class BackendError(SwitchSAEError, RuntimeError):
+    """No such compute backend, or one that can't work on these tensors."""

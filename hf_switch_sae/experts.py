@@ -11,7 +11,7 @@ Beware An offloaded group's weights are on `meta` outside its forward: accelerat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,6 +22,8 @@ from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 from hf_switch_sae import ops
 
 _T = TypeVar("_T")
+
+_CACHED_BYTES = 2 * 2**20  # of one weight, when a weight is changed block by block
 
 
 class ExpertGroup(nn.Module):
@@ -72,33 +74,29 @@ class Experts(nn.ModuleList):
 
     def encode(
         self,
-        z: Tensor,
+        x: Tensor,
         expert_ids: Tensor,
         gates: Tensor | None,
         k: int | None,
         threshold: Tensor | None,
         batch_topk: bool,
+        center: Tensor | None,
         input_scale: Tensor,
+        in_order: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As `ops.routed_encode`, over the groups; `b_enc` is divided by `input_scale` []."""
+        """As `ops.routed_encode`, over the groups.
 
-        def encode(
-            g: ExpertGroup,
-            z: Tensor,
-            expert_ids: Tensor,
-            gates: Tensor | None,
-            threshold: Tensor | None,
-            s: Tensor,
-        ) -> tuple[Tensor, Tensor]:
-            bias = None if g.b_enc is None else (g.b_enc.float() / s).to(z.dtype)
-            return ops.routed_encode(
-                z, g.W_enc, bias, expert_ids, gates, k, threshold, batch_topk and alone
-            )
+        `threshold` [E, m] and `b_enc` are in scaled units: divided by `input_scale` [] here, where
+        only one expert's may be needed.
+        """
+
+        def encode(g: ExpertGroup, *tensors: Any) -> tuple[Tensor, Tensor]:
+            return _encode(g, *tensors, k=k, batch_topk=batch_topk and alone, in_order=in_order)
 
         first, alone = next(iter(self)), len(self) == 1
-        if alone or not len(z):
-            acts, ids = first(encode, z, expert_ids, gates, threshold, input_scale)
-            return acts.to(z.device), ids.to(z.device)
+        if alone or not len(x):
+            acts, ids = first(encode, x, expert_ids, gates, threshold, center, input_scale)
+            return acts.to(x.device), ids.to(x.device)
         if batch_topk:
             # the border lies between all groups' features: first keep all, then the k * n largest
             wanted, k = k, None
@@ -114,16 +112,17 @@ class Experts(nn.ModuleList):
                 own = slice(index * size, (index + 1) * size)
                 acts, ids = group(
                     encode,
-                    z[pairs // t],
+                    x[pairs // t],
                     (pair_experts[pairs] - own.start)[:, None],
                     None if pair_gates is None else pair_gates[pairs],
                     None if threshold is None else threshold[own],
+                    center,
                     input_scale,
                 )
                 parts.append(
-                    (pairs, acts.to(z.device), ids.to(z.device) + index * self.features_per_group)
+                    (pairs, acts.to(x.device), ids.to(x.device) + index * self.features_per_group)
                 )
-        acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t, z))
+        acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t))
         return ops.keep_largest(acts, ids, wanted if batch_topk else k, batch_topk)
 
     def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
@@ -150,19 +149,74 @@ class Experts(nn.ModuleList):
         return total
 
 
+def _encode(
+    group: ExpertGroup,
+    x: Tensor,
+    expert_ids: Tensor,
+    gates: Tensor | None,
+    threshold: Tensor | None,
+    center: Tensor | None,
+    input_scale: Tensor,
+    *,
+    k: int | None,
+    batch_topk: bool,
+    in_order: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `Experts.encode`, of one group; expert ids and feature ids are counted within it."""
+    W_enc: Tensor = group.W_enc
+    b_enc: Tensor | None = group.b_enc
+    first = 0
+    if expert_ids.numel() == 1 and not torch.is_grad_enabled():  # views of the one expert needed
+        first = int(expert_ids)
+        own, expert_ids = slice(first, first + 1), torch.zeros_like(expert_ids)
+        W_enc = W_enc[own]
+        threshold = None if threshold is None else threshold[own]
+        b_enc = None if b_enc is None else b_enc[own]
+    acts, ids = ops.routed_encode(
+        x,
+        W_enc,
+        None if b_enc is None else (b_enc.float() / input_scale).to(W_enc.dtype),
+        expert_ids,
+        gates,
+        k,
+        None if threshold is None else threshold / input_scale,
+        batch_topk,
+        center,
+        in_order,
+    )
+    return acts, ids + first * W_enc.shape[1]
+
+
 def _in_pair_order(
-    parts: list[tuple[Tensor, Tensor, Tensor]], num_pairs: int, like: Tensor
+    parts: list[tuple[Tensor, Tensor, Tensor]], num_pairs: int
 ) -> tuple[Tensor, Tensor]:
     """(pairs, acts, ids) of each group -> acts, ids [num_pairs, s], padded with empty slots."""
     width = max((acts.shape[1] for _, acts, _ in parts), default=1)
-    out_acts = like.new_zeros(num_pairs, width)
-    out_ids = torch.zeros(num_pairs, width, dtype=torch.int64, device=like.device)
+    like_acts, like_ids = parts[0][1:]
+    out_acts, out_ids = like_acts.new_zeros(num_pairs, width), like_ids.new_zeros(num_pairs, width)
     for pairs, acts, ids in parts:
         short = width - acts.shape[1]
         out_acts = out_acts.index_copy(0, pairs, nn.functional.pad(acts, (0, short)))
         # an empty slot repeats the row's first id, so that it still names the token's own expert
         out_ids[pairs] = torch.cat([ids, ids[:, :1].expand(-1, short)], 1)
     return out_acts, out_ids
+
+
+def row_blocks(weight: Tensor) -> Sequence[Tensor]:
+    """A weight's rows [..., d], in views [rows, d]; on a CPU so few at a time that they stay in
+    cache. What is a single row, or not laid out row by row, comes as it is."""
+    if weight.ndim < 2 or not weight.is_contiguous():
+        return (weight,)
+    rows = weight.flatten(0, -2)
+    if weight.device.type != "cpu":
+        return (rows,)
+    return torch.split(rows, max(1, _CACHED_BYTES // (rows.shape[1] * rows.element_size())))
+
+
+def normalize_rows(rows: Tensor) -> None:
+    """Scale rows [n, d] in place to length 1, measured in float32; rows of 0 stay."""
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+    rows.div_(length.clamp_min_(1e-12))
 
 
 class _SplitExperts(Chunk):

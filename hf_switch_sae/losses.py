@@ -6,31 +6,97 @@ the device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def fvu_of(x: Tensor, x_hat: Tensor, counts: Tensor) -> Tensor:
-    """Squared error over squared deviation from the mean; x, x_hat [n, d], counts [n] bool -> 0-d.
+def fvu_of(x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
+    """Squared error over squared deviation from the mean, 0-d float32; nan under two tokens.
 
-    nan where fewer than two tokens count.
+    Args:
+        x, x_hat: [n, d], floating; both are differentiated.
+        counts: [n] bool, which tokens count; None for all. Others may be nan or infinite.
     """
-    weight = counts.float()[:, None]
-    # what does not count may be nan or infinite, as padding is in some models
-    x, x_hat = x.where(counts[:, None], 0), x_hat.where(counts[:, None], 0)
-    mean = (x * weight).sum(0) / weight.sum()
-    error = ((x - x_hat).square() * weight).sum()
-    return error / ((x - mean).square() * weight).sum().where(weight.sum() > 1, torch.nan)
+    if torch.compiler.is_compiling():  # which fuses the formula by itself
+        return fvu_formula(x, x_hat, counts)
+    fvu: Tensor = _Fvu.apply(x, x_hat, counts)  # type: ignore[no-untyped-call]
+    return fvu
 
 
-def balance_of(logits: Tensor, expert_ids: Tensor, counts: Tensor) -> Tensor:
+def fvu_formula(x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
+    """What `fvu_of` computes, as it is written down."""
+    x, x_hat = x.float(), x_hat.float()
+    where = x.new_ones(len(x), 1, dtype=torch.bool) if counts is None else counts[:, None]
+    x, error, tokens = x.where(where, 0), (x - x_hat).where(where, 0), where.sum()
+    deviation = (x - x.sum(0) / tokens).where(where, 0)
+    fvu = error.square().sum() / deviation.square().sum()
+    return fvu.where(tokens > 1, torch.nan)
+
+
+class _Fvu(torch.autograd.Function):
+    """In few passes over rows that stay in cache; no temporary is as large as the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
+        tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
+        mean = torch.zeros(x.shape[1], device=x.device)
+        for rows in _blocks(x):
+            mean += _counted(x[rows], rows, counts).sum(0)
+        mean /= tokens
+        error, deviation = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        for rows in _blocks(x):
+            part = x[rows].float()
+            error += _counted(part - x_hat[rows], rows, counts).square_().sum()
+            deviation += _counted(part - mean, rows, counts).square_().sum()
+        fvu: Tensor = (error / deviation).where(tokens > 1, torch.nan)
+        ctx.save_for_backward(x, x_hat, counts, mean, deviation, fvu)
+        return fvu
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, x_hat, counts, mean, deviation, fvu = ctx.saved_tensors
+        need_x, need_x_hat, _ = ctx.needs_input_grad
+        d_x = torch.empty_like(x) if need_x else None
+        d_x_hat = torch.empty_like(x_hat) if need_x_hat else None
+        scale = 2 * grad / deviation
+        for rows in _blocks(x):
+            d_error = _counted((x_hat[rows].float() - x[rows]).mul_(scale), rows, counts)
+            if d_x_hat is not None:
+                d_x_hat[rows] = d_error
+            if d_x is not None:  # the mean's own gradient is 0, as deviations add up to 0
+                d_deviation = (x[rows].float() - mean).mul_(scale * fvu)
+                d_x[rows] = -d_error - _counted(d_deviation, rows, counts)
+        return d_x, d_x_hat, None
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """The rows of x [n, d]: on a CPU as many at a time as stay in cache."""
+    size = max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+def _counted(part: Tensor, rows: slice, counts: Tensor | None) -> Tensor:
+    """Rows [m, d] in float32, 0 where they do not count."""
+    part = part.float()
+    return part if counts is None else part.where(counts[rows, None], 0)
+
+
+def balance_of(probs: Tensor, expert_ids: Tensor, counts: Tensor | None) -> Tensor:
     """num_experts * sum_e f_e P_e over the tokens that count; 0-d, 1 at perfect balance.
 
-    logits [n, E]; expert_ids [n, t]; counts [n] bool.
+    Args:
+        probs: [n, E], the router's; differentiated.
+        expert_ids: [n, t].
+        counts: [n] bool, which tokens count; None for all.
     """
-    num_experts, weight = logits.shape[1], counts.float()
-    chosen = torch.zeros(num_experts, device=logits.device)
-    chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(expert_ids.shape[1]))
-    probs = logits.softmax(-1).where(counts[:, None], 0).sum(0)
+    (n, num_experts), t = probs.shape, expert_ids.shape[1]
+    weight = probs.new_ones(n) if counts is None else counts.to(probs.dtype)
+    chosen = probs.new_zeros(num_experts)
+    chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(t))
+    total = probs.sum(0) if counts is None else probs.where(counts[:, None], 0).sum(0)
     tokens = weight.sum().clamp_min(1)
-    return num_experts * (chosen * probs).sum() / (tokens * tokens * expert_ids.shape[1])
+    return num_experts * (chosen * total).sum() / (tokens * tokens * t)

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,13 @@ from hf_switch_sae import ops
 from hf_switch_sae.base_model import base_model_fields
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.errors import AttachError, ConfigError, WidthError
-from hf_switch_sae.experts import ExpertGroup, Experts, register_checkpoint_layout
+from hf_switch_sae.experts import (
+    ExpertGroup,
+    Experts,
+    normalize_rows,
+    register_checkpoint_layout,
+    row_blocks,
+)
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
 from hf_switch_sae.losses import balance_of, fvu_of
@@ -70,8 +76,28 @@ class Router(nn.Module):
         self, x: Tensor, center: Tensor, scale: Tensor, num_experts_per_token: int
     ) -> tuple[Tensor, ...]:
         """Route scale * x - center: x [n, d] -> logits, probs [n, E], expert ids [n, t]."""
-        weight = self.weight.float()
-        return ops.route(x, weight * scale, -(weight @ center.float()), num_experts_per_token)
+        weight = self.weight
+        if torch.is_grad_enabled():  # center's gradient then comes by column sums
+            bias = -(weight.float() @ center.float())
+            return ops.route(x, weight.float() * scale, bias, num_experts_per_token)
+        return ops.route(x.float() * scale - center, weight, None, num_experts_per_token)
+
+
+class _Encoded(NamedTuple):
+    """Tokens on their way, in the order of experts where that helps; n tokens."""
+
+    x: Tensor
+    """[n, d], in order, outliers replaced."""
+    acts: Tensor
+    """[n, slots], in order."""
+    ids: Tensor
+    """[n, slots], in order."""
+    order: Tensor | None
+    """[n] int64, the token at each place; None: as they came."""
+    router: tuple[Tensor, Tensor, Tensor] | None
+    """logits and probs [n, E], expert ids [n, t], as the tokens came; None with one expert."""
+    outlier: Tensor | None
+    """[n] bool, as the tokens came; None if it is known that there is none."""
 
 
 class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -291,17 +317,17 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if any(group.W_dec.device.type == "meta" for group in self.experts):
             raise ConfigError("offloaded experts can't be changed: load the SAE without offload.")
         for group in self.experts:
-            group(
-                lambda g: g.W_dec.div_(g.W_dec.float().norm(dim=-1, keepdim=True).clamp_min_(1e-12))
-            )
+            for rows in row_blocks(group.W_dec):
+                normalize_rows(rows)
 
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
         """Remove each decoder row's gradient along the row, so that a step keeps its length."""
         for group in self.experts:
             if group.W_dec.grad is not None:
-                along = (group.W_dec.grad * group.W_dec).sum(-1, keepdim=True)
-                group.W_dec.grad.addcmul_(group.W_dec, along, value=-1)
+                blocks = row_blocks(group.W_dec.grad), row_blocks(group.W_dec)
+                for grad, rows in zip(*blocks, strict=True):
+                    grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True), value=-1)
 
     @property
     def device(self) -> torch.device:
@@ -315,23 +341,24 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             WidthError: the last dimension is not `hidden_size`.
             ConfigError: a batch_topk SAE without a threshold, outside training.
         """
-        return self._encode(hidden_states)[0]
+        return self._features(self._encode(hidden_states), hidden_states.shape)
 
     def decode(self, features: SparseFeatures) -> Tensor:
         """Reconstruction [..., hidden_size] of features: linear in the activations, plus `b_dec`.
 
         In the SAE's dtype and on its device.
         """
-        return self.decode_delta(features) + self._bias().to(self.dtype)
+        delta = self.decode_delta(features)
+        return delta.add_(self._bias().to(delta.dtype))
 
     def decode_delta(self, features: SparseFeatures) -> Tensor:
         """sum_j acts[..., j] * W_dec[ids[..., j]], [..., hidden_size], without `b_dec`.
 
         Linear in the activations, which may have any sign. In the SAE's dtype and on its device.
         """
-        flat = features.reshape(-1).to(self.device, self.dtype)
-        delta = self.experts.decode(flat.acts, flat.ids)
-        return delta.reshape(*features.shape, self.config.hidden_size)
+        acts = features.acts.to(self.b_dec.device, self.b_dec.dtype).reshape(-1, features.k)
+        ids = features.ids.to(acts.device).reshape(acts.shape)
+        return self.experts.decode(acts, ids).reshape(*features.shape, self.b_dec.shape[0])
 
     def forward(
         self,
@@ -354,22 +381,27 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             # masked tokens may be nan, and nan times no gradient would still be nan
             void = ~attention_mask.to(hidden_states.device).bool()[..., None]
             hidden_states = hidden_states.where(~void | hidden_states.isfinite(), 0)
-        features, logits, expert_ids = self._encode(hidden_states)
-        reconstruction = self.decode(features)
-        x = hidden_states.reshape(-1, self.config.hidden_size).to(self.device, torch.float32)
-        counts = ~self.is_outlier(x)
+        code = self._encode(hidden_states, sort=True)
+        counts = None if code.outlier is None else ~code.outlier
         if attention_mask is not None:
-            counts = counts & attention_mask.reshape(-1).to(self.device).bool()
-        fvu = fvu_of(x, reconstruction.reshape(x.shape).float(), counts)
-        balance = (
-            torch.zeros_like(fvu) if logits is None else balance_of(logits, expert_ids, counts)
-        )
+            mask = attention_mask.reshape(-1).to(self.device).bool()
+            counts = mask if counts is None else counts & mask
+        x_hat = self.experts.decode(code.acts, code.ids)
+        x_hat = x_hat + self._bias().to(x_hat.dtype)
+        in_order = counts if counts is None or code.order is None else counts[code.order]
+        fvu = fvu_of(code.x, x_hat, in_order)
+        logits, balance = None, torch.zeros_like(fvu)
+        if code.router is not None:
+            logits, probs, expert_ids = code.router
+            balance = balance_of(probs, expert_ids, counts)
         if self.training and self.config.activation == "batch_topk":
-            self._follow_threshold(features.acts)
+            self._follow_threshold(code.acts)
         output = SwitchSAEOutput(
             loss=self.config.fvu_loss_coef * fvu + self.config.router_aux_loss_coef * balance,
-            reconstruction=reconstruction.to(hidden_states.device, hidden_states.dtype),
-            features=features,
+            reconstruction=_as_they_came(x_hat, code.order)
+            .reshape(hidden_states.shape)
+            .to(hidden_states.device, hidden_states.dtype),
+            features=self._features(code, hidden_states.shape),
             router_logits=logits,
             fvu=fvu,
             router_aux_loss=balance,
@@ -385,8 +417,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """`b_dec` in the LM's own units, float32."""
         return self.b_dec.float() / self.input_scale
 
-    def _encode(self, hidden_states: Tensor) -> tuple[SparseFeatures, Tensor | None, Tensor]:
-        """Features, router logits [n, E] (None with one expert), expert ids [n, t]."""
+    def _encode(self, hidden_states: Tensor, sort: bool = False) -> _Encoded:
+        """The tokens' code; with `sort`, in the order of experts where each has one."""
         config = self.config
         if hidden_states.shape[-1] != config.hidden_size:
             raise WidthError(
@@ -394,62 +426,118 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                 f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
             )
         x = hidden_states.reshape(-1, config.hidden_size).to(self.device)
-        outlier = self.is_outlier(x)[:, None]
-        x = x.where(~outlier, 0)
-        logits, expert_ids, gates = self._route(x)
-        z = x - self._bias() if config.subtract_b_dec else x
-        z = z.where(~outlier, 0).to(self.dtype)  # or it would take from a batch_topk's budget
+        if len(x) == 1 and self._takes_single_tokens():
+            return self._encode_token(x)
+        center = self._bias() if config.subtract_b_dec else None
+        outlier = self._outliers_among(x)
+        if outlier is not None:  # encoded as nothing, or one would take from a batch_topk's budget
+            x = x.where(~outlier[:, None], 0 if center is None else center.detach().to(x.dtype))
+        router, order, gates = None, None, None
+        if config.num_experts == 1:
+            expert_ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        else:
+            router = self.router(x, self.b_router, self.input_scale, config.num_experts_per_token)
+            expert_ids, gates = router[2], self._gates(router[1], router[2])
+        if sort and config.num_experts_per_token == 1 and len(self.experts) == 1 and len(x) > 1:
+            order, _ = ops.sort_by_expert(expert_ids, config.num_experts)
+            x, expert_ids = x[order], expert_ids[order]
+            gates = None if gates is None else gates[order]
         in_batch = config.activation == "batch_topk" and self.training
         acts, ids = self.experts.encode(
-            z,
+            x,
             expert_ids,
             gates,
             config.k if config.activation != "batch_topk" or in_batch else None,
             self._threshold_in_use(),
             in_batch,
+            center,
             self.input_scale,
+            in_order=order is not None,
         )
-        acts = acts.where(~outlier, 0)  # a bias may still have made it active
-        features = SparseFeatures(acts, ids, config.num_features).reshape(*hidden_states.shape[:-1])
-        return features, logits, expert_ids
+        if outlier is not None:  # a bias may still have made it active
+            acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
+        return _Encoded(x, acts, ids, order, router, outlier)
 
-    def _route(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        config = self.config
-        if config.num_experts == 1:
-            return None, torch.zeros(len(x), 1, dtype=torch.int64, device=x.device), None
-        logits, probs, expert_ids = self.router(
-            x, self.b_router, self.input_scale, config.num_experts_per_token
-        )
-        if not config.apply_router_probs:
-            return logits, expert_ids, None
-        gates = probs.gather(1, expert_ids)
+    def _takes_single_tokens(self) -> bool:
+        """Whether `_encode_token` applies: as in `generate` on a CPU."""
+        config = vars(self.config)  # a config's own attribute access would take as long as an op
         return (
-            logits,
-            expert_ids,
-            gates / gates.sum(1, keepdim=True) if config.norm_topk_prob else gates,
+            config["activation"] == "topk"
+            and config["num_experts_per_token"] == 1
+            and len(self.experts) == 1
+            and self.b_dec.device.type == "cpu"
+            and not (
+                torch.is_grad_enabled()
+                or torch.is_autocast_enabled("cpu")
+                or torch.compiler.is_compiling()
+            )
+            and not hasattr(self.experts[0], "_hf_hook")  # offloaded: brought in by its forward
         )
+
+    def _encode_token(self, x: Tensor) -> _Encoded:
+        """As `_encode`, of one token x [1, d]."""
+        config, (group,) = vars(self.config), self.experts
+        center = self._bias() if config["subtract_b_dec"] else None
+        outlier = self._outliers_among(x)
+        if outlier is not None:
+            x = torch.zeros_like(x) if center is None else center.to(x.dtype)[None]
+        expert, gate, router = 0, None, None
+        if config["num_experts"] > 1:
+            logits, probs, expert = ops.route_token(
+                x, self.router.weight, self.b_router, self.input_scale
+            )
+            router = logits, probs, torch.tensor([[expert]])
+            gate = probs[:, expert] if config["apply_router_probs"] else None
+        acts, ids = ops.encode_token(
+            x, group.W_enc, group.b_enc, expert, gate, config["k"], center, self.input_scale
+        )
+        return _Encoded(x, acts if outlier is None else acts.zero_(), ids, None, router, outlier)
+
+    def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
+        """The code as the tokens came; shape [..., hidden_size] is theirs."""
+        acts, ids = _as_they_came(code.acts, code.order), _as_they_came(code.ids, code.order)
+        return SparseFeatures(acts, ids, self.config.num_features).reshape(*shape[:-1])
+
+    def _outliers_among(self, x: Tensor) -> Tensor | None:
+        """[n] bool of x [n, d]; None where it costs nothing to see that there are none."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.is_outlier(x)
+        if math.isinf(self.outlier_norm):
+            return None
+        found = self.is_outlier(x)
+        return found if found.any() else None
+
+    def _gates(self, probs: Tensor, expert_ids: Tensor) -> Tensor | None:
+        if not self.config.apply_router_probs:
+            return None
+        gates = probs.gather(1, expert_ids)
+        return gates / gates.sum(1, keepdim=True) if self.config.norm_topk_prob else gates
 
     def _threshold_in_use(self) -> Tensor | None:
-        """[E, m] in the LM's own units, or None where the activation rule has none now."""
+        """[E, m] in scaled units, or None where the activation rule has none now."""
         rule = self.config.activation
         if rule not in ("jumprelu", "batch_topk") or (rule == "batch_topk" and self.training):
             return None
-        if rule == "batch_topk" and bool((self.threshold < 0).any()):
-            raise ConfigError(
+        if rule == "batch_topk":
+            message = (
                 "this batch_topk SAE has no threshold yet, so it can't encode outside training: "
                 "train it, or call calibrate() on batches of the residual stream."
             )
-        return (self.threshold / self.input_scale).reshape(self.config.num_experts, -1)
+            known = self.threshold[0] >= 0
+            if torch.compiler.is_compiling():
+                torch._assert_async(known, message)
+            elif not known:
+                raise ConfigError(message)
+        return self.threshold.reshape(self.config.num_experts, -1)
 
     @torch.no_grad()
     def _follow_threshold(self, acts: Tensor, weight: float = 0.01) -> None:
         """batch_topk: a running mean of the smallest activation kept, in scaled units."""
-        active = acts[acts > 0]
-        if active.numel():
-            border = active.amin().float() * self.input_scale
-            self.threshold.copy_(
-                torch.where(self.threshold < 0, border, self.threshold.lerp(border, weight))
-            )
+        if not len(acts):
+            return
+        smallest = acts.where(acts > 0, torch.inf).amin().float() * self.input_scale
+        followed = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, weight))
+        self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
@@ -531,6 +619,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if SwitchSAE._open_session is None:
             raise AttachError("import hf_switch_sae as a whole: its attach module is not loaded.")
         return SwitchSAE._open_session(lm, self, at=at, **options)
+
+
+def _as_they_came(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows [n, ...] that lie in `order`, back in the order of the tokens."""
+    if order is None:
+        return rows
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=rows.device))
+    return rows[place]
 
 
 register_checkpoint_layout(SwitchSAEConfig.model_type)

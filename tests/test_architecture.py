@@ -35,6 +35,7 @@ FLOOR = {
     "inspection": 5,
     "steering_files": 5,
     "hub": 6,
+    "optim": 4,
     "session": 5,
     "attach": 6,
     "demo": 7,
@@ -46,6 +47,7 @@ FACE = [
     "Ablate",
     "AttachError",
     "AttachedSAE",
+    "BackendError",
     "BaseModelError",
     "Clamp",
     "ConfigError",
@@ -65,12 +67,14 @@ FACE = [
     "SparseFeatures",
     "Steer",
     "SwitchSAE",
+    "SwitchSAEAdam",
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
     "WidthError",
     "attach",
     "convert",
+    "explain_backends",
     "export",
     "export_recipe",
     "find_residual_blocks",
@@ -81,6 +85,7 @@ FACE = [
     "pull",
     "push",
     "status",
+    "use_backend",
 ]
 
 MAX_FILE, MAX_FUNCTION = 450, 70

@@ -15,6 +15,7 @@ from hf_switch_sae import (
     SparseFeatures,
     SwitchSAE,
     WidthError,
+    losses,
 )
 
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -456,3 +457,62 @@ def test_a_calibration_that_fails_leaves_the_threshold_as_it_was():
 
     assert torch.equal(sae.threshold, before)
     assert int(sae.statistics_tokens) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of Inductor
+@pytest.mark.parametrize("kind", ["switch", "plain_topk", "two_experts", "relu", "batch_topk"])
+def test_a_compiled_sae_is_one_graph_with_the_same_loss_and_gradients(kind):
+    torch.compiler.reset()
+    sae, x = make(kind).train(), rows(37)
+    wanted = sae(x)
+    wanted.loss.backward()
+    gradients = whole_gradients(sae)
+    sae.zero_grad()
+    compiled = torch.compile(sae, fullgraph=True)
+
+    output = compiled(x)
+    output.loss.backward()
+
+    torch.testing.assert_close(output.loss, wanted.loss)
+    torch.testing.assert_close(output.reconstruction, wanted.reconstruction)
+    torch.testing.assert_close(whole_gradients(sae), gradients, atol=1e-5, rtol=1e-4)
+    sae.eval()
+    if kind == "batch_topk":
+        sae.threshold.fill_(0.1)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x).reconstruction, sae(x).reconstruction)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["switch", "switch_with_bias", "plain_topk", "no_router_weight"])
+@pytest.mark.parametrize("outlier", [False, True], ids=["ordinary", "outlier"])
+def test_a_token_alone_is_encoded_and_decoded_as_in_a_batch(kind, outlier):
+    sae, x = make(kind), rows(6)
+    if outlier:
+        sae.outlier_norm.fill_(float(x.norm(dim=-1).median()))
+    with torch.no_grad():
+        together, output = sae.encode(x), sae(x)
+        for row in range(6):
+            alone = sae.encode(x[row])
+            assert alone.shape == ()
+            torch.testing.assert_close(alone.to_dense(), together[row].to_dense())
+            torch.testing.assert_close(sae.decode(alone), output.reconstruction[row])
+            torch.testing.assert_close(
+                sae(x[None, [row]]).reconstruction[0], output.reconstruction[[row]]
+            )
+
+
+def test_the_fvu_is_its_formula_in_value_and_gradient():
+    torch.manual_seed(0)
+    for counts in (None, torch.rand(1500) > 0.3, torch.zeros(1500, dtype=torch.bool)):
+        x = torch.randn(1500, 700, requires_grad=True)  # several blocks
+        x_hat = torch.randn(1500, 700, requires_grad=True)
+        mine, wanted = losses.fvu_of(x, x_hat, counts), losses.fvu_formula(x, x_hat, counts)
+        torch.testing.assert_close(mine, wanted, equal_nan=True)
+        if not mine.isnan():
+            torch.testing.assert_close(
+                torch.autograd.grad(mine, (x, x_hat)), torch.autograd.grad(wanted, (x, x_hat))
+            )
+    for n in (0, 1):
+        assert losses.fvu_of(torch.randn(n, 3), torch.randn(n, 3), None).isnan()

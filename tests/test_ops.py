@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_switch_sae import ops
-from hf_switch_sae.ops import eager, reference
-
-BACKENDS = {name: backend for name, backend in ops.BACKENDS.items() if name != "reference"}
+from hf_switch_sae.errors import BackendError
+from hf_switch_sae.ops import backends, eager, reference, routed, triton_kernels
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Case:
     bias: bool = True
     shift: float = 0.0
     gated: bool = True
+    centered: bool = False
+    in_order: bool = False
     threshold: float | None = None
     batch_topk: bool = False
     experts: tuple[int, ...] | None = None
@@ -48,6 +49,7 @@ class Case:
             "W_enc": draw(self.E, self.m, self.d) / self.d**0.5,
             "b_enc": 0.3 * draw(self.E, self.m) + self.shift if self.bias else None,
             "gates": draw(self.n, self.t).sigmoid() if self.gated else None,
+            "center": 0.5 * draw(self.d) if self.centered else None,
         }
         leaves = {
             name: None
@@ -60,23 +62,29 @@ class Case:
         limit = None if self.threshold is None else torch.full((self.E, self.m), self.threshold)
         return {
             **leaves,
-            "expert_ids": allowed[order],
+            "expert_ids": allowed[order].sort(0).values if self.in_order else allowed[order],
             "k": self.k,
             "threshold": None if limit is None else limit.to(dtype),
             "batch_topk": self.batch_topk,
+            "in_order": self.in_order,
         }
 
 
 CASES = {
     "switch": Case(),
     "odd_width": Case(d=37, E=3, m=7),
+    "centered": Case(centered=True),
+    "in_order": Case(in_order=True, centered=True),
+    "in_order_one_row": Case(in_order=True, n=1),
+    "wide_experts": Case(m=64, k=4, in_order=True),
+    "many_experts": Case(E=64, m=3, k=2, centered=True),
     "no_bias_no_gates": Case(bias=False, gated=False),
     "an_expert_nobody_visits": Case(experts=(0, 2, 4)),
     "all_tokens_on_one_expert": Case(experts=(3,)),
     "fewer_than_k_positives": Case(shift=-1.5, k=6),
     "nothing_positive": Case(shift=-50.0),
     "one_row": Case(n=1),
-    "one_row_two_experts": Case(n=1, t=2, k=5),
+    "one_row_two_experts": Case(n=1, t=2, k=5, centered=True),
     "one_expert": Case(E=1, gated=False),
     "k_is_all_of_an_expert": Case(k=8),
     "k_is_one": Case(k=1),
@@ -86,15 +94,34 @@ CASES = {
     "every_expert": Case(t=5, k=9),
     "relu": Case(k=None),
     "relu_two_experts": Case(k=None, t=2),
+    "relu_in_order": Case(k=None, in_order=True),
     "threshold": Case(k=None, threshold=0.3),
     "threshold_and_k": Case(k=2, threshold=0.3, t=2),
     "batch_topk": Case(batch_topk=True),
     "batch_topk_two_experts": Case(batch_topk=True, t=2),
     "batch_topk_more_than_there_is": Case(batch_topk=True, shift=-1.5, k=7),
+    "batch_topk_in_order": Case(batch_topk=True, in_order=True, k=1, m=32),
     "batch_topk_one_row": Case(batch_topk=True, n=1),
 }
 CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-BACKEND = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
+PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum", "why_not")
+BOTH = pytest.mark.parametrize("computation", [reference, ops], ids=["reference", "routed"])
+BACKEND = pytest.mark.parametrize("backend", ["eager"], indirect=True)
+FEW_CASES = (
+    "switch",
+    "in_order",
+    "an_expert_nobody_visits",
+    "one_row",
+    "two_experts",
+    "batch_topk",
+)
+
+
+@pytest.fixture
+def backend(request):
+    """The routed computation over one backend's primitives."""
+    with ops.use_backend(request.param):
+        yield ops
 
 
 def encode(backend: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -128,9 +155,15 @@ def assert_same_encode(backend: Any, case: Case, dtype: torch.dtype, **tolerance
         torch.testing.assert_close(gradients(value, inputs), gradients(wanted, inputs), **tolerance)
 
 
-def test_every_backend_has_the_functions_and_signatures_of_the_reference():
+def test_the_routed_computation_has_the_signatures_of_its_definition():
     for name in ("route", "routed_encode", "sparse_decode"):
-        for backend in BACKENDS.values():
+        mine, theirs = getattr(ops, name), getattr(reference, name)
+        assert inspect.signature(mine) == inspect.signature(theirs)
+
+
+def test_every_backend_has_the_primitives_and_signatures_of_the_reference():
+    for name in PRIMITIVES:
+        for backend in ops.BACKENDS.values():
             mine, theirs = getattr(backend, name), getattr(reference, name)
             assert inspect.signature(mine) == inspect.signature(theirs)
 
@@ -143,8 +176,25 @@ def test_every_backend_has_the_functions_and_signatures_of_the_reference():
 @pytest.mark.parametrize("workspace", [None, 100], ids=["one_chunk", "split_chunks"])
 def test_encode_agrees_with_reference(monkeypatch, backend, case, workspace):
     if workspace:
-        monkeypatch.setattr(eager, "WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(routed, "CPU_WORKSPACE_BYTES", workspace)
     assert_same_encode(backend, case, torch.float32, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"], indirect=True)
+@pytest.mark.parametrize("name", FEW_CASES)
+@pytest.mark.skipif(triton_kernels.triton is None, reason="Triton is not installed")
+def test_the_other_backends_primitives_serve_the_routed_computation_as_well(backend, name):
+    case = replace(CASES[name], n=min(CASES[name].n, 9), d=19)
+    assert_same_encode(backend, case, torch.float32, atol=1e-5, rtol=1e-5)
+    inputs = {"acts": torch.rand(5, 3), "W_dec": torch.randn(12, 19)}
+    inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+    ids = torch.randint(12, (5, 3))
+    y = backend.sparse_decode(inputs["acts"], ids, inputs["W_dec"])
+    wanted = reference.sparse_decode(inputs["acts"], ids, inputs["W_dec"])
+    torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        gradients(y, inputs), gradients(wanted, inputs), atol=1e-5, rtol=1e-5
+    )
 
 
 @BACKEND
@@ -173,7 +223,8 @@ def test_encode_in_bfloat16_is_the_formula_up_to_rounding(backend, case):
         for name, value in inputs.items()
     }
     chosen = (acts > 0).float()
-    pre = torch.einsum("nd,nkd->nk", exact["x"], exact["W_enc"].reshape(-1, case.d)[ids])
+    z = exact["x"] if exact["center"] is None else exact["x"] - exact["center"]
+    pre = torch.einsum("nd,nkd->nk", z, exact["W_enc"].reshape(-1, case.d)[ids])
     if exact["b_enc"] is not None:
         pre = pre + exact["b_enc"].flatten()[ids]
     slot = (ids[..., None] // case.m == inputs["expert_ids"][:, None]).float()
@@ -204,15 +255,14 @@ def test_encode_agrees_with_reference_at_any_size(data):
     )
     if case.k is not None and data.draw(st.booleans(), "batch_topk"):
         case = replace(case, batch_topk=True)
-    for backend in BACKENDS.values():
-        assert_same_encode(backend, case, torch.float64, atol=1e-11, rtol=1e-11)
+    assert_same_encode(ops, case, torch.float64, atol=1e-11, rtol=1e-11)
 
 
-@pytest.mark.parametrize("name", ops.BACKENDS)
+@BOTH
 @CASE
-def test_every_slot_names_a_feature_of_the_tokens_own_experts(name, case):
+def test_every_slot_names_a_feature_of_the_tokens_own_experts(computation, case):
     inputs = case.tensors()
-    acts, ids = encode(ops.BACKENDS[name], inputs)
+    acts, ids = encode(computation, inputs)
     own = (ids[..., None] // case.m == inputs["expert_ids"][:, None]).any(-1)
     assert own.all()
     assert (acts >= 0).all()
@@ -280,14 +330,15 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rule", ["topk", "two_experts", "batch_topk", "relu"])
 def test_nothing_as_large_as_tokens_times_features_is_ever_laid_out(monkeypatch, dtype, rule):
-    monkeypatch.setattr(eager, "WORKSPACE_BYTES", 4096)
+    monkeypatch.setattr(routed, "CPU_WORKSPACE_BYTES", 4096)
+    monkeypatch.setattr(eager, "CHUNK_BYTES", 4096)
     case = Case(n=256, d=8, E=16, m=32, k=None if rule == "relu" else 4, shift=-2.0)
     case = replace(case, t=2 if rule == "two_experts" else 1, batch_topk=rule == "batch_topk")
     inputs = case.tensors(dtype)
     W_dec = torch.randn(case.E, case.m, case.d, dtype=dtype, requires_grad=True)
     with Largest() as seen:
-        acts, ids = encode(eager, inputs)
-        eager.sparse_decode(acts, ids, W_dec).float().square().sum().backward()
+        acts, ids = encode(ops, inputs)
+        ops.sparse_decode(acts, ids, W_dec).float().square().sum().backward()
     with Largest() as dense_seen:
         encode(reference, inputs)
 
@@ -298,18 +349,18 @@ def test_nothing_as_large_as_tokens_times_features_is_ever_laid_out(monkeypatch,
 
 def test_the_tokens_of_one_expert_are_taken_in_chunks_of_the_workspace(monkeypatch):
     inputs = Case(n=256, d=4, E=1, m=64, k=2, gated=False).tensors()
-    whole = dense(*encode(eager, inputs), inputs)
-    monkeypatch.setattr(eager, "WORKSPACE_BYTES", 32 * 64 * 4)
+    whole = dense(*encode(ops, inputs), inputs)
+    monkeypatch.setattr(routed, "CPU_WORKSPACE_BYTES", 32 * 64 * 4)
     with Largest() as seen:
-        acts, ids = encode(eager, inputs)
+        acts, ids = encode(ops, inputs)
     assert seen.numel <= 32 * 64  # 32 tokens' pre-activations; all would be 256 * 64
     torch.testing.assert_close(dense(acts, ids, inputs), whole)
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS.values(), ids=ops.BACKENDS.keys())
+@BOTH
 @pytest.mark.parametrize("gate", [1.0, 0.5])
-def test_an_activation_must_exceed_its_threshold_router_weight_included(backend, gate):
-    acts, ids = backend.routed_encode(
+def test_an_activation_must_exceed_its_threshold_router_weight_included(computation, gate):
+    acts, ids = computation.routed_encode(
         x=torch.tensor([[4.0, 4.0, 4.0]]),
         W_enc=torch.eye(3)[None],
         b_enc=None,
@@ -332,7 +383,7 @@ def test_an_activation_must_exceed_its_threshold_router_weight_included(backend,
 def test_decode_agrees_with_reference(monkeypatch, backend, dtype, shape, private, d):
     if not private:
         monkeypatch.setattr(eager, "_ROW_DOTS", None)
-        monkeypatch.setattr(eager, "WORKSPACE_BYTES", 1000)
+        monkeypatch.setattr(eager, "CHUNK_BYTES", 1000)
     acts = torch.randn(11, 4, dtype=dtype)  # of any sign: edits decode differences
     acts[2], acts[5, 1:] = 0.0, 0.0
     ids = torch.randint(24, (11, 4))
@@ -384,11 +435,11 @@ def test_gradients_agree_with_finite_differences(backend):
 # ---------------------------------------------------------------- route and selection
 
 
-@pytest.mark.parametrize("name", ops.BACKENDS)
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_router_ties_go_to_the_lowest_index(name, dtype, t):
-    route = ops.BACKENDS[name].route
+def test_router_ties_go_to_the_lowest_index(computation, dtype, t):
+    route = computation.route
     x = torch.ones(3, 6, dtype=dtype)
     weight, bias = torch.zeros(5, 6), torch.zeros(5)
 
@@ -418,9 +469,9 @@ def test_route_agrees_with_reference(backend, t):
     )
 
 
-@pytest.mark.parametrize("name", ops.BACKENDS)
-def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(name):
-    route = ops.BACKENDS[name].route
+@BOTH
+def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(computation):
+    route = computation.route
     x, weight, bias = torch.randn(64, 48).bfloat16(), torch.randn(8, 48), torch.randn(8)
     wanted = route(x.float(), weight, bias, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -428,15 +479,34 @@ def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(
 
 
 @BACKEND
-def test_encode_and_decode_are_untouched_by_autocast(backend):
-    inputs = Case().tensors()
-    acts, ids = encode(backend, inputs)
-    W_dec = torch.randn(40, 48)
+@CASE
+def test_autocast_takes_products_in_its_dtype_and_keeps_results_in_that_of_the_weights(
+    backend, case
+):
+    """What autocast computes is what inputs and encoder rounded to its dtype give."""
+    if case.batch_topk or case.threshold is not None:
+        pytest.skip("at a border, rounding decides what is kept")
+    inputs = case.tensors()
+    rounded = {
+        name: value.bfloat16()
+        if name in ("x", "W_enc", "b_enc", "center") and value is not None
+        else value
+        for name, value in inputs.items()
+    }
+    W_dec = torch.randn(case.E * case.m, case.d)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again, again_ids = encode(backend, inputs)
+        acts, ids = encode(backend, inputs)
         y = backend.sparse_decode(acts, ids, W_dec)
-    torch.testing.assert_close((again, again_ids), (acts, ids), atol=0, rtol=0)
+
+    wanted, _ = encode(backend, rounded)
+    assert acts.dtype == y.dtype == torch.float32
+    torch.testing.assert_close(
+        acts.sort(1).values, wanted.float().sort(1).values, atol=0.02, rtol=0.02
+    )
     torch.testing.assert_close(y, backend.sparse_decode(acts, ids, W_dec), atol=0, rtol=0)
+    for name, grad in gradients(acts, inputs).items():
+        assert grad.dtype == inputs[name].dtype
+        assert grad.isfinite().all()
 
 
 @given(n=st.integers(0, 6), slots=st.integers(1, 7), data=st.data())
@@ -461,3 +531,84 @@ def test_keep_largest_keeps_the_k_largest_and_their_ids(n, slots, data):
             assert pairs[feature] == act
     torch.testing.assert_close(everything.sum(1), acts.sum(1))
     assert everything.shape[1] == max(1, int((acts > 0).sum(1).max()) if n else 1)
+
+
+# ---------------------------------------------------------------- backends, compiling, one token
+
+
+def test_a_backend_says_why_it_declines_and_is_refused_when_asked_for_all_the_same():
+    told = ops.explain_backends("cpu", torch.float64)
+    assert list(told) == ["triton", "eager", "reference"]
+    assert told["eager"] is told["reference"] is None
+    assert "float64" in told["triton"] or "not installed" in told["triton"]
+    with pytest.raises(BackendError, match="there are 'triton', 'eager', 'reference'"):
+        ops.use_backend("cuda").__enter__()
+    with ops.use_backend("triton"), pytest.raises(BackendError, match=r"'triton' .* declines"):
+        encode(ops, Case().tensors(torch.float64))
+
+
+def test_the_backend_is_eager_on_a_cpu_and_what_was_before_after_a_block():
+    cpu = torch.device("cpu")
+    assert backends.backend_for(cpu, torch.float32) is eager
+    with ops.use_backend("reference"):
+        assert backends.backend_for(cpu, torch.float32) is reference
+        with ops.use_backend("eager"):
+            assert backends.backend_for(cpu, torch.float32) is eager
+        assert backends.backend_for(cpu, torch.float32) is reference
+    assert backends.backend_for(cpu, torch.float32) is eager
+
+
+@pytest.mark.parametrize("name", ["switch", "in_order", "two_experts", "one_expert"])
+def test_operators_pass_torchs_own_check_of_custom_operators(name):
+    """Schema, fake tensors, autograd registration, and AOTAutograd with dynamic shapes."""
+    case = CASES[name]
+    inputs = case.tensors()
+    order = ("x", "center", "W_enc", "b_enc", "expert_ids", "gates", "k", "threshold")
+    arguments = (*(inputs[key] for key in order), False, case.in_order, None)
+    torch.library.opcheck(torch.ops.hf_switch_sae.routed_encode, arguments)
+    acts, ids = encode(ops, inputs)
+    W_dec = torch.randn(case.E * case.m, case.d, requires_grad=True)
+    arguments = (acts.detach().requires_grad_(), ids, W_dec)
+    torch.library.opcheck(torch.ops.hf_switch_sae.sparse_decode, arguments)
+
+
+def test_deterministic_algorithms_are_enough_for_values_and_gradients():
+    case = CASES["two_experts"]
+    inputs = case.tensors()
+    wanted, ids = encode(ops, inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        acts, again = encode(ops, inputs)
+        y = ops.sparse_decode(acts, again, torch.ones(case.E * case.m, case.d, requires_grad=True))
+        y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close((acts, again), (wanted, ids), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_one_token_is_encoded_as_the_definition_has_it(dtype, bias):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x, scale = torch.randn(1, 48).to(dtype), torch.tensor(0.5)
+        weight, b_router, center = torch.randn(6, 48), torch.randn(48), torch.randn(48)
+        W_enc = torch.randn(6, 9, 48).to(dtype)
+        b_enc = torch.randn(6, 9).to(dtype) if bias else None
+
+        logits, probs, expert = ops.route_token(x, weight, b_router, scale)
+        wanted = reference.route(x * scale, weight, -(weight @ b_router), 1)
+        torch.testing.assert_close((logits, probs), wanted[:2], atol=1e-4, rtol=1e-4)
+        assert expert == int(wanted[2])
+
+        acts, ids = ops.encode_token(x, W_enc, b_enc, expert, probs[:, expert], 4, center, scale)
+        scaled = None if b_enc is None else b_enc / scale
+        wanted_acts, _ = reference.routed_encode(
+            x, W_enc, scaled, wanted[2], probs[:, [expert]], 4, center=center
+        )
+        assert acts.dtype == dtype
+        assert (ids // 9 == expert).all()
+        loose = 1e-4 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(
+            acts.sort(1).values, wanted_acts.sort(1).values, atol=loose, rtol=loose
+        )

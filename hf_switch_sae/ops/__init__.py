@@ -1,14 +1,23 @@
 """The numerical kernels, on plain tensors.
 
-`reference` holds the definitions, `eager` the routed computation for any device. What is exported
-here is what the model uses; `BACKENDS` names them all, for parity tests and benchmarks.
+`reference` holds the definitions; `routed` the computation, over the primitives of a backend
+(`eager`, `triton_kernels`, or the naive ones of `reference`) that `backends` chooses.
 """
 
-from types import ModuleType
+from hf_switch_sae.ops.backends import BACKENDS, explain_backends, use_backend
+from hf_switch_sae.ops.routed import keep_largest, routed_encode, sparse_decode
+from hf_switch_sae.ops.routing import route, sort_by_expert
+from hf_switch_sae.ops.token import encode_token, route_token
 
-from hf_switch_sae.ops import eager, reference
-from hf_switch_sae.ops.eager import keep_largest, route, routed_encode, sparse_decode
-
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
-
-__all__ = ["BACKENDS", "keep_largest", "route", "routed_encode", "sparse_decode"]
+__all__ = [
+    "BACKENDS",
+    "encode_token",
+    "explain_backends",
+    "keep_largest",
+    "route",
+    "route_token",
+    "routed_encode",
+    "sort_by_expert",
+    "sparse_decode",
+    "use_backend",
+]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def route(
-    x: Tensor, weight: Tensor, bias: Tensor, num_experts_per_token: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_experts_per_token: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose each token's experts by the router's logits, in float32 whatever the inputs are.
 
@@ -23,7 +23,7 @@ def route(
     Args:
         x: [n, d], residual stream in the LM's own units.
         weight: [E, d].
-        bias: [E].
+        bias: [E], or None for 0.
         num_experts_per_token: t, 1 to E.
 
     Returns:
@@ -31,7 +31,8 @@ def route(
         the lowest index on every device.
     """
     with torch.autocast(x.device.type, enabled=False):
-        logits = x.float() @ weight.float().T + bias.float()
+        logits = x.float() @ weight.float().T
+        logits = logits if bias is None else logits + bias.float()
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     return logits, logits.softmax(-1), order[:, :num_experts_per_token]
 
@@ -45,17 +46,19 @@ def routed_encode(
     k: int | None,
     threshold: Tensor | None = None,
     batch_topk: bool = False,
+    center: Tensor | None = None,
+    in_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Encode each token with its own experts and keep the active features.
 
-        a[n, f] = gates[n, i] * relu(W_enc[f] @ x[n] + b_enc[f]),   f in expert expert_ids[n, i];
-        0 elsewhere
+        a[n, f] = gates[n, i] * relu(W_enc[f] @ (x[n] - center) + b_enc[f]),
+        f in expert expert_ids[n, i]; 0 elsewhere
 
     Kept are those above 0 and `threshold`; of these the k largest of the token, all of them when k
     is None, or with `batch_topk` the k * n largest of all tokens together.
 
     Args:
-        x: [n, d], residual stream less `b_dec`, in the LM's own units.
+        x: [n, d], floating, in the LM's own units.
         W_enc: [E, m, d].
         b_enc: [E, m] or None.
         expert_ids: [n, t], int64 in [0, E), distinct within a token.
@@ -64,9 +67,11 @@ def routed_encode(
         k: features kept per token, 1 to t * m, or None for all that are active.
         threshold: [E, m] or None; an activation must exceed it. A constant: gets no gradient.
         batch_topk: k * n over the batch instead of k per token; ties at the border are all kept.
+        center: [d] or None, what is taken off every token first: `b_dec`.
+        in_order: a promise that expert_ids [n, 1] rise, so that nothing has to be sorted.
 
     Returns:
-        acts [n, s], >= 0, in no order, in the dtype of x; a slot of 0 is padding and gets no
+        acts [n, s], >= 0, in no order, in the dtype of W_enc; a slot of 0 is padding and gets no
         gradient.
         ids [n, s], int64, counted over all experts, all of the token's own experts.
         s is k; with k=None or batch_topk, the most features any token has (at least 1).
@@ -77,10 +82,11 @@ def routed_encode(
     gates = torch.ones_like(expert_ids, dtype=torch.float32) if gates is None else gates
     weight = gates.new_zeros(n, E).scatter(1, expert_ids, gates)
     mine = torch.zeros(n, E, dtype=torch.bool, device=x.device).scatter(1, expert_ids, True)
-    pre = torch.einsum("nd,emd->nem", x, W_enc)
+    z = (x if center is None else x - center).to(W_enc.dtype)
+    pre = torch.einsum("nd,emd->nem", z, W_enc)
     if b_enc is not None:
         pre = pre + b_enc
-    acts = (weight[..., None] * pre.relu()).to(x.dtype)
+    acts = (weight[..., None] * pre.relu()).to(W_enc.dtype)
     keep = mine[..., None] & (acts > 0)
     if threshold is not None:
         keep = keep & (acts > threshold)
@@ -110,3 +116,70 @@ def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
     """
     acts = torch.where(acts != 0, acts, 0)
     return torch.einsum("nk,nkd->nd", acts, W_dec.reshape(-1, W_dec.shape[-1])[ids])
+
+
+# ---------------------------------------------------------------- the primitives of the backends
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend can't compute there, as one sentence; None: it always can, slowly."""
+    return None
+
+
+def expert_products(
+    x: Tensor, rows: Tensor | None, W: Tensor, bias: Tensor | None, offsets: Tensor
+) -> Tensor:
+    """pre[i] = W[e] @ x[rows[i]] + bias[e], for the pairs offsets[e] <= i < offsets[e + 1].
+
+    Args:
+        x: [n, d].
+        rows: [p] int64, the token of each pair, sorted by expert; None for row i itself, p = n.
+        W: [E, m, d], taken in the dtype of x, as is the bias.
+        bias: [E, m] or None.
+        offsets: [E + 1] int64, from 0 to p, rising; an expert may have no pairs.
+
+    Returns:
+        [p, m] in the dtype of x.
+    """
+    x = x if rows is None else x[rows]
+    experts = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True) - 1
+    pre = torch.einsum("pd,pmd->pm", x, W[experts].to(x.dtype))
+    return pre if bias is None else pre + bias[experts].to(x.dtype)
+
+
+def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of relu(pre) in each row; of equal ones those of the lowest index.
+
+    Args:
+        pre: [p, m]; nan is never chosen.
+        k: 1 to m.
+
+    Returns:
+        acts [p, k] in the dtype of pre, in no order; where fewer are positive, slots of 0.
+        ids [p, k] int64 in [0, m), distinct among the slots above 0.
+    """
+    acts, ids = torch.where(pre > 0, pre, 0).sort(dim=1, descending=True, stable=True)
+    return acts[:, :k], ids[:, :k]
+
+
+def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
+    """y[n] = sum_j coefs[n, j] * W[ids[n, j]]; coefs, ids [n, k], W [F, d] -> [n, d] as W.
+
+    A slot of 0 adds nothing, whatever its row holds.
+    """
+    rows = torch.where((coefs != 0)[..., None], W[ids], 0)
+    return torch.einsum("nk,nkd->nd", coefs.to(W.dtype), rows)
+
+
+def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
+    """c[n, j] = <g[n], W[ids[n, j]]>; g [n, d], ids [n, k], W [F, d] -> [n, k] as g."""
+    return torch.einsum("nd,nkd->nk", g, W[ids].to(g.dtype))
+
+
+def scatter_sum(coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int) -> Tensor:
+    """W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f; -> [num_rows, d] as x.
+
+    coefs, ids [n, k], x [n, d]. A feature that nobody names gets 0; a slot of 0 adds nothing.
+    """
+    values = torch.where((coefs != 0)[..., None], coefs[..., None].to(x.dtype) * x[:, None], 0)
+    return x.new_zeros(num_rows, x.shape[1]).index_add(0, ids.flatten(), values.flatten(0, 1))

@@ -1,4 +1,4 @@
-"""Tokens -> the order in which experts work: one stable sort, then contiguous rows for each expert.
+"""Tokens -> their experts, and the order in which experts work: contiguous rows for each expert.
 
 A pair is one (token, expert) visit; with t experts per token there are n * t pairs, pair p
 belonging to token p // t.
@@ -6,39 +6,37 @@ belonging to token p // t.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 
-class Visit(NamedTuple):
-    """One expert's share of a batch."""
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_experts_per_token: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.route`, without the full sort where one expert is asked for."""
+    with torch.autocast(x.device.type, enabled=False):
+        x, weight = x.float(), weight.float()
+        logits = x @ weight.T if bias is None else torch.addmm(bias.float(), x, weight.T)
+    if num_experts_per_token > 1:
+        expert_ids = logits.sort(dim=-1, descending=True, stable=True).indices[
+            :, :num_experts_per_token
+        ]
+    else:
+        expert_ids = logits.argmax(-1, keepdim=True)  # the first of several maxima, as documented
+    return logits, logits.softmax(-1), expert_ids
 
-    expert: int
-    pairs: Tensor
-    """[n_e] int64, rising: the pairs that visit this expert."""
 
-
-def visits(expert_ids: Tensor, num_experts: int) -> Iterator[Visit]:
-    """Group (token, expert) pairs by expert; experts that nobody visits do not appear.
+def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The order in which experts work, without waiting for the device.
 
     Args:
         expert_ids: [n, t] int64 in [0, num_experts).
         num_experts: E.
 
-    Yields:
-        A `Visit` for each expert in rising order, its pairs in token order. One host sync in all.
+    Returns:
+        order [n * t] int64: pairs by expert, in token order within each (a stable sort).
+        offsets [E + 1] int64: expert e's pairs are order[offsets[e]:offsets[e + 1]].
     """
-    flat = expert_ids.reshape(-1)
-    if flat.numel() == 1:  # single-token decode: no sort, no counting
-        yield Visit(int(flat), torch.zeros(1, dtype=torch.int64, device=flat.device))
-        return
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts).tolist()
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield Visit(expert, order[start : start + count])
-            start += count
+    experts, order = expert_ids.reshape(-1).sort(stable=True)
+    bounds = torch.arange(num_experts + 1, device=experts.device)
+    return order, torch.searchsorted(experts, bounds)

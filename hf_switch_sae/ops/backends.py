@@ -1,0 +1,69 @@
+"""Which primitives compute: chosen by where the tensors lie, overridable, and able to say why not.
+
+A backend is a module with the five primitives that `reference.py` defines (`expert_products`,
+`relu_topk`, `gather_sum`, `row_dots`, `scatter_sum`) and `why_not(device, dtype)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+from hf_switch_sae.errors import BackendError
+from hf_switch_sae.ops import eager, reference, triton_kernels
+
+BACKENDS: dict[str, ModuleType] = {
+    "triton": triton_kernels,
+    "eager": eager,
+    "reference": reference,
+}
+"""Best first: the first that does not decline is taken."""
+
+_forced: str | None = None
+
+
+def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The primitives that compute on a device in a dtype.
+
+    Raises:
+        BackendError: the one asked for with `use_backend` declines.
+    """
+    if _forced is not None:
+        reason = BACKENDS[_forced].why_not(device, dtype)
+        if reason is not None:
+            raise BackendError(f"the backend {_forced!r} was asked for and declines: {reason}")
+        return BACKENDS[_forced]
+    if device.type == "cpu":  # where a call may cost less than the question
+        return eager
+    return next(b for b in BACKENDS.values() if b.why_not(device, dtype) is None)
+
+
+def explain_backends(
+    device: str | torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, str | None]:
+    """Why each backend declines to compute there, by name and best first; None: it would not."""
+    where = torch.device(device)
+    return {name: backend.why_not(where, dtype) for name, backend in BACKENDS.items()}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute with one backend while the block runs, in all threads: for tests and comparisons.
+
+    Args:
+        name: "triton", "eager" or "reference".
+
+    Raises:
+        BackendError: there is no such backend; or, when something is computed, it declines.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise BackendError(f"no backend {name!r}: there are {', '.join(map(repr, BACKENDS))}.")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,411 @@
+"""Routed encode and sparse decode with their hand-written backward, over a backend's primitives.
+
+Only routed experts are computed. The gradient of the pre-activations is k-sparse, and nothing of
+size tokens x num_features is allocated: pairs are taken in chunks whose pre-activations fit a
+workspace. Written once for all backends (`backends.py`); letters as in `reference.py`.
+
+Each direction is a custom operator: opaque to `torch.compile`, which would otherwise trace the
+backend's loops, and called directly where nothing is recorded, as decoding a single token costs
+less than dispatching it.
+
+Beware Indexing a parameter by expert under autograd would add a full-size gradient for every
+       expert; weights are only indexed inside the operators, where a slice is a view and nothing is
+       recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.ops.backends import backend_for
+from hf_switch_sae.ops.routing import sort_by_expert
+
+CPU_WORKSPACE_BYTES = 24 * 2**20
+"""Most bytes of pre-activations held at once: about a CPU's last-level cache, and less than what
+the C library would give back to the system after every use."""
+GPU_WORKSPACE_BYTES = 512 * 2**20
+"""The same on other devices, which want many tokens at once."""
+
+
+def routed_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    expert_ids: Tensor,
+    gates: Tensor | None,
+    k: int | None,
+    threshold: Tensor | None = None,
+    batch_topk: bool = False,
+    center: Tensor | None = None,
+    in_order: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.routed_encode`, computing only the experts that tokens visit.
+
+    Under autocast the products are taken in its dtype; what is kept is in that of `W_enc`.
+    """
+    n, t = expert_ids.shape
+    if n == 0:
+        slots = k if k is not None and not batch_topk else 1
+        return W_enc.new_zeros(0, slots), expert_ids.new_zeros(0, slots)
+    device = x.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    given = x, center, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, in_order, low
+    if torch.compiler.is_compiling() or _is_recorded(x, center, W_enc, b_enc):
+        acts, ids = _encode_op(*given)
+    else:
+        acts, ids = _encode_pairs(*given)
+    if gates is not None:
+        acts = (acts * gates.reshape(n * t, 1)).to(acts.dtype)
+    if t > 1:
+        acts, ids = keep_largest(acts.reshape(n, -1), ids.reshape(n, -1), None if batch_topk else k)
+    return acts, ids
+
+
+def keep_largest(
+    acts: Tensor, ids: Tensor, k: int | None, batch_topk: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Joint selection among candidates: each token's k largest slots; all active if k is None.
+
+    Args:
+        acts: [n, s], >= 0.
+        ids: [n, s].
+        k: slots kept per token, at most s.
+        batch_topk: keep the k * n largest over all tokens instead, ties at the border included.
+
+    Returns:
+        acts, ids [n, k], or as wide as the fullest token needs when k is None or with `batch_topk`.
+    """
+    if batch_topk and k is not None and acts.numel():
+        acts = torch.where(acts >= _border(acts.detach(), k * len(acts)), acts, 0)
+    if k is None or batch_topk:
+        slots = max(1, int((acts > 0).sum(1).max())) if len(acts) else 1
+    else:
+        slots = k
+    if slots == acts.shape[1]:
+        return acts, ids
+    acts, slot = acts.topk(slots, dim=1)
+    return acts, ids.gather(1, slot)
+
+
+def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
+    """As `reference.sparse_decode`."""
+    if torch.compiler.is_compiling() or _is_recorded(acts, W_dec):
+        y: Tensor = _decode_op(acts, ids, W_dec)
+        return y
+    return _decode(acts, ids, W_dec)
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _border(acts: Tensor, count: int) -> Tensor:
+    """The count-th largest of all activations, 0-d; the smallest if there are fewer."""
+    return acts.flatten().topk(min(count, acts.numel()), sorted=False).values.amin()
+
+
+# ---------------------------------------------------------------- encode
+
+
+def _encode_pairs(
+    x: Tensor,
+    center: Tensor | None,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    expert_ids: Tensor,
+    gates: Tensor | None,
+    k: int | None,
+    threshold: Tensor | None,
+    batch_topk: bool,
+    in_order: bool,
+    low: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Each (token, expert) pair's kept features, ungated: acts, ids [n * t, s] in pair order."""
+    with torch.autocast(x.device.type, enabled=False):
+        z = _centered(x, center, low or W_enc.dtype)
+        visits = _Visits(z, W_enc, b_enc, expert_ids, gates, threshold, in_order)
+        if batch_topk:
+            assert k is not None
+            acts, ids = _select_in_batch(visits, k, k * len(x))
+        else:
+            acts, ids = visits.joined(_select(visits, *chunk, k) for chunk in visits.chunks())
+        return acts.to(W_enc.dtype), ids + visits.experts[:, None] * W_enc.shape[1]
+
+
+def _centered(x: Tensor, center: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (x if center is None else x - center).to(dtype)
+
+
+_Pairs = slice | Tensor  # of pairs, as an index
+
+
+class _Visits:
+    """The (token, expert) pairs of a batch: in which order they are taken, and their products."""
+
+    def __init__(
+        self,
+        z: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor | None,
+        expert_ids: Tensor,
+        gates: Tensor | None,
+        threshold: Tensor | None,
+        in_order: bool,
+    ) -> None:
+        self.z, self.W_enc, self.b_enc, self.threshold = z, W_enc, b_enc, threshold
+        self.backend: ModuleType = backend_for(z.device, z.dtype)
+        self.experts, self.t = expert_ids.reshape(-1), expert_ids.shape[1]
+        self.gates = None if gates is None else gates.reshape(-1, 1)
+        self._order: Tensor | None = None  # pairs lie in the order of experts
+        if len(self.experts) > 1:
+            order, self._offsets = sort_by_expert(expert_ids, len(W_enc))
+            self._order = None if in_order or len(W_enc) == 1 else order
+
+    def chunks(self) -> Iterator[tuple[_Pairs, Tensor]]:
+        """Pairs, and their pre-activations [pairs, m] in the dtype of z."""
+        num, m = len(self.experts), self.W_enc.shape[1]
+        if num == 1:  # single-token decode: a view of one expert's rows, and nothing to sort
+            expert = int(self.experts)
+            pre = self.z @ self.W_enc[expert].to(self.z.dtype).T
+            yield slice(0, 1), pre if self.b_enc is None else pre + self.b_enc[expert]
+            return
+        space = CPU_WORKSPACE_BYTES if self.z.device.type == "cpu" else GPU_WORKSPACE_BYTES
+        size = max(1, space // (m * self.z.element_size()))
+        for start in range(0, num, size):
+            end = min(start + size, num)
+            if self._order is None:
+                pairs: _Pairs = slice(start, end)
+                z, rows = self.z[start:end], None
+            else:
+                pairs = self._order[start:end]
+                z, rows = self.z, pairs // self.t
+            offsets = (self._offsets - start).clamp(0, end - start)
+            yield pairs, self.backend.expert_products(z, rows, self.W_enc, self.b_enc, offsets)
+
+    def gated(self, acts: Tensor, pairs: _Pairs) -> Tensor:
+        """Activations [pairs, s] times the router's weights."""
+        return acts if self.gates is None else (acts * self.gates[pairs]).to(acts.dtype)
+
+    def over_threshold(self, pre: Tensor, pairs: _Pairs) -> Tensor:
+        """Pre-activations [pairs, m], 0 where they do not exceed the threshold once gated."""
+        if self.threshold is None:
+            return pre
+        acts = pre.relu()
+        passed = self.gated(acts, pairs) > self.threshold[self.experts[pairs]]
+        return torch.where(passed, acts, 0)
+
+    def joined(self, parts: Iterator[tuple[_Pairs, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Chunks of (pairs, acts, local ids) -> acts, local ids of all pairs, in their order."""
+        found = list(parts)
+        if len(found) == 1 and self._order is None:
+            return found[0][1:]
+        width = max(acts.shape[1] for _, acts, _ in found)
+        all_acts = self.z.new_zeros(len(self.experts), width)
+        all_ids = self.experts.new_zeros(len(self.experts), width)
+        for pairs, acts, ids in found:
+            short = width - acts.shape[1]
+            all_acts[pairs] = torch.nn.functional.pad(acts, (0, short)) if short else acts
+            all_ids[pairs] = torch.nn.functional.pad(ids, (0, short)) if short else ids
+        return all_acts, all_ids
+
+
+def _select(
+    visits: _Visits, pairs: _Pairs, pre: Tensor, k: int | None
+) -> tuple[_Pairs, Tensor, Tensor]:
+    """Each pair's k largest activations over the threshold; all of them if k is None."""
+    pre = visits.over_threshold(pre, pairs)
+    slots = max(1, int((pre > 0).sum(1).max())) if k is None else min(k, pre.shape[1])
+    acts, ids = visits.backend.relu_topk(pre, slots)
+    return pairs, acts, ids
+
+
+def _select_in_batch(visits: _Visits, k: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest gated activations of all pairs together, ties at the border included.
+
+    From each pair's largest few: exact as long as every pair has one that is not kept; else more
+    are taken. So what is held at once is pairs x few, not pairs x m.
+    """
+    m, everything = visits.W_enc.shape[1], slice(None)
+    few = min(4 * k, m)
+    while True:
+        acts, ids = visits.joined(_select(visits, *chunk, few) for chunk in visits.chunks())
+        gated = visits.gated(acts, everything)
+        kept = (gated >= _border(gated, count)) & (gated > 0)
+        if few == m or not kept.all(1).any():
+            return keep_largest(torch.where(kept, acts, 0), ids, None)
+        few = min(4 * few, m)
+
+
+def _encode_backward(
+    d_acts: Tensor,
+    acts: Tensor,
+    ids: Tensor,
+    x: Tensor,
+    center: Tensor | None,
+    W_enc: Tensor,
+    need_x: bool,
+    need_W: bool,
+    need_b: bool,
+    need_center: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, W_enc, b_enc and center; an empty tensor for what is not needed."""
+    E, m, d = W_enc.shape
+    backend, rows = backend_for(x.device, W_enc.dtype), W_enc.reshape(-1, d)
+    # an operator's results must not share memory, not even when there is none
+    d_x, d_W, d_b, d_center = (x.new_empty(0) for _ in range(4))
+    # a token's pairs are adjacent, so they become one wider row
+    coefs = torch.where(acts > 0, d_acts, 0).to(W_enc.dtype).reshape(len(x), -1)
+    ids = ids.reshape(len(x), -1)
+    if need_x:
+        d_x = backend.gather_sum(coefs, ids, rows).to(x.dtype)
+    if need_W:
+        z = _centered(x, center, W_enc.dtype)
+        d_W = backend.scatter_sum(coefs, ids, z, E * m).reshape(E, m, d)
+    if need_b or need_center:
+        # thousands of tokens may add to one bias: bfloat16 would stop counting after 256
+        wide = torch.promote_types(W_enc.dtype, torch.float32)
+        total = torch.zeros(E * m, dtype=wide, device=x.device)
+        total.index_add_(0, ids.flatten(), coefs.flatten().to(wide))
+        d_b = total.to(W_enc.dtype).reshape(E, m)
+        if need_center:  # by column sums: no gradient of x is needed for it
+            every_row = torch.arange(E * m, device=x.device).view(E, m)
+            d_center = -backend.gather_sum(total.view(E, m).to(W_enc.dtype), every_row, rows)
+            d_center = d_center.to(wide).sum(0)
+    return d_x, d_W, d_b, d_center
+
+
+# ---------------------------------------------------------------- decode
+
+
+def _decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
+    with torch.autocast(acts.device.type, enabled=False):
+        backend = backend_for(acts.device, W_dec.dtype)
+        y: Tensor = backend.gather_sum(acts, ids, W_dec.reshape(-1, W_dec.shape[-1]))
+        return y
+
+
+def _decode_backward(
+    d_y: Tensor, acts: Tensor, ids: Tensor, W_dec: Tensor, need_acts: bool, need_W: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of acts and W_dec; an empty tensor for what is not needed."""
+    rows = W_dec.reshape(-1, W_dec.shape[-1])
+    backend = backend_for(acts.device, W_dec.dtype)
+    d_y = d_y.to(rows.dtype).contiguous()
+    d_acts, d_W = d_y.new_empty(0), d_y.new_empty(0)
+    if need_acts:
+        d_acts = torch.where(acts != 0, backend.row_dots(d_y, ids, rows), 0).to(acts.dtype)
+    if need_W:
+        d_W = backend.scatter_sum(acts, ids, d_y, rows.shape[0]).view_as(W_dec)
+    return d_acts, d_W
+
+
+# ---------------------------------------------------------------- as operators of torch
+
+
+_encode_op = torch.library.custom_op("hf_switch_sae::routed_encode", _encode_pairs, mutates_args=())
+_encode_backward_op = torch.library.custom_op(
+    "hf_switch_sae::routed_encode_backward", _encode_backward, mutates_args=()
+)
+_decode_op = torch.library.custom_op("hf_switch_sae::sparse_decode", _decode, mutates_args=())
+_decode_backward_op = torch.library.custom_op(
+    "hf_switch_sae::sparse_decode_backward", _decode_backward, mutates_args=()
+)
+
+
+@_encode_op.register_fake
+def _(
+    x: Tensor,
+    center: Tensor | None,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    expert_ids: Tensor,
+    gates: Tensor | None,
+    k: int | None,
+    threshold: Tensor | None,
+    batch_topk: bool,
+    in_order: bool,
+    low: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    slots: int | torch.SymInt
+    if k is None or batch_topk:  # as many as the fullest pair has, known when it runs
+        slots = torch.library.get_ctx().new_dynamic_size(min=1)
+    else:
+        slots = min(k, W_enc.shape[1])
+    pairs = expert_ids.numel()
+    return W_enc.new_empty(pairs, slots), expert_ids.new_empty(pairs, slots)
+
+
+@_encode_backward_op.register_fake
+def _(
+    d_acts: Tensor,
+    acts: Tensor,
+    ids: Tensor,
+    x: Tensor,
+    center: Tensor | None,
+    W_enc: Tensor,
+    need_x: bool,
+    need_W: bool,
+    need_b: bool,
+    need_center: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(W_enc.dtype, torch.float32)
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(W_enc) if need_W else x.new_empty(0),
+        W_enc.new_empty(W_enc.shape[:2]) if need_b or need_center else x.new_empty(0),
+        x.new_empty(x.shape[1], dtype=wide) if need_center else x.new_empty(0),
+    )
+
+
+@_decode_op.register_fake
+def _(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
+    return W_dec.new_empty(len(acts), W_dec.shape[-1])
+
+
+@_decode_backward_op.register_fake
+def _(
+    d_y: Tensor, acts: Tensor, ids: Tensor, W_dec: Tensor, need_acts: bool, need_W: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(acts) if need_acts else d_y.new_empty(0, dtype=W_dec.dtype),
+        torch.empty_like(W_dec) if need_W else d_y.new_empty(0, dtype=W_dec.dtype),
+    )
+
+
+def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, center, W_enc, *_ = inputs
+    ctx.save_for_backward(x, center, W_enc, *output)
+
+
+def _differentiate_encode(ctx: Any, d_acts: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, center, W_enc, acts, ids = ctx.saved_tensors
+    need_x, need_center, need_W, need_b, *_ = ctx.needs_input_grad
+    d_x, d_W, d_b, d_center = _encode_backward_op(
+        d_acts, acts, ids, x, center, W_enc, need_x, need_W, need_b, need_center
+    )
+    return (
+        d_x if need_x else None,
+        d_center.to(center.dtype) if need_center else None,
+        d_W if need_W else None,
+        d_b if need_b else None,
+        *[None] * 7,
+    )
+
+
+def _save_decode(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_decode(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    need_acts, _, need_W = ctx.needs_input_grad
+    d_acts, d_W = _decode_backward_op(d_y, *ctx.saved_tensors, need_acts, need_W)
+    return d_acts if need_acts else None, None, d_W if need_W else None
+
+
+_encode_op.register_autograd(_differentiate_encode, setup_context=_save_encode)
+_decode_op.register_autograd(_differentiate_decode, setup_context=_save_decode)

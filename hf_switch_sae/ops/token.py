@@ -1,0 +1,55 @@
+"""One token on a CPU: the routed encode in as few operator calls as there can be.
+
+While a model generates, an SAE sees one token at a time. Its products take some 20 microseconds
+then, and each operator call one or two: what counts is how many there are. No weight is copied; the
+expert's rows are a view. Letters as in `reference.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def route_token(
+    x: Tensor, weight: Tensor, b_router: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Route scale * x - b_router: x [1, d] -> logits and probs [1, E] float32, and the expert."""
+    logits = torch.mm(x.float() * scale - b_router, weight.T)
+    return logits, logits.softmax(1), int(logits.argmax())  # the first of several maxima
+
+
+def encode_token(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    expert: int,
+    gate: Tensor | None,
+    k: int,
+    center: Tensor | None,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.routed_encode` of one token with one expert.
+
+    Args:
+        x: [1, d], floating.
+        W_enc: [E, m, d].
+        b_enc: [E, m] in scaled units, or None.
+        expert: e.
+        gate: [1] float32 or None for 1.
+        k: features kept, 1 to m.
+        center: [d] or None.
+        scale: [], what `b_enc` is divided by.
+
+    Returns:
+        acts [1, k] in the dtype of W_enc, ids [1, k] int64.
+    """
+    z = x if center is None else x - center
+    pre = torch.mm(z.to(W_enc.dtype), W_enc[expert].T)
+    if b_enc is not None:
+        pre += b_enc[expert] / scale
+    acts, ids = pre.topk(k, sorted=False)
+    acts.relu_()
+    if gate is not None:
+        acts *= gate
+    return acts, ids.add_(expert * W_enc.shape[1])

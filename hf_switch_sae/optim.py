@@ -1,0 +1,129 @@
+"""Adam for an SAE: clip, projection, Adam and unit decoder rows in one pass over the weights.
+
+At these sizes an optimizer step is limited by memory: every weight, gradient and moment is read
+once and, but for the gradient, written once. Doing the four things one after another reads and
+writes weights and gradients twice more; here each block of rows goes through all four while it is
+in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import Adam
+
+from hf_switch_sae.errors import ConfigError
+from hf_switch_sae.experts import normalize_rows, row_blocks
+from hf_switch_sae.model import SwitchSAE
+
+
+class SwitchSAEAdam(Adam):
+    """`torch.optim.Adam(fused=True)` that also clips, and keeps the decoder's rows at length 1.
+
+    One step does what these do, to rounding, in the same order:
+
+        clip_grad_norm_(sae.parameters(), max_grad_norm)
+        sae.project_decoder_grad()
+        adam.step()
+        sae.normalize_decoder()
+
+    but for `.grad`, which is left clipped and projected. State and `state_dict()` are those of
+    `torch.optim.Adam`, so checkpoints, schedulers and accelerate take it as one.
+
+    Args:
+        sae: the SAE whose parameters are optimized.
+        lr, betas, eps: as of `torch.optim.Adam`.
+        max_grad_norm: gradients of a larger global norm are scaled down to it; None: never.
+
+    Raises:
+        ConfigError: experts are offloaded.
+
+    Attributes:
+        grad_norm: the last step's global norm before clipping, 0-d; None before the first step or
+            without `max_grad_norm`.
+    """
+
+    def __init__(
+        self,
+        sae: SwitchSAE,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        if any(group.W_dec.device.type == "meta" for group in sae.experts):
+            raise ConfigError("offloaded experts can't be trained: load the SAE without offload.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm={max_grad_norm} must be above 0, or None.")
+        super().__init__(sae.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
+        self._step_supports_amp_scaling = False  # a GradScaler is to unscale before the clipping
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self._decoders = {id(group.W_dec) for group in sae.experts}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; `closure`, if given, recomputes the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = self._clip()
+        for group in self.param_groups:
+            lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+            self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+            weights, grads, means, squares, _, steps = lists
+            if not steps:
+                continue
+            torch._foreach_add_(steps, 1)
+            for tensors in zip(weights, grads, means, squares, steps, strict=True):
+                self._step_weight(group, scale, *tensors)
+        return loss
+
+    def _clip(self) -> Tensor | None:
+        """What gradients are to be multiplied by, 0-d; None if they stay as they are."""
+        if self.max_grad_norm is None:
+            return None
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(grads)
+        scale = self.max_grad_norm / (self.grad_norm + 1e-6)  # as clip_grad_norm_ has it
+        if scale.device.type == "cpu" and scale >= 1:
+            return None
+        return scale.clamp(max=1.0)
+
+    def _step_weight(
+        self,
+        group: dict[str, Any],
+        scale: Tensor | None,
+        weight: Tensor,
+        grad: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        step: Tensor,
+    ) -> None:
+        is_decoder, grad = id(weight) in self._decoders, grad.contiguous()
+        for w, g, m, v in zip(*map(row_blocks, (weight, grad, mean, square)), strict=True):
+            if scale is not None:
+                g.mul_(scale.to(g.device))
+            if is_decoder:
+                g.addcmul_(w, (g * w).sum(-1, keepdim=True), value=-1)
+            torch._fused_adam_(
+                [w],
+                [g],
+                [m],
+                [v],
+                [],
+                [step],
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+            if is_decoder:
+                normalize_rows(w)

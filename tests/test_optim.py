@@ -1,0 +1,86 @@
+"""SwitchSAEAdam is clip, projection, torch's Adam and normalisation, one after another."""
+
+import copy
+
+import pytest
+import torch
+from saes import make, rows
+
+from hf_switch_sae import ConfigError, SwitchSAE, SwitchSAEAdam, experts
+
+
+def train_both(kind, groups=1, steps=4, dtype=torch.float32, max_grad_norm=0.05, lr=0.01):
+    """The same steps by `SwitchSAEAdam` and by the four calls it stands for."""
+    mine: SwitchSAE = make(kind, groups).to(dtype).train()
+    theirs = copy.deepcopy(mine)
+    fused = SwitchSAEAdam(mine, lr=lr, max_grad_norm=max_grad_norm)
+    adam = torch.optim.Adam(theirs.parameters(), lr=lr)
+    for step in range(steps):
+        x = rows(40) + step
+        for sae in (mine, theirs):
+            sae(x).loss.backward()
+        fused.step()
+        if max_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm)
+            torch.testing.assert_close(fused.grad_norm, norm, atol=1e-5, rtol=1e-4)
+        theirs.project_decoder_grad()
+        adam.step()
+        theirs.normalize_decoder()
+        fused.zero_grad()
+        adam.zero_grad()
+    return mine, theirs, fused, adam
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.05, 1e9, None])
+@pytest.mark.parametrize("groups", [1, 2], ids="groups_{}".format)
+@pytest.mark.parametrize("cached", [2**21, 100], ids=["one_block", "many_blocks"])
+def test_a_step_is_clip_projection_adam_and_unit_rows(monkeypatch, cached, groups, max_grad_norm):
+    monkeypatch.setattr(experts, "_CACHED_BYTES", cached)
+    mine, theirs, _, _ = train_both("switch_with_bias", groups, max_grad_norm=max_grad_norm)
+    torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine.W_dec.norm(dim=-1), torch.ones(mine.W_dec.shape[:2]))
+
+
+def test_its_state_is_adams_both_ways():
+    mine, theirs, fused, adam = train_both("switch")
+    torch.testing.assert_close(
+        fused.state_dict()["state"], adam.state_dict()["state"], atol=1e-6, rtol=1e-3
+    )
+    again = SwitchSAEAdam(theirs, lr=0.5, max_grad_norm=0.05)
+    again.load_state_dict(adam.state_dict())
+    assert again.param_groups[0]["lr"] == 0.01
+    (theirs(rows(40)).loss + mine(rows(40)).loss).backward()
+    again.step()
+    fused.step()
+    torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), atol=1e-4, rtol=1e-3)
+
+
+def test_a_scheduler_and_a_closure_work_as_with_any_optimizer():
+    sae, x = make("switch").train(), rows(40)
+    optimizer = SwitchSAEAdam(sae, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sae(x).loss
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    scheduler.step()
+    before = copy.deepcopy(sae.state_dict())
+    assert optimizer.step(closure) < first
+    torch.testing.assert_close(sae.state_dict(), before)  # a learning rate of 0 changes nothing
+
+
+def test_what_has_no_gradient_is_left_alone():
+    sae = make("switch_with_bias").train()
+    before = copy.deepcopy(sae.state_dict())
+    SwitchSAEAdam(sae).step()
+    torch.testing.assert_close(sae.state_dict(), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan")])
+def test_a_norm_that_is_not_above_0_is_refused(wrong):
+    with pytest.raises(ConfigError, match="must be above 0"):
+        SwitchSAEAdam(make("switch"), max_grad_norm=wrong)

@@ -1,0 +1,62 @@
+"""Compile the Triton kernels for an H100, on any machine: prints what each needs, as JSON.
+
+Run by test_triton.py in a process without TRITON_INTERPRET; `--all` compiles every tile that the
+tuner may choose, which takes minutes, and needs no GPU either.
+"""
+
+import json
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_switch_sae.ops import triton_kernels as kernels
+
+INT64 = {"rows_ptr", "ids_ptr", "offsets_ptr", "order_ptr", "begins_ptr"}
+SHIFT = {"bf16": 16, "fp32": 0}
+
+
+def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: Any) -> dict[str, Any]:
+    options |= kernels._FUSED
+    kernel = kernel if isinstance(kernel, triton.JITFunction) else kernel.fn  # the tuner's
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*i64" if name in INT64 else f"*{dtype}"
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    source = ASTSource(kernel, signature, constants, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return {"shared": built.metadata.shared, "wgmma": "wgmma.mma_async" in built.asm["ptx"]}
+
+
+def products(dtype: str, tile: tuple[int, ...], d: int = 768) -> dict[str, Any]:
+    rows, cols, depth, warps, stages = tile
+    shape = {"E": 16, "m": 1536, "d": d, "EXPERTS": 16, "HAS_ROWS": True, "HAS_BIAS": True}
+    blocks = {"BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth, "GROUP": 8}
+    constants = {**shape, **blocks, "WIDEN": False}
+    return compiled(kernels._expert_products, dtype, constants, num_warps=warps, num_stages=stages)
+
+
+def main() -> None:
+    report = {}
+    everything = "--all" in sys.argv
+    tiles = {"bf16": kernels.TILES_16BIT, "fp32": kernels.TILES_32BIT}
+    for dtype in ("bf16", "fp32"):
+        for tile in tiles[dtype] if everything else tiles[dtype][1:2]:
+            report[f"expert_products {dtype} {tile}"] = products(dtype, tile)
+        row = {"m": 1536, "k": 32, "SHIFT": SHIFT[dtype], "BLOCK": 2048, "SLOTS": 32}
+        report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=8)
+        sizes = {"k": 32, "d": 768, **kernels._blocks(32, 768)}
+        for name in ("gather_sum", "row_dots", "scatter_sum"):
+            report[f"{name} {dtype}"] = compiled(getattr(kernels, f"_{name}"), dtype, sizes)
+    print(json.dumps(report, indent=2))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
