@@ -3,26 +3,32 @@
 from hf_switch_sae.attach import ResidualHandle, attach, hook_residual, status
 from hf_switch_sae.base_model import fingerprint
 from hf_switch_sae.config import SwitchSAEConfig
+from hf_switch_sae.convert import convert, export
 from hf_switch_sae.edits import Ablate, Clamp, Patch, Scale, Steer
 from hf_switch_sae.errors import (
     AttachError,
     BackendError,
     BaseModelError,
     ConfigError,
+    ConversionError,
     EditError,
     FeatureIdError,
     HookpointError,
+    HubError,
     NonFiniteError,
     SwitchSAEError,
     WidthError,
 )
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
+from hf_switch_sae.hub import load_all, pull, push
+from hf_switch_sae.inspection import inspect
 from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
 from hf_switch_sae.ops import explain_backends, use_backend
 from hf_switch_sae.optim import SwitchSAEAdam
 from hf_switch_sae.recipe import Recipe
 from hf_switch_sae.session import AttachedSAE, Preflight, Session
+from hf_switch_sae.steering_files import export_recipe
 
 __version__ = "0.1.0"
 
@@ -34,9 +40,11 @@ __all__ = [
     "BaseModelError",
     "Clamp",
     "ConfigError",
+    "ConversionError",
     "EditError",
     "FeatureIdError",
     "HookpointError",
+    "HubError",
     "NonFiniteError",
     "Patch",
     "Preflight",
@@ -54,10 +62,17 @@ __all__ = [
     "SwitchSAEOutput",
     "WidthError",
     "attach",
+    "convert",
     "explain_backends",
+    "export",
+    "export_recipe",
     "find_residual_blocks",
     "fingerprint",
     "hook_residual",
+    "inspect",
+    "load_all",
+    "pull",
+    "push",
     "status",
     "use_backend",
 ]

@@ -143,6 +143,12 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     base_model_fingerprint: dict[str, Any] | None = None
     """What `fingerprint(lm)` said of it: recognises a local copy, tells a fine-tune apart."""
 
+    source: dict[str, Any] | None = None
+    """Where these weights were taken from: `repo` or `folder`, `revision` (the commit), `path`.
+
+    And, of a checkpoint that was converted, its `format` and what its files said of its origin.
+    """
+
     metrics: dict[str, Any] | None = None
     """Figures at its release, at least `fvu` and `l0`; `session.preflight` compares with them."""
 

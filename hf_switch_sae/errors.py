@@ -8,6 +8,8 @@
     │   ├── WidthError      residual width and SAE width differ (and ValueError)
     │   └── BaseModelError  not the language model the SAE was trained on (and ValueError)
     ├── EditError           an edit that means nothing, or contradicts another (and ValueError)
+    ├── ConversionError     a checkpoint that can't be taken over or handed on (and ValueError)
+    ├── HubError            what the Hugging Face Hub answered, said plainly (and OSError)
     ├── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
     └── BackendError        a compute backend that does not exist, or declines (and RuntimeError)
 
@@ -46,6 +48,14 @@ class BaseModelError(AttachError, ValueError):
 
 class EditError(SwitchSAEError, ValueError):
     """An edit that means nothing as written, or contradicts another live one."""
+
+
+class ConversionError(SwitchSAEError, ValueError):
+    """A checkpoint of another format that can't be taken over exactly, or an SAE it can't hold."""
+
+
+class HubError(SwitchSAEError, OSError):
+    """The Hugging Face Hub refused, failed or can't be reached."""
 
 
 class NonFiniteError(SwitchSAEError, ArithmeticError):

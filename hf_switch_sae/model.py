@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -150,6 +149,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     statistics_tokens: Tensor
     # attach is a floor above and can't be imported from here, so it hands itself down
     _open_session: ClassVar[Callable[..., Any] | None] = None
+    # likewise convert: what to do where there is no SAE of our own, and once one is loaded
+    _load_foreign: ClassVar[Callable[..., Any] | None] = None
+    _pin_revision: ClassVar[Callable[..., None] | None] = None
 
     def __init__(self, config: SwitchSAEConfig, expert_groups: int | Literal["each"] = 1) -> None:
         super().__init__(config)
@@ -220,6 +222,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         With `device_map="auto"` (or another automatic one) every expert becomes a module of its
         own, so that the map can spread them over devices, CPU and disk; only the routed ones are
         then brought in.
+
+        A checkpoint of another project (`convert.FORMATS`) is told by its files and converted;
+        `config.source` says from what. What its files don't tell is passed too: `k`, `layer`,
+        `hookpoint` and the other fields of `convert.Given`; `subfolder` may name a single file.
+
+        Raises:
+            OSError: there is no SAE at that address, or it can't be reached.
+            ConversionError: a checkpoint of another project that can't be taken over exactly.
         """
         if kwargs.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
             kwargs.setdefault("expert_groups", "each")
@@ -228,12 +238,16 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             warnings.filterwarnings(
                 "ignore", "The following device_map keys do not match", UserWarning
             )
+            name = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
             try:
-                return super().from_pretrained(*args, **kwargs)
-            except OSError as err:
-                name = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
-                hint = _saes_in(name, kwargs.get("subfolder") or "")
-                raise OSError(f"{err}{hint}") from err
+                result = super().from_pretrained(*args, **kwargs)
+            except (OSError, ConfigError) as err:
+                if SwitchSAE._load_foreign is None:
+                    raise
+                return SwitchSAE._load_foreign(name, kwargs, err)  # type: ignore[no-any-return]
+        if SwitchSAE._pin_revision is not None:
+            SwitchSAE._pin_revision(result, name, kwargs)
+        return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:
         """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32."""
@@ -618,14 +632,6 @@ def _as_they_came(rows: Tensor, order: Tensor | None) -> Tensor:
         return rows
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=rows.device))
     return rows[place]
-
-
-def _saes_in(name: str, subfolder: str) -> str:
-    """What `from_pretrained` could have been asked for in a local folder, as a sentence."""
-    found = sorted(str(p.parent.relative_to(name)) for p in Path(name).rglob("*.safetensors"))
-    if not found:
-        return ""
-    return f" There is no SAE under subfolder={subfolder!r}; there are: {', '.join(found)}."
 
 
 register_checkpoint_layout(SwitchSAEConfig.model_type)

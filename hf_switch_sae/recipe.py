@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.edits import Edit, edit_from_dict
 from hf_switch_sae.errors import EditError
 
@@ -28,6 +29,19 @@ class Recipe:
     edits: tuple[Edit, ...]
     revision: str | None = None
     hookpoint: str | None = None
+
+    @classmethod
+    def of(cls, config: SwitchSAEConfig, *edits: Edit) -> Recipe:
+        """Edits for a loaded SAE, pinned to the commit it was loaded at; `config` is the SAE's.
+
+        Raises:
+            EditError: the SAE was made or loaded here, so it has no address to name.
+        """
+        source = config.source or {}
+        name = source.get("repo") or source.get("folder") or config._name_or_path
+        if not name:
+            raise EditError("this SAE has no address: name one, Recipe(sae=..., edits=...).")
+        return cls(name, edits, source.get("revision"), config.hookpoint)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without what is not set."""

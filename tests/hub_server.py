@@ -6,6 +6,9 @@
         ...                                 # a client with HF_ENDPOINT=hub.url
         hub.requests                        # ["HEAD /org/repo/resolve/main/config.json", ...]
 
+    hub.fail("PUT /lfs/.*", "drop")         # the next such request ends in the middle
+    hub.fail("GET /api/.*", 500)            # or in an error; a client may POST /test/faults too
+
 Models only. Files of LARGE bytes and more are "LFS": they are uploaded to an address of their own,
 and `resolve` redirects to another one, as on the real Hub. Errors carry X-Error-Code.
 """
@@ -14,15 +17,19 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import yaml
 
 LARGE = 1024
-TOKEN = "hf_loopback"
+TOKEN, READ_TOKEN = "hf_loopback", "hf_may_only_read"
+LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "other"}
 
 Files = dict[str, bytes]
 
@@ -65,6 +72,8 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         """Large files by their sha256."""
         self.requests: list[str] = []
+        """Method, path and, where there is one, range."""
+        self.faults: list[tuple[str, int | str]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self  # type: ignore[attr-defined]
@@ -82,6 +91,18 @@ class Hub:
 
     def create(self, repo_id: str, private: bool = False, gated: bool = False) -> Repo:
         return self.repos.setdefault(repo_id, Repo(private, gated))
+
+    def fail(self, pattern: str, how: int | str) -> None:
+        """Let the next request "METHOD /path" that matches fail: a status, or "drop"."""
+        self.faults.append((pattern, how))
+
+    def fault(self, request: str) -> int | str | None:
+        """How this request is to fail, which is then done with; None: it is not."""
+        for index, (pattern, how) in enumerate(self.faults):
+            if re.fullmatch(pattern, request):
+                del self.faults[index]
+                return how
+        return None
 
     def upload(self, repo_id: str, files: Files, branch: str = "main") -> str:
         self.blobs.update({_sha256(data): data for data in files.values() if len(data) >= LARGE})
@@ -163,12 +184,22 @@ class Hub:
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 changes[value["path"]] = self.blobs[value["oid"]]
+            elif item["key"] == "deletedFile":
+                raise AssertionError("nobody here deletes")
+        may_write(token)
         oid = self.repo(repo_id, token).commit(changes, branch)
         return {
             "commitUrl": f"{self.url}/{repo_id}/commit/{oid}",
             "commitOid": oid,
             "success": True,
         }
+
+
+def may_write(token: str | None) -> None:
+    if token == READ_TOKEN:
+        raise HubError(403, "", "You don't have the rights to do this.")
+    if token != TOKEN:
+        raise HubError(401, "", "Invalid username or password.")
 
 
 def _sha256(data: bytes) -> str:
@@ -195,10 +226,19 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         hub: Hub = self.server.hub  # type: ignore[attr-defined]
         path = unquote(urlsplit(self.path).path)
-        hub.requests.append(f"{self.command} {path}")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request, asked = f"{self.command} {path}", self.headers.get("Range")
+        hub.requests.append(f"{request} {asked}" if asked else request)
+        fault, size = hub.fault(request), int(self.headers.get("Content-Length") or 0)
+        self.dropping = fault == "drop"
+        if self.dropping and size:
+            self.rfile.read(size // 2)
+            self.hang_up()
+            return
+        body = self.rfile.read(size)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         try:
+            if isinstance(fault, int):
+                raise HubError(fault, "", "as the test asked")
             for method, pattern, answer in _ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split():
@@ -220,8 +260,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.dropping:
+            self.wfile.write(data[: len(data) // 2])
+            self.hang_up()
+        elif self.command != "HEAD":
             self.wfile.write(data)
+
+    def hang_up(self) -> None:
+        """Close in the middle of whatever was said."""
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def send_json(self, value: Any) -> None:
         self.send(json.dumps(value).encode())
@@ -248,14 +297,49 @@ def _resolve(h: _Handler, hub: Hub, token: str | None, _: bytes, *where: str) ->
 
 
 def _create(h: _Handler, hub: Hub, token: str | None, body: bytes) -> None:
-    if token != TOKEN:
-        raise HubError(401, "", "Invalid username or password.")
+    may_write(token)
     asked = json.loads(body)
     repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
+    answer = {"url": f"{hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
     if repo_id in hub.repos:
-        raise HubError(409, "", "You already created this model repo")
+        h.send(json.dumps({**answer, "error": "You already created it"}).encode(), 409)
+        return
     hub.create(repo_id, private=asked.get("visibility") == "private").commit({})
-    h.send_json({"url": f"{hub.url}/{repo_id}", "name": repo_id, "id": repo_id})
+    h.send_json(answer)
+
+
+def _create_branch(h: _Handler, hub: Hub, token: str | None, _: bytes, *where: str) -> None:
+    may_write(token)
+    repo_id, branch = where
+    refs = hub.repo(repo_id, token).refs
+    if branch in refs:
+        raise HubError(409, "", "Reference already exists")
+    refs[branch] = refs["main"]
+    h.send_json({})
+
+
+def _paths_info(h: _Handler, hub: Hub, token: str | None, body: bytes, *where: str) -> None:
+    _, files = hub.files(*where, token)
+    asked = [unquote(value) for name, value in parse_qsl(body.decode()) if name == "paths"]
+    h.send_json([_entry(path, files[path]) for path in asked if path in files])
+
+
+def _validate_yaml(h: _Handler, hub: Hub, _: str | None, body: bytes) -> None:
+    """Some of what the real Hub checks: a front matter, and a license that it knows."""
+    found = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
+    metadata = yaml.safe_load(found[1]) if found else None
+    license = metadata.get("license") if isinstance(metadata, dict) else None
+    if license not in {None, *LICENSES}:
+        h.send(f'"license" must be one of {sorted(LICENSES)}'.encode(), 400)
+        return
+    h.send_json({"errors": [], "warnings": []})
+
+
+def _take_faults(h: _Handler, hub: Hub, _: str | None, body: bytes) -> None:
+    """A test's client says what is to fail next, and learns what was asked since it last did."""
+    asked, hub.requests[:] = hub.requests[:-1], []
+    hub.faults[:] = [tuple(fault) for fault in json.loads(body)]
+    h.send_json(asked)
 
 
 def _put(h: _Handler, hub: Hub, _: str | None, body: bytes, oid: str) -> None:
@@ -281,7 +365,10 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
         lambda h, hub, t, b, r, rev, under: h.send_json(hub.tree(r, rev, under or "", t)),
     ),
     ("POST", "/api/repos/create", _create),
-    ("POST", "/api/validate-yaml", lambda h, *_: h.send_json({"errors": [], "warnings": []})),
+    ("POST", "/api/validate-yaml", _validate_yaml),
+    ("POST", "/test/faults", _take_faults),
+    ("POST", rf"/api/models/{_ID}/branch/([^/]+)", _create_branch),
+    ("POST", rf"/api/models/{_ID}/paths-info/([^/]+)", _paths_info),
     (
         "POST",
         rf"/api/models/{_ID}/preupload/([^/]+)",

@@ -6,7 +6,7 @@ from importlib.metadata import version as installed_version
 
 import typer
 
-from hf_switch_sae.cli import demo
+from hf_switch_sae.cli import convert, demo, inspect, pull, push
 
 FACE = """
 Attach Switch Sparse Autoencoders to running Hugging Face models: show, steer, clamp and ablate
@@ -34,6 +34,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
+app.command("convert")(convert.convert)
+app.command("inspect")(inspect.inspect)
+app.command("pull")(pull.pull)
+app.command("push")(push.push)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,74 @@
+"""`hf-switch-sae convert`: take over an SAE of another project, or write one for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_switch_sae.convert import EXPORTS, FORMATS
+from hf_switch_sae.convert import convert as convert_checkpoint
+from hf_switch_sae.convert import export as export_sae
+from hf_switch_sae.errors import ConversionError
+from hf_switch_sae.model import SwitchSAE
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Hub id, folder or file of the SAE.")],
+    folder: Annotated[Path, typer.Argument(help="Where to save it; must not be there yet.")],
+    to: Annotated[
+        str | None, typer.Option(help=f"Write for another project: {', '.join(EXPORTS)}.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help=f"What it is, if its files mislead: {', '.join(FORMATS)}.")
+    ] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder or single file within it.")] = "",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    k: Annotated[int | None, typer.Option(help="Features per token.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Block of the language model, from 0.")] = None,
+    hookpoint: Annotated[str | None, typer.Option(help="E.g. layers.7.resid_post.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the language model.")] = None,
+    heaviside: Annotated[
+        bool | None, typer.Option(help="Router probability left out of the activations.")
+    ] = None,
+    experts_per_token: Annotated[int | None, typer.Option(help="Of a Scale-SAE.")] = None,
+    input_scale: Annotated[
+        float | None, typer.Option(help="What the residual stream is multiplied with.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of a BatchTopK without one.")] = None,
+    dict_class: Annotated[str | None, typer.Option(help="Of dictionary_learning.")] = None,
+    lm: Annotated[
+        str | None, typer.Option(help="Language model to measure FVU with, on --text.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file; its first 512 tokens are used.")
+    ] = None,
+) -> None:
+    """Take over an SAE of another project, and check it against its format's formula."""
+    given: dict[str, Any] = {
+        **{"k": k, "layer": layer, "hookpoint": hookpoint, "base_model": base_model},
+        **{"heaviside": heaviside, "experts_per_token": experts_per_token},
+        **{"input_scale": input_scale, "threshold": threshold, "dict_class": dict_class},
+    }
+    where: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
+    if to is not None:
+        known = {name: value for name, value in {**given, **where}.items() if value is not None}
+        for note in export_sae(SwitchSAE.from_pretrained(source, **known), folder, to):
+            print(note)
+        return
+    live = {} if lm is None else _live(lm, text)
+    print(convert_checkpoint(source, folder, format=format, **live, **where, **given))
+
+
+def _live(lm: str, text: Path | None) -> dict[str, Any]:
+    """`lm` and `inputs` of `convert`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if text is None:
+        raise ConversionError("--lm needs --text, a file of ordinary text to measure on.")
+    model = AutoModelForCausalLM.from_pretrained(lm)
+    tokenizer = AutoTokenizer.from_pretrained(lm)
+    written = text.read_text(encoding="utf-8")
+    inputs = tokenizer(written, return_tensors="pt", truncation=True, max_length=512)
+    return {"lm": model, "inputs": inputs}

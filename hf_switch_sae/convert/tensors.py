@@ -1,0 +1,131 @@
+"""A file of weights -> named tensors, none of which was executed, guessed or silently dropped.
+
+Beware `.pt` is a pickle: it is read with weights_only=True, which runs no code, and `.npz` with
+       allow_pickle=False. Orientation is told by a tensor's name, never by its shape: a square
+       matrix would lie.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hf_switch_sae.errors import ConversionError
+
+
+class Tensors:
+    """What a file holds, by name; a reader takes each tensor once, then calls `finish`."""
+
+    def __init__(self, held: Mapping[str, Any], where: str) -> None:
+        self.held, self.where = dict(held), where
+        self._taken: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.held
+
+    def take(self, name: str, *shape: int | None) -> Tensor:
+        """The tensor of that name, which must have that shape; None in `shape` allows any size.
+
+        Raises:
+            ConversionError: it is not there, no floating tensor, of another shape, or not finite.
+        """
+        value = self.held.get(name)
+        if not isinstance(value, Tensor):
+            raise ConversionError(
+                f"{self.where} has no tensor {name!r}; it has {_listing(self.held)}."
+            )
+        found = tuple(value.shape)
+        fits = len(found) == len(shape) and all(
+            want in (None, size) for want, size in zip(shape, found, strict=True)
+        )
+        if not fits:
+            turned = " It is the other way round (transposed)?" if found[::-1] == shape else ""
+            raise ConversionError(
+                f"{name!r} in {self.where} is {list(found)}, and should be "
+                f"{['any' if size is None else size for size in shape]}.{turned}"
+            )
+        if not value.is_floating_point():
+            raise ConversionError(f"{name!r} in {self.where} is {value.dtype}, not floating.")
+        if not bool(torch.isfinite(value).all()):
+            raise ConversionError(f"{name!r} in {self.where} has entries that are not finite.")
+        self._taken.add(name)
+        return value.detach()
+
+    def number(self, name: str) -> float | None:
+        """A scalar by name, tensor or plain; None if it is not there.
+
+        Raises:
+            ConversionError: it is there and no scalar.
+        """
+        if name not in self.held:
+            return None
+        value = self.held[name]
+        self._taken.add(name)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        raise ConversionError(f"{name!r} in {self.where} is no single number.")
+
+    def plain(self, name: str) -> Any:
+        """What is stored under a name, whatever it is; None if nothing is."""
+        self._taken.add(name)
+        return self.held.get(name)
+
+    def finish(self, ignored: Collection[str] = ()) -> None:
+        """Raise ConversionError if something in the file was neither taken nor is ignored."""
+        left = self.held.keys() - self._taken - set(ignored)
+        if left:
+            raise ConversionError(
+                f"{self.where} has more than its format knows: {_listing(left)}. Leaving them out "
+                "would change what the SAE computes."
+            )
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """What a .safetensors, .npz, .pt or .pth file holds, on the CPU.
+
+    Raises:
+        ConversionError: pickled code, a damaged file, no dict of tensors, or another kind of file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix == ".npz":
+            # numpy does not close a file that it could not read
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                return {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
+        if path.suffix in (".pt", ".pth"):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise ConversionError(f"{path.name} is no .safetensors, .npz, .pt or .pth file.")
+    except (pickle.UnpicklingError, ValueError, TypeError) as err:
+        if isinstance(err, ConversionError):
+            raise
+        raise ConversionError(
+            f"{path.name} holds more than plain tensors, numbers and strings (pickled code, or "
+            f"damage), so it was not read and nothing was executed: {_first_line(err)}"
+        ) from err
+    except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError) as err:
+        raise ConversionError(f"{path.name} can't be read: {_first_line(err)}") from err
+    if not isinstance(held, dict):
+        raise ConversionError(f"{path.name} holds a {type(held).__name__}, not named tensors.")
+    return held
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0]
+
+
+def _listing(names: Collection[str]) -> str:
+    shown = sorted(map(str, names))
+    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") if shown else "nothing"

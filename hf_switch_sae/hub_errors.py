@@ -1,0 +1,79 @@
+"""What the Hub client raises -> one sentence that says what was refused and what to do.
+
+Beware A private repository and one that does not exist look alike to a stranger, and a gated one
+       is a RepositoryNotFoundError to the client: the order of the cases matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_switch_sae.errors import HubError
+
+_STATUS = {
+    400: "the Hub calls the request wrong",
+    401: "the Hub wants a token: log in with `hf auth login`, or pass token=",
+    403: "your token may not do that: it needs access to this repository, and write rights to push",
+    404: "there is no such address",
+    409: "somebody else committed at the same time: try again",
+    413: "the file is too large for the Hub",
+    429: "too many requests: wait some minutes and try again (a token raises the limit)",
+}
+
+
+@contextmanager
+def plain_hub_errors(repo_id: str, what: str) -> Iterator[None]:
+    """Turn the client's errors into HubErrors: "could not <what> <repo_id>: <reason>"."""
+    try:
+        yield
+    except HubError:
+        raise
+    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError, RuntimeError) as err:
+        # the client wraps what stopped an upload in a RuntimeError of its own
+        cause = err.__cause__ if isinstance(err, RuntimeError) else err
+        if not isinstance(cause, Exception):
+            raise
+        raise HubError(f"could not {what} {repo_id}: {_reason(cause)}") from err
+
+
+def _reason(err: Exception) -> str:
+    if isinstance(err, OfflineModeIsEnabled | LocalEntryNotFoundError):
+        return "the Hub is offline or can't be reached, and the cache does not have what is needed."
+    if isinstance(err, GatedRepoError):
+        return (
+            "it is gated: ask for access on its page on the Hub, then log in with "
+            "`hf auth login` or pass token=."
+        )
+    if isinstance(err, RepositoryNotFoundError):
+        return (
+            "there is no such repository, or it is private: check the name, and log in with "
+            "`hf auth login` or pass token= if it is yours."
+        )
+    if isinstance(err, RevisionNotFoundError):
+        return "it has no such revision: give a branch, a tag or a full commit id."
+    if isinstance(err, EntryNotFoundError):
+        return "it has no such file."
+    if isinstance(err, HfHubHTTPError):
+        status = err.response.status_code
+        said = f" (it says: {err.server_message})" if err.server_message else ""
+        what = "the Hub itself failed: try again later" if status >= 500 else _STATUS.get(status)
+        return f"{what or 'the Hub refused'}, HTTP {status}{said}."
+    if isinstance(err, HFValidationError):
+        return f"that is no name of a repository: {err}"
+    return f"the Hub can't be reached or the connection was lost ({_last_line(err)})."
+
+
+def _last_line(err: Exception) -> str:
+    return str(err).strip().splitlines()[-1] if str(err).strip() else type(err).__name__

@@ -1,0 +1,168 @@
+"""A folder or a repository -> what is in it, without reading the weights.
+
+Of a safetensors file only the header and the small tensors of statistics are read; of one on the
+Hub only those bytes are asked for. Foreign checkpoints are named by their format.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from huggingface_hub import HfFileSystem
+
+from hf_switch_sae.convert.registry import recognize, weight_folders
+from hf_switch_sae.convert.source import Source, open_source
+from hf_switch_sae.errors import ConversionError
+from hf_switch_sae.hub_errors import plain_hub_errors
+
+_NUMBERS = ("input_scale", "residual_norm", "outlier_norm", "statistics_tokens")
+_PER_FEATURE = ("feature_max", "feature_rate")
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}
+_MOST_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class SAESummary:
+    """What one SAE is; prints as a few lines."""
+
+    path: str
+    """Folder within the release; "" for itself."""
+    format: str
+    """`hf_switch_sae`, or that of another project."""
+    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
+    """Name -> dtype and shape, as in the file."""
+    statistics: dict[str, float] = field(default_factory=dict)
+    """Scalars as stored, `dead_share`: features never active, and the largest `feature_max`."""
+
+    def __str__(self) -> str:
+        c = self.config
+        if not c:
+            return f"{self.path or '.'}: {self.format}"
+        k = "" if c.get("k") is None else f", k = {c['k']}"
+        lines = [
+            f"{self.path or '.'}: {c.get('num_features')} features in {c.get('num_experts')} "
+            f"expert(s), {c.get('activation')}{k}, at {c.get('hookpoint')}",
+            f"  base model: {c.get('base_model')} {c.get('base_model_revision') or ''}".rstrip(),
+        ]
+        if c.get("source"):
+            lines.append("  from: " + ", ".join(f"{n} {v}" for n, v in c["source"].items()))
+        if c.get("metrics"):
+            lines.append("  metrics: " + ", ".join(f"{n} {v}" for n, v in c["metrics"].items()))
+        if self.statistics:
+            shown = (f"{name} {value:g}" for name, value in self.statistics.items())
+            lines.append(f"  statistics: {', '.join(shown)}")
+        return "\n".join(
+            [*lines, *(f"  {n}: {dtype} {shape}" for n, (dtype, shape) in self.tensors.items())]
+        )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The SAEs of a folder or a repository."""
+
+    name: str
+    revision: str | None
+    """The commit; None for a local folder."""
+    saes: tuple[SAESummary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        at = f" at {self.revision}" if self.revision else ""
+        return "\n".join([f"{self.name}{at}: {len(self.saes)} SAE(s)", *map(str, self.saes)])
+
+
+def inspect(name: str | Path, subfolder: str = "", **where: Any) -> Inspection:
+    """Config, shapes, statistics and provenance of the SAEs at an address.
+
+    Args:
+        name: a local folder or a Hub repository.
+        subfolder: only what is in it.
+        where: `revision`, `token`, `cache_dir`, `local_files_only`, as of `from_pretrained`.
+
+    Raises:
+        ConversionError: no such folder, a path that climbs out of it, or a damaged file.
+        HubError: the repository can't be read.
+    """
+    source = open_source(name, subfolder, **where)
+    within = weight_folders(source, most=10_000)
+    if any("/" not in file and file.endswith(_ENDS) for file in source.files):
+        within = ["", *within]
+    folders = [f"{subfolder}/{folder}".strip("/") for folder in within]
+    found = (_summary(open_source(name, folder, **where), folder, where) for folder in folders)
+    return Inspection(str(name), source.revision, tuple(s for s in found if s is not None))
+
+
+_ENDS = (".safetensors", ".pt", ".pth", ".npz")
+
+
+def _summary(source: Source, path: str, where: dict[str, Any]) -> SAESummary | None:
+    config = source.json("config.json")
+    if config.get("model_type") != "switch_sae":
+        found = recognize(source)
+        return None if found is None else SAESummary(path, found.name)
+    config.pop("base_model_fingerprint", None)
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    numbers: dict[str, float] = {}
+    for file in sorted(source.weight_files(".safetensors")):
+        with _opened(source, file, where) as stream:
+            shapes, statistics = _read_header(stream, file)
+        tensors |= shapes
+        numbers |= statistics
+    return SAESummary(path, "hf_switch_sae", config, tensors, numbers)
+
+
+@contextmanager
+def _opened(source: Source, file: str, where: dict[str, Any]) -> Iterator[BinaryIO]:
+    if source.hub is None or source.hub.get("local_files_only"):
+        with source.path(file).open("rb") as stream:
+            yield stream
+        return
+    path = "/".join(part for part in (source.name, source.subfolder, file) if part)
+    with plain_hub_errors(source.name, "read"):
+        files = HfFileSystem(token=where.get("token"), skip_instance_cache=True)
+        # without a cache of blocks only the bytes that are read are asked for
+        with files.open(path, "rb", revision=source.revision, cache_type="none") as stream:
+            yield cast(BinaryIO, stream)
+
+
+def _read_header(
+    stream: BinaryIO, file: str
+) -> tuple[dict[str, tuple[str, list[int]]], dict[str, float]]:
+    """Name -> (dtype, shape), and the statistics."""
+    try:
+        (size,) = struct.unpack("<Q", stream.read(8))
+        if size > _MOST_HEADER:
+            raise ValueError(f"a header of {size} bytes")
+        header = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        shapes = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+        values = {
+            name: _tensor(stream, 8 + size, header[name])
+            for name in (*_NUMBERS, *_PER_FEATURE)
+            if name in header and header[name]["dtype"] in _DTYPES
+        }
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ConversionError(f"{file} is no safetensors file: {err}") from None
+    numbers = {name: float(values[name]) for name in _NUMBERS if name in values}
+    if numbers.get("statistics_tokens") and "feature_rate" in values:
+        numbers["dead_share"] = float((values["feature_rate"] == 0).float().mean())
+        numbers["largest feature_max"] = float(values["feature_max"].max())
+    return shapes, numbers
+
+
+def _tensor(stream: BinaryIO, start: int, entry: dict[str, Any]) -> torch.Tensor:
+    first, last = entry["data_offsets"]
+    stream.seek(start + first)
+    data = bytearray(stream.read(last - first))
+    return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
