@@ -8,7 +8,9 @@
     │   ├── WidthError      residual width and SAE width differ (and ValueError)
     │   └── BaseModelError  not the language model the SAE was trained on (and ValueError)
     ├── EditError           an edit that means nothing, or contradicts another (and ValueError)
-    └── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
+    ├── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
+    ├── StoreError          a store that is damaged, foreign or full (and RuntimeError)
+    └── TextError           documents that can't be read as text (and ValueError)
 
 Each message says what was asked, what is there, and what to do. An error is raised before anything
 was changed.
@@ -49,3 +51,11 @@ class EditError(SwitchSAEError, ValueError):
 
 class NonFiniteError(SwitchSAEError, ArithmeticError):
     """NaN or infinity where a residual stream was expected."""
+
+
+class StoreError(SwitchSAEError, RuntimeError):
+    """A store of recorded features that is damaged, of something else, or can't be written."""
+
+
+class TextError(SwitchSAEError, ValueError):
+    """Documents that are not there, or can't be read as text."""
