@@ -1,0 +1,500 @@
+"""A folder of recorded features: append, index, ask.
+
+Room   a folder with store.json, tokens/ and index/ -> answers, each of them read from a few row
+       groups of Parquet; nothing as large as the store is ever in memory.
+Beware Answers about a feature come from the index, which is of the shards it was built from: after
+       more has been recorded, call `index()` again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_switch_sae.errors import StoreError
+from hf_switch_sae.features import SparseFeatures, check_feature_ids
+from hf_switch_sae.store import index as indexing
+from hf_switch_sae.store.files import check_body, remove_leftovers
+from hf_switch_sae.store.provenance import Provenance
+from hf_switch_sae.store.shards import (
+    FOLDER,
+    Array,
+    Shard,
+    ShardReader,
+    TokenRows,
+    list_shards,
+    write_shard,
+)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One token on which a feature is active, with the tokens around it."""
+
+    feature: int
+    act: float
+    """In the language model's own units, router weight included."""
+    document: int
+    """Number of the document in the data set, from 0."""
+    position: int
+    """Of the token in its document, from 0."""
+    tokens: tuple[int, ...]
+    """Token ids around it, itself included."""
+    at: int
+    """Index of the token itself in `tokens`."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Consecutive tokens of one document, with their features."""
+
+    document: int
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+    features: SparseFeatures
+    """[len(tokens)], acts in float16, strongest first."""
+
+
+@dataclass(frozen=True)
+class Companion:
+    """How often and how strongly a feature is active on some set of tokens."""
+
+    feature: int
+    share: float
+    """Share of the tokens on which it is active, 0 to 1."""
+    mean_act: float
+    """Mean act on those of them on which it is active."""
+
+
+class FeatureStore:
+    """Recorded features of a corpus, on disk: who fires where, and how strongly.
+
+    Args:
+        path: the folder, as `record` or `FeatureStore.create` made it.
+        tokenizer: for queries by text; any callable of transformers' kind.
+
+    Raises:
+        StoreError: no store there, a damaged one, or one of another format version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        self.path = Path(path)
+        self.tokenizer = tokenizer
+        self.provenance = Provenance.read(self.path)
+        self.refresh()
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], provenance: Provenance) -> FeatureStore:
+        """Open the store of this at `path`, or make it.
+
+        Raises:
+            StoreError: the folder is a store of something else, or holds other things.
+        """
+        provenance.write(Path(path))
+        return cls(path)
+
+    def refresh(self) -> None:
+        """See what other writers have added meanwhile."""
+        self._reader = ShardReader(list_shards(self.path), self.provenance.layout)
+        self.__dict__.pop("_index", None)
+        self.__dict__.pop("_starts", None)
+
+    def __repr__(self) -> str:
+        shards = self.shards
+        documents = f", documents {shards[0].first} to {shards[-1].last}" if shards else ""
+        return f"<FeatureStore {self.path}: {len(shards)} shards{documents}>"
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The files of tokens, in order of documents."""
+        return self._reader.shards
+
+    @property
+    def num_features(self) -> int:
+        """Width of the dictionary."""
+        return self.provenance.num_features
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens recorded; read from the shards' footers the first time."""
+        return int(self._starts[-1])
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether there is an index of just these shards."""
+        return (self._index_folder / "index.json").exists()
+
+    @cached_property
+    def _starts(self) -> Array:
+        rows = [self._reader.num_rows(index) for index in range(len(self.shards))]
+        return np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+
+    @property
+    def _index_folder(self) -> Path:
+        return self.path / indexing.FOLDER / indexing.generation(self.shards)
+
+    @cached_property
+    def _index(self) -> indexing.Index:
+        if not self.is_indexed:
+            old = (self.path / indexing.FOLDER).is_dir()
+            raise StoreError(
+                f"{self.path} has {'an index of other shards than it holds now' if old else 'no index'}"
+                ": call store.index() first."
+            )
+        return indexing.Index(self._index_folder, self.num_features)
+
+    def disk_usage(self) -> dict[str, int]:
+        """Bytes on disk: of `tokens`, and of `index`."""
+        return {
+            name: sum(path.stat().st_size for path in (self.path / name).rglob("*.*"))
+            for name in (FOLDER, indexing.FOLDER)
+        }
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def append(self, first: int, last: int, rows: TokenRows) -> int:
+        """Add the tokens of documents first to last, all of them; the new file's size in bytes.
+
+        The same documents again replace what was there. Other writers may add other documents at
+        the same time.
+
+        Raises:
+            StoreError: rows of other documents, or no room; nothing has changed then.
+        """
+        if len(rows) and not (rows.document.min() >= first and rows.document.max() <= last):
+            raise StoreError(
+                f"these rows are of documents {rows.document.min()} to {rows.document.max()}, "
+                f"not of {first} to {last}."
+            )
+        return write_shard(self.path, first, last, rows, self.provenance.layout)
+
+    def remove_leftovers(self) -> None:
+        """Remove unfinished files of writers of this machine that were killed."""
+        for folder in (self.path, self.path / FOLDER):
+            remove_leftovers(folder)
+
+    def index(self, memory: int = 1 << 30, progress: bool | None = None) -> None:
+        """Build the index that queries about a feature need; goes on where it was interrupted.
+
+        Args:
+            memory: bytes to sort in; the process needs some 300 MB besides.
+            progress: whether to show a bar on stderr; by default if that is a terminal.
+
+        Raises:
+            StoreError: nothing recorded, a damaged shard, no room on the disk (it needs some 16
+                bytes for each active feature of each token, of which a third stays), or another
+                process is at it.
+        """
+        self.refresh()
+        if not self.shards:
+            raise StoreError(f"{self.path} holds no tokens yet, so there is nothing to index.")
+        disable = not (sys.stderr.isatty() if progress is None else progress)
+        with tqdm(disable=disable, unit="file") as bar:
+
+            def show(what: str, done: int, of: int) -> None:
+                bar.set_description(what)
+                bar.total = of
+                bar.update(done - bar.n)
+
+            indexing.build(self.path, self._reader, memory, show)
+        self.refresh()
+
+    def verify(self) -> None:
+        """Read every file from end to end against its checksums.
+
+        Raises:
+            StoreError: naming the first that is damaged.
+        """
+        files = [shard.path for shard in self.shards]
+        if self.is_indexed:
+            files += sorted(self._index_folder.glob("*.parquet"))
+        for path in files:
+            check_body(path)
+
+    # --- questions about a feature ---------------------------------------------------------------
+
+    def top_tokens(self, feature: int, n: int = 20, context: int | tuple[int, int] = 8) -> list[Hit]:
+        """The tokens on which a feature is strongest, strongest first.
+
+        Args:
+            feature: its id.
+            n: how many, at most.
+            context: tokens to show before and after; a pair if they differ.
+
+        Raises:
+            FeatureIdError: no such feature.
+            StoreError: no index of what is recorded, or a damaged file.
+        """
+        return self._hits(feature, [(0, n)], context)
+
+    def sample(
+        self,
+        feature: int,
+        quantiles: Sequence[float] = (1.0, 0.75, 0.5, 0.25, 0.0),
+        n: int = 4,
+        context: int | tuple[int, int] = 8,
+    ) -> dict[float, list[Hit]]:
+        """Tokens at quantiles of a feature's acts over the tokens on which it is active.
+
+        Args:
+            feature: its id.
+            quantiles: 0 (its weakest act) to 1 (its strongest).
+            n: tokens a quantile: those nearest to it in rank.
+            context: tokens to show before and after; a pair if they differ.
+
+        Returns:
+            {quantile: hits, strongest first}; no hits for a feature that is never active.
+
+        Raises:
+            ValueError: a quantile outside 0 to 1.
+            FeatureIdError, StoreError: as of `top_tokens`.
+        """
+        if not all(0 <= quantile <= 1 for quantile in quantiles):
+            raise ValueError(f"quantiles lie between 0 and 1, not {list(quantiles)}.")
+        feature = self._checked(feature)
+        count = int(self._index.counts[feature])
+        found = {}
+        for quantile in quantiles:
+            start = round((1 - quantile) * (count - 1)) - n // 2
+            start = max(0, min(start, count - n))
+            found[float(quantile)] = self._hits(feature, [(start, start + n)], context)
+        return found
+
+    def density(self) -> Tensor:
+        """[num_features] float64: the share of tokens on which each feature is active.
+
+        Raises:
+            StoreError: no index of what is recorded.
+        """
+        return torch.from_numpy(self._index.counts / max(1, self._index.num_tokens))
+
+    def max_acts(self) -> Tensor:
+        """[num_features] float32: the largest act of each feature, 0 for one that is never active.
+
+        Raises:
+            StoreError: no index of what is recorded.
+        """
+        return torch.from_numpy(self._index.max_act.copy())
+
+    def coactivation(self, feature: int, n: int = 20, tokens: int = 512) -> list[Companion]:
+        """The features that are most often active where this one is, most often first.
+
+        Args:
+            feature: its id.
+            n: how many, at most.
+            tokens: of the feature's tokens, how many to look at: spread evenly over its acts, the
+                same ones every time. All of them where it has fewer.
+
+        Raises:
+            FeatureIdError, StoreError: as of `top_tokens`.
+        """
+        feature = self._checked(feature)
+        count = int(self._index.counts[feature])
+        ranks = np.unique(np.linspace(0, count - 1, min(tokens, count)).astype(np.int64))
+        places = self._places(feature, ranks)
+        companions = self._companions([self._reader.find(*place) for place in places])
+        return [each for each in companions if each.feature != feature][:n]
+
+    # --- questions about tokens ------------------------------------------------------------------
+
+    def around(
+        self, document: int, position: int, context: int | tuple[int, int] = 8
+    ) -> Passage:
+        """The tokens around a place, with their features.
+
+        Args:
+            document: its number.
+            position: of the token in it.
+            context: tokens before and after; a pair if they differ.
+
+        Raises:
+            StoreError: no such token is recorded, or a damaged file.
+        """
+        shard, row = self._reader.find(document, position)
+        start, stop = self._window(shard, row, context)
+        rows = self._reader.rows(shard, start, stop)
+        return Passage(
+            document,
+            tuple(rows.position.tolist()),
+            tuple(rows.token.tolist()),
+            rows.features(self.num_features),
+        )
+
+    def features_of(
+        self, text_or_tokens: str | Sequence[int], n: int = 20, tokens: int = 512
+    ) -> list[Companion]:
+        """The features that are most often active where a text occurs, most often first.
+
+        Every shard's tokens are searched in turn until the text was found often enough.
+
+        Args:
+            text_or_tokens: token ids, or a text for the store's tokenizer: a piece of text that the
+                corpus holds, with the space before it if it has one there.
+            n: how many features, at most.
+            tokens: at how many tokens of the text's occurrences to look, at most.
+
+        Raises:
+            StoreError: text without a tokenizer, an empty text, or a damaged file.
+        """
+        if isinstance(text_or_tokens, str):
+            if self.tokenizer is None:
+                raise StoreError(
+                    "to ask by text, open the store with its tokenizer: FeatureStore(path, "
+                    f"tokenizer=...); it was made with {self.provenance.tokenizer}."
+                )
+            encoded = self.tokenizer(text_or_tokens, add_special_tokens=False)
+            text_or_tokens = encoded["input_ids"]
+        wanted = np.asarray(list(text_or_tokens), np.int32)
+        if not len(wanted):
+            raise StoreError("no tokens to look for: the text is empty.")
+        places: list[tuple[int, int]] = []
+        for shard, row in self._occurrences(wanted):
+            places += [(shard, row + i) for i in range(len(wanted))]
+            if len(places) >= tokens:
+                break
+        return self._companions(places)[:n]
+
+    def to_csr(self, documents: range | None = None) -> Tensor:
+        """[tokens, num_features], torch sparse CSR, float16, of some documents or of the whole store.
+
+        Rows are in order of document and position, columns in rising order. It must fit into
+        memory: 10 bytes for each active feature of each token.
+
+        Raises:
+            StoreError: a damaged file.
+        """
+        parts = list(self.rows(documents))
+        if not parts:
+            empty = torch.zeros(0, self.num_features, dtype=torch.float16)
+            return empty.to_sparse_csr()
+        rows = TokenRows.cat(parts)
+        token = np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
+        order = np.lexsort((rows.ids, token))
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(rows.offsets),
+            torch.from_numpy(rows.ids[order]),
+            torch.from_numpy(rows.acts[order]),
+            (len(rows), self.num_features),
+            check_invariants=True,
+        )
+
+    def rows(self, documents: range | None = None) -> Iterator[TokenRows]:
+        """The recorded tokens in order of document and position, some thousands at a time.
+
+        Raises:
+            StoreError: a damaged file, or documents with a step.
+        """
+        if documents is not None and documents.step != 1:
+            raise StoreError(f"documents are a range without a step, not {documents}.")
+        for index, shard in enumerate(self.shards):
+            if documents is not None and (
+                shard.last < documents.start or shard.first >= documents.stop
+            ):
+                continue
+            for block in self._reader.blocks(index):
+                if documents is None:
+                    yield block
+                    continue
+                inside = (block.document >= documents.start) & (block.document < documents.stop)
+                if inside.any():
+                    yield block.take(np.flatnonzero(inside))
+
+    # --- how -------------------------------------------------------------------------------------
+
+    def _checked(self, feature: int) -> int:
+        return int(check_feature_ids([feature], self.num_features)[0])
+
+    def _hits(
+        self, feature: int, ranks: list[tuple[int, int]], context: int | tuple[int, int]
+    ) -> list[Hit]:
+        feature = self._checked(feature)
+        found = []
+        for start, stop in ranks:
+            for act, document, position in zip(
+                *self._index.read(feature, start, stop), strict=True
+            ):
+                shard, row = self._reader.find(int(document), int(position))
+                begin, end = self._window(shard, row, context)
+                tokens = self._reader.tokens(shard, begin, end)[2]
+                found.append(
+                    Hit(
+                        feature,
+                        float(act),
+                        int(document),
+                        int(position),
+                        tuple(tokens.tolist()),
+                        row - begin,
+                    )
+                )
+        return found
+
+    def _window(
+        self, shard: int, row: int, context: int | tuple[int, int]
+    ) -> tuple[int, int]:
+        """Rows around a row of a shard, of its own document only."""
+        before, after = (context, context) if isinstance(context, int) else context
+        start = max(0, row - before)
+        stop = min(self._reader.num_rows(shard), row + after + 1)
+        documents, _, _ = self._reader.tokens(shard, start, stop)
+        mine = np.flatnonzero(documents == documents[row - start])
+        return start + int(mine[0]), start + int(mine[-1]) + 1
+
+    def _places(self, feature: int, ranks: Array) -> list[tuple[int, int]]:
+        """document and position of a feature's tokens by rank; ranks rising."""
+        found: list[tuple[int, int]] = []
+        for block in np.split(ranks, np.flatnonzero(np.diff(ranks // indexing.ROW_GROUP)) + 1):
+            if len(block):
+                start = int(block[0])
+                _, document, position = self._index.read(feature, start, int(block[-1]) + 1)
+                at = block - start
+                found += zip(document[at].tolist(), position[at].tolist(), strict=True)
+        return found
+
+    def _companions(self, places: list[tuple[int, int]]) -> list[Companion]:
+        """Features active on rows (shard, row), the most frequent first."""
+        counts, sums = np.zeros(self.num_features, np.int64), np.zeros(self.num_features)
+        for (shard, group), rows in _by_row_group(places).items():
+            start = group * 4096
+            block = self._reader.rows(
+                shard, start, min(start + 4096, self._reader.num_rows(shard))
+            ).take(np.asarray(rows) - start)
+            counts += np.bincount(block.ids, minlength=self.num_features)
+            sums += np.bincount(block.ids, block.acts.astype(np.float64), self.num_features)
+        active = np.flatnonzero(counts)
+        order = active[np.lexsort((active, -sums[active], -counts[active]))]
+        return [
+            Companion(int(id), float(counts[id] / len(places)), float(sums[id] / counts[id]))
+            for id in order
+        ]
+
+    def _occurrences(self, wanted: Array) -> Iterator[tuple[int, int]]:
+        """Shard and first row of each occurrence of these tokens within one document."""
+        for index in range(len(self.shards)):
+            document, position, token = self._reader.tokens(index, 0, self._reader.num_rows(index))
+            count = len(token) - len(wanted) + 1
+            if count <= 0:
+                continue
+            here = np.ones(count, bool)
+            for i, each in enumerate(wanted):
+                here &= token[i : i + count] == each
+            last = len(wanted) - 1
+            here &= document[:count] == document[last:]
+            here &= position[last:] - position[:count] == last
+            yield from ((index, int(row)) for row in np.flatnonzero(here))
+
+
+def _by_row_group(places: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    groups: dict[tuple[int, int], list[int]] = {}
+    for shard, row in places:
+        groups.setdefault((shard, row // 4096), []).append(row)
+    return groups
