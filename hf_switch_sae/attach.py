@@ -71,7 +71,7 @@ class ResidualHandle:
 
 
 def hook_residual(
-    model: nn.Module, at: int | str, fn: Callable[[Tensor], Tensor | None]
+    model: nn.Module, at: int | str, fn: Callable[[Tensor], Tensor | None], *, last: bool = False
 ) -> ResidualHandle:
     """Call `fn` on the residual stream at a place, each time it comes by; for your own probes.
 
@@ -80,6 +80,7 @@ def hook_residual(
         at: a layer, a hookpoint (`layers.7.resid_post`, `layers.7.resid_pre`) or a module path.
         fn: gets the residual stream, mostly [batch, seq, hidden_size] (see `find_residual_blocks`
             for the exceptions); returns the tensor to go on with, or None to leave it as it is.
+        last: after all other hooks there, those of sessions included, instead of before them.
 
     Returns:
         A handle with `remove()`, also a context manager.
@@ -89,10 +90,12 @@ def hook_residual(
     """
     place = resolve(model, at)
     _forget_compiled_code()
-    return _hook_place(place, fn)
+    return _hook_place(place, fn, last)
 
 
-def _hook_place(place: Hookpoint, fn: Callable[[Tensor], Tensor | None]) -> ResidualHandle:
+def _hook_place(
+    place: Hookpoint, fn: Callable[[Tensor], Tensor | None], last: bool = False
+) -> ResidualHandle:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = fn(read_residual_input(args, kwargs))
         return None if new is None else replace_residual_input(args, kwargs, new)
@@ -103,9 +106,9 @@ def _hook_place(place: Hookpoint, fn: Callable[[Tensor], Tensor | None]) -> Resi
 
     if place.site == "resid_pre":
         return ResidualHandle(
-            place.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            place.module.register_forward_pre_hook(before, prepend=not last, with_kwargs=True)
         )
-    return ResidualHandle(place.module.register_forward_hook(after, prepend=True))
+    return ResidualHandle(place.module.register_forward_hook(after, prepend=not last))
 
 
 def attach(
