@@ -305,6 +305,7 @@ class _Board:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if flow.generation is not None:  # a draft within this call: the user's is known already
                 return generate(*args, **kwargs)
+            self._check_recording(args, kwargs)
             flow.generation = _generation(self.root, args, kwargs)
             try:
                 return generate(*args, **kwargs)
@@ -313,6 +314,18 @@ class _Board:
 
         self._generate = (watched, self.root.__dict__.get("generate"))
         self.root.__dict__["generate"] = watched
+
+    def _check_recording(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """AttachError if beams are asked for while a session records: rows would change texts."""
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        config = given or getattr(self.root, "generation_config", None)
+        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        taps = [tap for session in self.sessions for tap in session.taps.values()]
+        if beams > 1 and any(tap.recorder is not None for tap in taps):
+            raise AttachError(
+                f"generate with num_beams={beams} can't be recorded, as beams move from row to "
+                "row: generate first, then record a plain forward of the texts."
+            )
 
     def _unwatch_generate(self) -> None:
         if self._generate is None:
@@ -352,6 +365,9 @@ class _Board:
         generation = None if call is None else self.flow.generation
         tokens = Tokens.of(x[:, :: layout.lanes], call, generation, decoding).lanes(layout.lanes)
         changes = [tap.pass_by(x, tokens, self.flow.read_only) for _, tap in taps]
+        if not self.flow.read_only:
+            for _, tap in taps:
+                tap.record_last(None if call is None else call.token_ids)
         wanted = [change for change in changes if change is not None]
         if not wanted:
             return None
@@ -369,6 +385,8 @@ class _Board:
         if call is None or outer is None or not decoding:
             return call
         is_pair = bool(getattr(getattr(self.root, "config", None), "is_encoder_decoder", False))
+        if call.token_ids is None:  # a multimodal model embeds them before its text model runs
+            call = replace(call, token_ids=outer.token_ids)
         mask = outer.decoder_mask if is_pair else outer.mask
         if (
             isinstance(mask, Tensor)

@@ -55,7 +55,7 @@ class Documents:
     read: Callable[[], Iterator[str | list[int] | None]]
     """The rows from the first on."""
     count: int | None = None
-    """How many there are; None if only reading tells."""
+    """How many there are; None if only reading tells. For progress: it may be an estimate."""
 
     def __iter__(self) -> Iterator[Document]:
         for number, text in enumerate(self.read()):
@@ -151,7 +151,23 @@ def _of_files(files: list[Path], column: str) -> Documents:
         for file in files:
             yield from _READERS[_KINDS[file.suffix]](file, column)
 
-    return Documents(provenance, read)
+    return Documents(provenance, read, sum(_COUNTERS[_KINDS[file.suffix]](file) for file in files))
+
+
+def _count_pieces(file: Path) -> int:
+    return -(-file.stat().st_size // MAX_CHARACTERS)
+
+
+def _count_lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(1 << 20), b""))
+
+
+def _count_rows(file: Path) -> int:
+    return int(pq.read_metadata(file).num_rows)
+
+
+_COUNTERS = {"text": _count_pieces, "json lines": _count_lines, "parquet": _count_rows}
 
 
 def _read_text(file: Path, _: str) -> Iterator[str]:
@@ -258,7 +274,7 @@ class Batch:
     document: Tensor
     """[batch, seq] int64: number of each token's document."""
     position: Tensor
-    """[batch, seq] int64: of each token in its document; -1 for padding."""
+    """[batch, seq] int64: of each token in its document; -1 for padding and prefix."""
 
 
 def windows_of(
@@ -300,33 +316,39 @@ def windows_of(
     ]
 
 
-def batches_of(windows: Sequence[Window], tokens: int, pad: int = 0) -> Iterator[Batch]:
+def batches_of(
+    windows: Sequence[Window], tokens: int, pad: int = 0, prefix: Sequence[int] = ()
+) -> Iterator[Batch]:
     """Batches of windows of like length, the longest first, so that too large a batch fails at once.
 
     Args:
         windows: in any order; the batches depend on it only where windows are equally long.
         tokens: a batch, padding included; a single window may be longer.
         pad: token id to pad with; it is masked.
+        prefix: token ids before each window, which the model sees and nobody counts: position -1.
     """
     order = sorted(windows, key=lambda window: -len(window.tokens))
     while order:
-        width = len(order[0].tokens)
+        width = len(prefix) + len(order[0].tokens)
         size = max(1, tokens // width)
-        yield _batch(order[:size], width, pad)
+        yield _batch(order[:size], width, pad, prefix)
         order = order[size:]
 
 
-def _batch(windows: Sequence[Window], width: int, pad: int) -> Batch:
+def _batch(windows: Sequence[Window], width: int, pad: int, prefix: Sequence[int]) -> Batch:
     ids = np.full((len(windows), width), pad, np.int64)
+    mask = np.zeros((len(windows), width), np.int64)
     position = np.full((len(windows), width), -1, np.int64)
+    begin = len(prefix)
+    ids[:, :begin] = prefix
     for row, window in enumerate(windows):
-        length = len(window.tokens)
-        ids[row, :length] = window.tokens
-        position[row, :length] = np.arange(window.start, window.start + length)
+        end = begin + len(window.tokens)
+        ids[row, begin:end] = window.tokens
+        mask[row, :end] = 1
+        position[row, begin:end] = np.arange(window.start, window.start + len(window.tokens))
     document = torch.tensor([window.document for window in windows])[:, None].expand(-1, width)
-    at = torch.from_numpy(position)
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": (at >= 0).long()}
-    return Batch(inputs, document, at)
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    return Batch(inputs, document, torch.from_numpy(position))
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:

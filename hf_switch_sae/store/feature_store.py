@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from hf_switch_sae.errors import StoreError
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.store import index as indexing
-from hf_switch_sae.store.files import check_body, remove_leftovers
+from hf_switch_sae.store.files import check_body, locked, remove_leftovers
 from hf_switch_sae.store.provenance import Provenance
 from hf_switch_sae.store.shards import (
     FOLDER,
@@ -129,6 +129,16 @@ class FeatureStore:
         """Tokens recorded; read from the shards' footers the first time."""
         return int(self._starts[-1])
 
+    def holds(self, document: int) -> bool:
+        """Whether a shard stands for the document, which may have no tokens."""
+        return self._reader.shard_of(document) is not None
+
+    def held(self, first: int, last: int) -> tuple[int, int]:
+        """Tokens and bytes of the shards that begin with one of documents first to last."""
+        found = self._reader.beginning_in(first, last)
+        tokens = sum(self._reader.num_rows(index) for index in found)
+        return tokens, sum(self.shards[index].size for index in found)
+
     @property
     def is_indexed(self) -> bool:
         """Whether there is an index of just these shards."""
@@ -162,11 +172,22 @@ class FeatureStore:
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def append(self, first: int, last: int, rows: TokenRows) -> int:
-        """Add the tokens of documents first to last, all of them; the new file's size in bytes.
+    def append(
+        self, first: int, last: int, rows: TokenRows, room: int | None = None
+    ) -> int | None:
+        """Add the tokens of documents first to last, all of them.
 
         The same documents again replace what was there. Other writers may add other documents at
-        the same time.
+        the same time. Queries see them after `refresh()`.
+
+        Args:
+            first, last: numbers of documents; those without any token count too.
+            rows: their tokens, in any order.
+            room: bytes that the file may take.
+
+        Returns:
+            The file's size in bytes, or None if it would have been larger than `room` and was not
+            kept.
 
         Raises:
             StoreError: rows of other documents, or no room; nothing has changed then.
@@ -176,7 +197,33 @@ class FeatureStore:
                 f"these rows are of documents {rows.document.min()} to {rows.document.max()}, "
                 f"not of {first} to {last}."
             )
-        return write_shard(self.path, first, last, rows, self.provenance.layout)
+        return write_shard(self.path, first, last, rows, self.provenance.layout, room)
+
+    def append_documents(self, documents: Sequence[TokenRows]) -> range:
+        """Add whole documents under the next free numbers; the numbers they got.
+
+        Several processes of one machine may do so at the same time.
+
+        Raises:
+            StoreError: the store is of a data set, whose documents have numbers; or no room.
+        """
+        if self.provenance.dataset is not None:
+            raise StoreError(
+                f"{self.path} is of a data set, {self.provenance.dataset}: record sessions to a "
+                "folder of their own."
+            )
+        with locked(self.path / ".lock", wait=True):
+            shards = list_shards(self.path)
+            first = shards[-1].last + 1 if shards else 0
+            numbered = [
+                replace(rows, document=np.full(len(rows), first + i, np.int64))
+                for i, rows in enumerate(documents)
+            ]
+            numbers = range(first, first + len(numbered))
+            if numbered:
+                self.append(first, numbers[-1], TokenRows.cat(numbered))
+        self.refresh()
+        return numbers
 
     def remove_leftovers(self) -> None:
         """Remove unfinished files of writers of this machine that were killed."""

@@ -89,6 +89,28 @@ def _is_running(process: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock, which the system takes back from a process that is killed.
+
+    Raises:
+        StoreError: another process holds it, and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except ImportError:  # not a POSIX system, so without a lock
+            pass
+        except BlockingIOError:
+            raise StoreError(
+                f"another process is at work in {path.parent}; wait for it to finish."
+            ) from None
+        yield
+
+
 class _Sink(io.RawIOBase):
     """What pyarrow writes a Parquet file to: checksums it, and holds back what comes at the end."""
 
@@ -130,8 +152,9 @@ def write_parquet(
     row_group: int,
     encodings: Mapping[str, str],
     dictionary: list[str],
-) -> int:
-    """Write tables as one sealed Parquet file at `path`; its size in bytes.
+    room: int | None = None,
+) -> int | None:
+    """Write tables as one sealed Parquet file at `path`.
 
     Args:
         path: where; replaced if it is there already.
@@ -140,11 +163,15 @@ def write_parquet(
         row_group: rows a row group, at most.
         encodings: column path -> encoding; the columns of `dictionary` left out.
         dictionary: columns with few distinct values.
+        room: bytes it may take; a larger file is not kept.
+
+    Returns:
+        Its size in bytes, or None if it would not have fitted into `room`.
 
     Raises:
-        StoreError: no room, or no permission.
+        StoreError: no room on the disk, or no permission.
     """
-    with written_whole(path) as file:
+    with contextlib.suppress(_TooLarge), written_whole(path) as file:
         sink = _Sink(file)
         writer = pq.ParquetWriter(
             pa.PythonFile(sink, mode="w"),
@@ -160,7 +187,14 @@ def write_parquet(
         sink.holding = True
         writer.close()
         sink.seal()
+        if room is not None and file.tell() > room:
+            raise _TooLarge
         return file.tell()
+    return None
+
+
+class _TooLarge(Exception):  # noqa: N818  never seen outside
+    """A file that would not fit into its budget."""
 
 
 def read_footer(path: Path) -> pq.FileMetaData:

@@ -14,7 +14,6 @@ Format postings: feature int32, act float16, document int64, position int32; by 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import zlib
@@ -31,6 +30,7 @@ import pyarrow as pa
 from hf_switch_sae.errors import StoreError
 from hf_switch_sae.store.files import (
     check_body,
+    locked,
     read_footer,
     read_row_groups,
     remove_leftovers,
@@ -90,7 +90,7 @@ def build(store: Path, reader: ShardReader, memory: int, progress: Progress) -> 
         StoreError: no room, a damaged shard, or another process is at it.
     """
     folder = store / FOLDER / generation(reader.shards)
-    with _alone(store / FOLDER):
+    with locked(store / FOLDER / ".lock", wait=False):
         for other in (store / FOLDER).iterdir():
             if other.is_dir() and other != folder and not (folder / "index.json").exists():
                 _remove_unfinished(other)
@@ -121,24 +121,6 @@ def _remove_if_of_another_limit(folder: Path, limit: int) -> None:
                 return
     if folder.exists():
         shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of the index, which the system takes back from a process that is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not a POSIX system, so without a lock
-            pass
-        except BlockingIOError:
-            raise StoreError(
-                f"another process is building the index in {folder}; wait for it to finish."
-            ) from None
-        yield
 
 
 # --- runs ---------------------------------------------------------------------------------------

@@ -152,6 +152,6 @@ class Provenance:
 
 def _holds_other_things(store: Path) -> bool:
     return any(
-        path.name != "README.md" and not path.name.startswith((".tmp-", f"{FILE}."))
+        path.name not in ("README.md", ".lock") and not path.name.startswith((".tmp-", f"{FILE}."))
         for path in store.iterdir()
     )

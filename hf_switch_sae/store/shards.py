@@ -18,7 +18,7 @@ Beware The name is all that tells which documents a shard holds: a shard stands 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -140,6 +140,13 @@ class TokenRows:
         return cls(document, position, token, offsets, ids[active], half[active], expert)
 
     @classmethod
+    def empty(cls, layout: Layout) -> TokenRows:
+        """No rows."""
+        none = np.zeros(0, np.int64)
+        expert = none if layout.is_local else None
+        return cls(none, none, none, np.zeros(1, np.int64), none, none.astype(np.float16), expert)
+
+    @classmethod
     def cat(cls, parts: list[TokenRows]) -> TokenRows:
         """Join rows of one layout, at least one part."""
         starts = np.cumsum([0, *(len(part.ids) for part in parts)])
@@ -254,8 +261,12 @@ def list_shards(store: Path) -> list[Shard]:
     return found
 
 
-def write_shard(store: Path, first: int, last: int, rows: TokenRows, layout: Layout) -> int:
+def write_shard(
+    store: Path, first: int, last: int, rows: TokenRows, layout: Layout, room: int | None = None
+) -> int | None:
     """Write the tokens of documents first to last, all of them; the file's size in bytes.
+
+    None if it would have been larger than `room` bytes, and was not kept.
 
     Raises:
         StoreError: no room, or no permission.
@@ -267,7 +278,9 @@ def write_shard(store: Path, first: int, last: int, rows: TokenRows, layout: Lay
     step = 16 * ROW_GROUP
     parts = (order[at : at + step] for at in range(0, len(order), step))
     tables = (rows.take(part).table(layout) for part in parts)
-    return write_parquet(path, layout.schema, tables, ROW_GROUP, _ENCODINGS, dictionary)
+    return write_parquet(
+        path, layout.schema, tables, ROW_GROUP, _ENCODINGS, dictionary, room
+    )
 
 
 class ShardReader:
@@ -309,14 +322,23 @@ class ShardReader:
         )
         return document, position, token
 
+    def shard_of(self, document: int) -> int | None:
+        """The shard that stands for a document, or None."""
+        index = bisect_right(self._firsts, document) - 1
+        return index if index >= 0 and document <= self.shards[index].last else None
+
+    def beginning_in(self, first: int, last: int) -> range:
+        """The shards whose first document is one of first to last."""
+        return range(bisect_left(self._firsts, first), bisect_right(self._firsts, last))
+
     def find(self, document: int, position: int) -> tuple[int, int]:
         """Shard and row of a token.
 
         Raises:
             StoreError: the token is not in the store.
         """
-        index = bisect_right(self._firsts, document) - 1
-        if index >= 0 and document <= self.shards[index].last:
+        index = self.shard_of(document)
+        if index is not None:
             for group in self._groups_with(index, document, position):
                 documents, positions, _ = self._places(index, group)
                 low, high = np.searchsorted(documents, [document, document + 1])
