@@ -12,14 +12,19 @@ from hf_switch_sae.errors import (
     FeatureIdError,
     HookpointError,
     NonFiniteError,
+    StoreError,
     SwitchSAEError,
+    TextError,
     WidthError,
 )
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
 from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
 from hf_switch_sae.recipe import Recipe
+from hf_switch_sae.record import record
+from hf_switch_sae.residuals import partial_forward, residuals
 from hf_switch_sae.session import AttachedSAE, Preflight, Session
+from hf_switch_sae.store import FeatureStore
 
 __version__ = "0.1.0"
 
@@ -32,6 +37,7 @@ __all__ = [
     "ConfigError",
     "EditError",
     "FeatureIdError",
+    "FeatureStore",
     "HookpointError",
     "NonFiniteError",
     "Patch",
@@ -43,14 +49,19 @@ __all__ = [
     "Session",
     "SparseFeatures",
     "Steer",
+    "StoreError",
     "SwitchSAE",
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
+    "TextError",
     "WidthError",
     "attach",
     "find_residual_blocks",
     "fingerprint",
     "hook_residual",
+    "partial_forward",
+    "record",
+    "residuals",
     "status",
 ]

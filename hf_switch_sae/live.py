@@ -56,7 +56,8 @@ class LiveRecorder:
         Args:
             features: [B, T], none of padding.
             position: [B, T] int64, absolute; -1 for padding.
-            token: [B, T] int64 token ids, or None if they are not known.
+            token: [B, T] int64 token ids, or None if they are not known; fewer columns, if the
+                stream begins with virtual tokens.
 
         Raises:
             StoreError: several vectors a token, an act too large for a store, or no room.
@@ -65,7 +66,7 @@ class LiveRecorder:
         real = at >= 0
         if bool(((at[:, 1:] == at[:, :-1]) & real[:, 1:]).any()):
             raise StoreError("this stream has several vectors a token; a store has one row each.")
-        ids = torch.full_like(at, -1) if token is None else token.cpu()
+        ids = _last_columns(token, at)
         layout = self._store.provenance.layout
         with self._lock:
             for row in range(len(at)):
@@ -114,6 +115,14 @@ class LiveRecorder:
             self._done = []
 
 
+def _last_columns(token: Tensor | None, position: Tensor) -> Tensor:
+    """Token ids [B, T] of a stream that may begin with virtual tokens; -1 where not known."""
+    missing = 0 if token is None else position.shape[1] - token.shape[1]
+    if token is None or len(token) != len(position) or missing < 0:
+        return torch.full_like(position, -1)
+    return nn.functional.pad(token.cpu(), (missing, 0), value=-1)
+
+
 class _Text:
     """One document so far."""
 
@@ -155,7 +164,7 @@ def recording(
     try:
         yield next(iter(stores.values())) if len(stores) == 1 else stores
     finally:
-        for name, tap in taps.items():
+        for tap in taps.values():
             tap.recorder = None
         for name, recorder in recorders.items():
             recorder.close()

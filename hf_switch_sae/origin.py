@@ -91,8 +91,9 @@ def weights_hash(sae: SwitchSAE) -> str:
     for name, tensor in _tensors(sae):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         whole = tensor.detach().contiguous().reshape(-1)
-        for part in whole.split(1 << 24):  # on the CPU a piece at a time
-            digest.update(part.cpu().view(torch.uint8).numpy().tobytes())
+        for at in range(0, whole.numel(), 1 << 24):  # on the CPU a piece at a time
+            piece = whole[at : at + (1 << 24)].cpu()
+            digest.update(piece.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

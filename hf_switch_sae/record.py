@@ -349,7 +349,7 @@ def _shards(
 def _input_device(root: nn.Module) -> torch.device:
     """Where token ids go; of a model whose weights are elsewhere, hooks of its own move them."""
     embed: Any = getattr(root, "get_input_embeddings", lambda: None)()
-    weight = next(iter((embed or root).parameters()), None)
+    weight: Tensor | None = next(iter((embed or root).parameters()), None)
     if weight is None or weight.device.type == "meta":
         return torch.device("cpu")
     return weight.device

@@ -33,7 +33,7 @@ _REPLICATED = {"DataParallel", "DistributedDataParallel"}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class _Reached(Exception):  # noqa: N818  an Exception, as torch cleans up only after one
+class _Reached(Exception):
     """All places were reached; caught by the `_PartialForward` that raised it."""
 
 
@@ -118,8 +118,8 @@ class _PartialForward:
         for module in (lm, *lm.modules()):
             if _SHARDED & {cls.__name__ for cls in type(module).__mro__}:
                 raise AttachError(
-                    f"the weights of this model are sharded over processes ({type(module).__name__})"
-                    ", so its forward can't stop on the way: load it with device_map instead."
+                    f"a {type(module).__name__} shards its weights over processes, so its forward "
+                    "can't stop on the way: load the model with device_map instead."
                 )
         is_replica = _REPLICATED & {cls.__name__ for cls in type(lm).__mro__}
         self._lm = cast(nn.Module, lm.module) if is_replica else lm

@@ -74,9 +74,8 @@ class Tap:
     def record_last(self, token_ids: Tensor | None) -> None:
         """Hand the pass that just came by to the recorder, if there is one."""
         if self.recorder is not None and self.last is not None:
-            position = self.last.tokens.position
-            known = None if token_ids is None else _last_columns(token_ids, position)
-            self.recorder.add(self.last.features().detach(), position, known)
+            passed = self.last
+            self.recorder.add(passed.features().detach(), passed.tokens.position, token_ids)
 
     def pass_by(self, x: Tensor, tokens: Tokens, read_only: bool) -> tuple[Tensor, Tensor] | None:
         """Note a stream x [B, T, d]; delta [B, T, d] and edited [B, T], or None: leave it alone."""
@@ -415,14 +414,6 @@ class Session:
         if self.attached:
             self.attached = False
             self._on_detach(self)
-
-
-def _last_columns(token_ids: Tensor, position: Tensor) -> Tensor | None:
-    """Token ids [B, T] of a stream that may begin with virtual tokens; None if they don't fit."""
-    missing = position.shape[1] - token_ids.shape[1]
-    if len(token_ids) != len(position) or missing < 0:
-        return None
-    return torch.nn.functional.pad(token_ids, (missing, 0), value=-1)
 
 
 def _name(sae: SwitchSAE) -> str:

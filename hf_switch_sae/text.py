@@ -99,7 +99,7 @@ def read_documents(
         return _of_dataset(dataset, column)
     if isinstance(dataset, dict):
         raise TextError(
-            f"this is a dict of splits: pass one of them, e.g. dataset[{next(iter(dataset), '')!r}]."
+            f"this is a dict of splits: pass one of them, as dataset[{next(iter(dataset), '')!r}]."
         )
     rows = list(dataset) if isinstance(dataset, Iterable) else None
     if rows is None:
@@ -112,8 +112,11 @@ def read_documents(
 
 
 def _is_file(row: Any) -> bool:
-    return isinstance(row, str) and len(row) < 1024 and "\n" not in row and (
-        Path(row).suffix in _KINDS and Path(row).is_file()
+    return (
+        isinstance(row, str)
+        and len(row) < 1024
+        and "\n" not in row
+        and (Path(row).suffix in _KINDS and Path(row).is_file())
     )
 
 
@@ -230,9 +233,7 @@ def _of_hub(name: str, column: str, split: str, revision: str | None) -> Documen
     return _of_dataset(rows, column, provenance)
 
 
-def _of_dataset(
-    dataset: Any, column: str, provenance: dict[str, Any] | None = None
-) -> Documents:
+def _of_dataset(dataset: Any, column: str, provenance: dict[str, Any] | None = None) -> Documents:
     names = dataset.column_names
     if names is not None and column not in names:
         raise TextError(f"this data set has no column {column!r}; it has {', '.join(names)}.")
@@ -319,7 +320,7 @@ def windows_of(
 def batches_of(
     windows: Sequence[Window], tokens: int, pad: int = 0, prefix: Sequence[int] = ()
 ) -> Iterator[Batch]:
-    """Batches of windows of like length, the longest first, so that too large a batch fails at once.
+    """Batches of windows of like length, the longest first: what is too large fails at once.
 
     Args:
         windows: in any order; the batches depend on it only where windows are equally long.

@@ -124,11 +124,13 @@ def test_a_forward_of_the_users_own_is_not_stopped_here_or_in_another_thread():
     logits = []
     with torch.no_grad(), partial_forward(lm, [1]) as early:
         started, over = threading.Event(), threading.Event()
-        handle = lm.model.layers[0].register_forward_hook(
-            lambda *_: (started.set(), over.wait(20)) and None
-            if threading.current_thread() is not threading.main_thread()
-            else None
-        )
+
+        def linger(*_):
+            if threading.current_thread() is not threading.main_thread():
+                started.set()
+                over.wait(20)
+
+        handle = lm.model.layers[0].register_forward_hook(linger)
         thread = threading.Thread(target=lambda: early(**INPUTS))
         thread.start()
         assert started.wait(20)
@@ -186,9 +188,9 @@ def test_a_model_that_transformers_does_not_know_is_run_to_the_end_once_to_count
 def test_a_place_that_is_not_passed_by_is_an_error_that_names_it():
     model = Looping(1)
     model.spare = nn.Sequential(nn.Linear(4, 4))
-    with residuals(model, ["blocks.1", "spare.0"]) as read:
-        with pytest.raises(HookpointError, match=r"did not pass by spare\.0"):
-            read(x=torch.ones(2, 4))
+    missing = pytest.raises(HookpointError, match=r"did not pass by spare\.0")
+    with residuals(model, ["blocks.1", "spare.0"]) as read, missing:
+        read(x=torch.ones(2, 4))
 
 
 def test_no_place_and_an_unknown_place_are_errors_before_anything_is_hooked():
@@ -240,6 +242,6 @@ def test_weights_sharded_over_processes_are_refused():
             super().__init__()
             self.module = module
 
-    with pytest.raises(AttachError, match="device_map"):
-        with residuals(FullyShardedDataParallel(tiny.llama()), [1]):
-            pass
+    sharded = FullyShardedDataParallel(tiny.llama())
+    with pytest.raises(AttachError, match="device_map"), residuals(sharded, [1]):
+        pass

@@ -6,7 +6,7 @@ from importlib.metadata import version as installed_version
 
 import typer
 
-from hf_switch_sae.cli import demo
+from hf_switch_sae.cli import demo, query, record
 
 FACE = """
 Attach Switch Sparse Autoencoders to running Hugging Face models: show, steer, clamp and ablate
@@ -34,6 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
+app.command("record")(record.record)
+app.command("query")(query.query)
 
 
 def _show_version(wanted: bool) -> None:

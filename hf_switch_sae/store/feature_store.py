@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_switch_sae.errors import StoreError
-from hf_switch_sae.features import SparseFeatures, check_feature_ids
+from hf_switch_sae.features import check_feature_ids
 from hf_switch_sae.store import index as indexing
+from hf_switch_sae.store import postings
+from hf_switch_sae.store.answers import (
+    Companion,
+    Hit,
+    Passage,
+    companions,
+    csr_of,
+    hits,
+    occurrences,
+    window,
+)
 from hf_switch_sae.store.files import check_body, locked, remove_leftovers
 from hf_switch_sae.store.provenance import Provenance
 from hf_switch_sae.store.shards import (
@@ -35,45 +46,6 @@ from hf_switch_sae.store.shards import (
     list_shards,
     write_shard,
 )
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One token on which a feature is active, with the tokens around it."""
-
-    feature: int
-    act: float
-    """In the language model's own units, router weight included."""
-    document: int
-    """Number of the document in the data set, from 0."""
-    position: int
-    """Of the token in its document, from 0."""
-    tokens: tuple[int, ...]
-    """Token ids around it, itself included."""
-    at: int
-    """Index of the token itself in `tokens`."""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """Consecutive tokens of one document, with their features."""
-
-    document: int
-    positions: tuple[int, ...]
-    tokens: tuple[int, ...]
-    features: SparseFeatures
-    """[len(tokens)], acts in float16, strongest first."""
-
-
-@dataclass(frozen=True)
-class Companion:
-    """How often and how strongly a feature is active on some set of tokens."""
-
-    feature: int
-    share: float
-    """Share of the tokens on which it is active, 0 to 1."""
-    mean_act: float
-    """Mean act on those of them on which it is active."""
 
 
 class FeatureStore:
@@ -151,30 +123,28 @@ class FeatureStore:
 
     @property
     def _index_folder(self) -> Path:
-        return self.path / indexing.FOLDER / indexing.generation(self.shards)
+        return self.path / postings.FOLDER / indexing.generation(self.shards)
 
     @cached_property
-    def _index(self) -> indexing.Index:
+    def _index(self) -> postings.Index:
         if not self.is_indexed:
-            old = (self.path / indexing.FOLDER).is_dir()
+            old = (self.path / postings.FOLDER).is_dir()
             raise StoreError(
-                f"{self.path} has {'an index of other shards than it holds now' if old else 'no index'}"
-                ": call store.index() first."
+                f"{self.path} has {'an index, but of other shards' if old else 'no index'}: "
+                "call store.index() first."
             )
-        return indexing.Index(self._index_folder, self.num_features)
+        return postings.Index(self._index_folder, self.num_features)
 
     def disk_usage(self) -> dict[str, int]:
         """Bytes on disk: of `tokens`, and of `index`."""
         return {
             name: sum(path.stat().st_size for path in (self.path / name).rglob("*.*"))
-            for name in (FOLDER, indexing.FOLDER)
+            for name in (FOLDER, postings.FOLDER)
         }
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def append(
-        self, first: int, last: int, rows: TokenRows, room: int | None = None
-    ) -> int | None:
+    def append(self, first: int, last: int, rows: TokenRows, room: int | None = None) -> int | None:
         """Add the tokens of documents first to last, all of them.
 
         The same documents again replace what was there. Other writers may add other documents at
@@ -270,7 +240,9 @@ class FeatureStore:
 
     # --- questions about a feature ---------------------------------------------------------------
 
-    def top_tokens(self, feature: int, n: int = 20, context: int | tuple[int, int] = 8) -> list[Hit]:
+    def top_tokens(
+        self, feature: int, n: int = 20, context: int | tuple[int, int] = 8
+    ) -> list[Hit]:
         """The tokens on which a feature is strongest, strongest first.
 
         Args:
@@ -282,7 +254,7 @@ class FeatureStore:
             FeatureIdError: no such feature.
             StoreError: no index of what is recorded, or a damaged file.
         """
-        return self._hits(feature, [(0, n)], context)
+        return hits(self._reader, self._index, self._checked(feature), (0, n), context)
 
     def sample(
         self,
@@ -314,7 +286,9 @@ class FeatureStore:
         for quantile in quantiles:
             start = round((1 - quantile) * (count - 1)) - n // 2
             start = max(0, min(start, count - n))
-            found[float(quantile)] = self._hits(feature, [(start, start + n)], context)
+            found[float(quantile)] = hits(
+                self._reader, self._index, feature, (start, start + n), context
+            )
         return found
 
     def density(self) -> Tensor:
@@ -349,14 +323,12 @@ class FeatureStore:
         count = int(self._index.counts[feature])
         ranks = np.unique(np.linspace(0, count - 1, min(tokens, count)).astype(np.int64))
         places = self._places(feature, ranks)
-        companions = self._companions([self._reader.find(*place) for place in places])
-        return [each for each in companions if each.feature != feature][:n]
+        found = companions(self._reader, [self._reader.find(*place) for place in places])
+        return [each for each in found if each.feature != feature][:n]
 
     # --- questions about tokens ------------------------------------------------------------------
 
-    def around(
-        self, document: int, position: int, context: int | tuple[int, int] = 8
-    ) -> Passage:
+    def around(self, document: int, position: int, context: int | tuple[int, int] = 8) -> Passage:
         """The tokens around a place, with their features.
 
         Args:
@@ -368,7 +340,7 @@ class FeatureStore:
             StoreError: no such token is recorded, or a damaged file.
         """
         shard, row = self._reader.find(document, position)
-        start, stop = self._window(shard, row, context)
+        start, stop = window(self._reader, shard, row, context)
         rows = self._reader.rows(shard, start, stop)
         return Passage(
             document,
@@ -405,14 +377,14 @@ class FeatureStore:
         if not len(wanted):
             raise StoreError("no tokens to look for: the text is empty.")
         places: list[tuple[int, int]] = []
-        for shard, row in self._occurrences(wanted):
+        for shard, row in occurrences(self._reader, wanted):
             places += [(shard, row + i) for i in range(len(wanted))]
             if len(places) >= tokens:
                 break
-        return self._companions(places)[:n]
+        return companions(self._reader, places)[:n]
 
     def to_csr(self, documents: range | None = None) -> Tensor:
-        """[tokens, num_features], torch sparse CSR, float16, of some documents or of the whole store.
+        """[tokens, num_features], torch sparse CSR, float16, of some documents or of all.
 
         Rows are in order of document and position, columns in rising order. It must fit into
         memory: 10 bytes for each active feature of each token.
@@ -420,20 +392,7 @@ class FeatureStore:
         Raises:
             StoreError: a damaged file.
         """
-        parts = list(self.rows(documents))
-        if not parts:
-            empty = torch.zeros(0, self.num_features, dtype=torch.float16)
-            return empty.to_sparse_csr()
-        rows = TokenRows.cat(parts)
-        token = np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
-        order = np.lexsort((rows.ids, token))
-        return torch.sparse_csr_tensor(
-            torch.from_numpy(rows.offsets),
-            torch.from_numpy(rows.ids[order]),
-            torch.from_numpy(rows.acts[order]),
-            (len(rows), self.num_features),
-            check_invariants=True,
-        )
+        return csr_of(list(self.rows(documents)), self.num_features)
 
     def rows(self, documents: range | None = None) -> Iterator[TokenRows]:
         """The recorded tokens in order of document and position, some thousands at a time.
@@ -461,87 +420,13 @@ class FeatureStore:
     def _checked(self, feature: int) -> int:
         return int(check_feature_ids([feature], self.num_features)[0])
 
-    def _hits(
-        self, feature: int, ranks: list[tuple[int, int]], context: int | tuple[int, int]
-    ) -> list[Hit]:
-        feature = self._checked(feature)
-        found = []
-        for start, stop in ranks:
-            for act, document, position in zip(
-                *self._index.read(feature, start, stop), strict=True
-            ):
-                shard, row = self._reader.find(int(document), int(position))
-                begin, end = self._window(shard, row, context)
-                tokens = self._reader.tokens(shard, begin, end)[2]
-                found.append(
-                    Hit(
-                        feature,
-                        float(act),
-                        int(document),
-                        int(position),
-                        tuple(tokens.tolist()),
-                        row - begin,
-                    )
-                )
-        return found
-
-    def _window(
-        self, shard: int, row: int, context: int | tuple[int, int]
-    ) -> tuple[int, int]:
-        """Rows around a row of a shard, of its own document only."""
-        before, after = (context, context) if isinstance(context, int) else context
-        start = max(0, row - before)
-        stop = min(self._reader.num_rows(shard), row + after + 1)
-        documents, _, _ = self._reader.tokens(shard, start, stop)
-        mine = np.flatnonzero(documents == documents[row - start])
-        return start + int(mine[0]), start + int(mine[-1]) + 1
-
     def _places(self, feature: int, ranks: Array) -> list[tuple[int, int]]:
         """document and position of a feature's tokens by rank; ranks rising."""
         found: list[tuple[int, int]] = []
-        for block in np.split(ranks, np.flatnonzero(np.diff(ranks // indexing.ROW_GROUP)) + 1):
+        for block in np.split(ranks, np.flatnonzero(np.diff(ranks // postings.ROW_GROUP)) + 1):
             if len(block):
                 start = int(block[0])
                 _, document, position = self._index.read(feature, start, int(block[-1]) + 1)
                 at = block - start
                 found += zip(document[at].tolist(), position[at].tolist(), strict=True)
         return found
-
-    def _companions(self, places: list[tuple[int, int]]) -> list[Companion]:
-        """Features active on rows (shard, row), the most frequent first."""
-        counts, sums = np.zeros(self.num_features, np.int64), np.zeros(self.num_features)
-        for (shard, group), rows in _by_row_group(places).items():
-            start = group * 4096
-            block = self._reader.rows(
-                shard, start, min(start + 4096, self._reader.num_rows(shard))
-            ).take(np.asarray(rows) - start)
-            counts += np.bincount(block.ids, minlength=self.num_features)
-            sums += np.bincount(block.ids, block.acts.astype(np.float64), self.num_features)
-        active = np.flatnonzero(counts)
-        order = active[np.lexsort((active, -sums[active], -counts[active]))]
-        return [
-            Companion(int(id), float(counts[id] / len(places)), float(sums[id] / counts[id]))
-            for id in order
-        ]
-
-    def _occurrences(self, wanted: Array) -> Iterator[tuple[int, int]]:
-        """Shard and first row of each occurrence of these tokens within one document."""
-        for index in range(len(self.shards)):
-            document, position, token = self._reader.tokens(index, 0, self._reader.num_rows(index))
-            count = len(token) - len(wanted) + 1
-            if count <= 0:
-                continue
-            here = np.ones(count, bool)
-            for i, each in enumerate(wanted):
-                here &= token[i : i + count] == each
-            last = len(wanted) - 1
-            here &= document[:count] == document[last:]
-            here &= position[last:] - position[:count] == last
-            yield from ((index, int(row)) for row in np.flatnonzero(here))
-
-
-def _by_row_group(places: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    groups: dict[tuple[int, int], list[int]] = {}
-    for shard, row in places:
-        groups.setdefault((shard, row // 4096), []).append(row)
-    return groups

@@ -193,7 +193,7 @@ def write_parquet(
     return None
 
 
-class _TooLarge(Exception):  # noqa: N818  never seen outside
+class _TooLarge(Exception):
     """A file that would not fit into its budget."""
 
 

@@ -6,10 +6,6 @@ How    An external sort in two steps, each of bounded memory and made of files t
        Parts: a range of features of all runs, sorted. index.json comes last; without it there is no
        index. The generation's name follows from the shards' names and sizes, so an index of other
        shards is never taken for this one's.
-Format postings: feature int32, act float16, document int64, position int32; by feature, then act
-       descending, then document and position; over all files, in the order of their names. Row
-       groups have 65 536 rows.
-       features: feature int32, count int64, max_act float32, mean_act float32; one row a feature.
 """
 
 from __future__ import annotations
@@ -17,10 +13,8 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +31,11 @@ from hf_switch_sae.store.files import (
     write_parquet,
     written_whole,
 )
+from hf_switch_sae.store.postings import FEATURES, FOLDER, POSTINGS, ROW_GROUP, VERSION
 from hf_switch_sae.store.shards import Array, Shard, ShardReader, TokenRows
 
-FOLDER = "index"
-VERSION = 1
-ROW_GROUP = 65_536
 _BYTES_A_POSTING = 64  # at the peak of either step, measured
 _MAX_SPAN = 1 << 16  # features of one part: 16 bits of its sort key
-_POSTINGS = pa.schema(
-    [
-        ("feature", pa.int32()),
-        ("act", pa.float16()),
-        ("document", pa.int64()),
-        ("position", pa.int32()),
-    ]
-)
-_FEATURES = pa.schema(
-    [
-        ("feature", pa.int32()),
-        ("count", pa.int64()),
-        ("max_act", pa.float32()),
-        ("mean_act", pa.float32()),
-    ]
-)
 _ENCODINGS = {
     "feature": "DELTA_BINARY_PACKED",
     "act": "PLAIN",
@@ -169,9 +145,7 @@ class _Run:
         return feature, bits, document.astype(np.int64) + self.base, position.astype(np.int32)
 
 
-def _write_runs(
-    folder: Path, reader: ShardReader, limit: int, progress: Progress
-) -> list[_Run]:
+def _write_runs(folder: Path, reader: ShardReader, limit: int, progress: Progress) -> list[_Run]:
     """Sort the shards' postings into runs of about `limit`, those already there left alone."""
     num_features = reader.layout.num_features
     (folder / "runs").mkdir(parents=True, exist_ok=True)
@@ -268,7 +242,7 @@ def _write_parts(
     for number, part in enumerate(parts):
         path = folder / f"postings-{number:06}.parquet"
         if not path.exists():
-            write_parquet(path, _POSTINGS, _sorted(runs, part), ROW_GROUP, _ENCODINGS, [])
+            write_parquet(path, POSTINGS, _sorted(runs, part), ROW_GROUP, _ENCODINGS, [])
         listed.append([path.name, read_footer(path).num_rows])
         progress("sorting features", number + 1, len(parts))
     counts, sums = _totals(runs, reader.layout.num_features)
@@ -350,18 +324,16 @@ def _sorted(runs: list[_Run], part: _Part) -> Iterator[pa.Table]:
         some = key[at : at + 16 * ROW_GROUP]
         order = (some & np.uint64(0xFFFFFFFF)).astype(np.int64)
         acts = np.uint16(0xFFFF) - ((some >> np.uint64(32)) & np.uint64(0xFFFF)).astype(np.uint16)
-        columns = {
+        table = {
             "feature": ((some >> np.uint64(48)).astype(np.int32) + part.first).astype(np.int32),
             "act": acts.view(np.float16),
             "document": document[order],
             "position": position[order],
         }
-        yield pa.table({k: pa.array(v) for k, v in columns.items()}, schema=_POSTINGS)
+        yield pa.table({k: pa.array(v) for k, v in table.items()}, schema=POSTINGS)
 
 
-def _write_features(
-    folder: Path, counts: Array, sums: Array, parts: list[list[Any]]
-) -> None:
+def _write_features(folder: Path, counts: Array, sums: Array, parts: list[list[Any]]) -> None:
     """Write features.parquet; a feature's largest act is that of its first posting."""
     starts = np.concatenate([[0], np.cumsum(counts)])
     largest = np.zeros(len(counts), np.float32)
@@ -383,74 +355,6 @@ def _write_features(
             "max_act": pa.array(largest),
             "mean_act": pa.array((sums / np.maximum(counts, 1)).astype(np.float32)),
         },
-        schema=_FEATURES,
+        schema=FEATURES,
     )
-    write_parquet(folder / "features.parquet", _FEATURES, [table], ROW_GROUP, {}, [])
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-class Index:
-    """A finished index: counts of all features in memory, postings read where they are asked for.
-
-    Raises:
-        StoreError: it is damaged, or of another version.
-    """
-
-    def __init__(self, folder: Path, num_features: int) -> None:
-        self.folder = folder
-        try:
-            index = json.loads((folder / "index.json").read_bytes())
-            version, self.num_tokens = index["version"], int(index["num_tokens"])
-            self.num_postings = int(index["num_postings"])
-            parts = [(str(name), int(rows)) for name, rows in index["parts"]]
-        except (OSError, ValueError, KeyError, TypeError) as err:
-            raise StoreError(
-                f"{folder / 'index.json'} is damaged ({err}): delete {folder} and call "
-                "store.index() again."
-            ) from err
-        if version != VERSION:
-            raise StoreError(
-                f"{folder} is an index of version {version}, and this package reads {VERSION}: "
-                "delete it and call store.index() again."
-            )
-        path = folder / "features.parquet"
-        footer = read_footer(path)
-        names = ["count", "max_act", "mean_act"]
-        table = read_row_groups(path, footer, list(range(footer.num_row_groups)), names)
-        self.counts, self.max_act, self.mean_act = (table[name].to_numpy() for name in names)
-        if len(self.counts) != num_features or int(self.counts.sum()) != self.num_postings:
-            raise StoreError(f"{path} does not fit its index: delete {folder} and build it again.")
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._parts = [name for name, _ in parts]
-        self._begins = np.concatenate([[0], np.cumsum([rows for _, rows in parts])]).tolist()
-        self._footer = lru_cache(maxsize=256)(lambda part: read_footer(folder / self._parts[part]))
-
-    def read(self, feature: int, start: int, stop: int) -> tuple[Array, Array, Array]:
-        """act, document and position of a feature's tokens from rank start to stop, strongest first.
-
-        Ranks beyond the feature's last are left out.
-        """
-        begin = int(self.starts[feature])
-        low, high = begin + start, begin + min(stop, int(self.counts[feature]))
-        tables = []
-        while low < high:
-            part = bisect_right(self._begins, low) - 1
-            end = min(high, self._begins[part + 1])
-            tables.append(self._read(part, low - self._begins[part], end - self._begins[part]))
-            low = end
-        table = pa.concat_tables(tables) if tables else _POSTINGS.empty_table()
-        if len(table) and not (table["feature"].to_numpy() == feature).all():
-            raise StoreError(
-                f"{self.folder} does not fit its features.parquet: delete it and call "
-                "store.index() again."
-            )
-        names = ("act", "document", "position")
-        return tuple(table[name].to_numpy() for name in names)  # type: ignore[return-value]
-
-    def _read(self, part: int, start: int, stop: int) -> pa.Table:
-        groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
-        path = self.folder / self._parts[part]
-        table = read_row_groups(path, self._footer(part), list(groups), _POSTINGS.names)
-        return table.slice(start - groups.start * ROW_GROUP, stop - start)
+    write_parquet(folder / "features.parquet", FEATURES, [table], ROW_GROUP, {}, [])

@@ -133,7 +133,9 @@ class Provenance:
             data = json.loads(path.read_bytes())
             name, version = data["format"], data["version"]
         except FileNotFoundError:
-            raise StoreError(f"{store} is no store of recorded features: no {FILE} there.") from None
+            raise StoreError(
+                f"{store} is no store of recorded features: no {FILE} there."
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as err:
             raise StoreError(f"{path} is damaged or no store's ({err}).") from err
         if name != FORMAT:

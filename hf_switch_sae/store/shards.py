@@ -22,6 +22,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ class TokenRows:
         if kept.size and kept.max() > _MAX_ACT:
             row = int(kept.max(-1).argmax())
             raise StoreError(
-                f"feature {ids[row, 0]} has an act of {kept[row, 0]:g} at token {token[row]}, and a "
-                f"store keeps acts as float16, up to {_MAX_ACT:g}. Is the token an outlier (see "
+                f"feature {ids[row, 0]} has an act of {kept[row, 0]:g} at token {token[row]}, and "
+                f"a store keeps acts as float16, up to {_MAX_ACT:g}. Is the token an outlier (see "
                 "SwitchSAE.outlier_norm)?"
             )
         half = kept.astype(np.float16)
@@ -226,8 +227,10 @@ class TokenRows:
         offsets = offsets - offsets[0]
         if expert is not None:
             values = values + np.repeat(expert * layout.features_per_expert, np.diff(offsets))
-        plain = (columns[name].to_numpy() for name in ("document", "position", "token"))
-        return cls(*plain, offsets, values, half, expert)
+        document, position, token = (
+            columns[name].to_numpy() for name in ("document", "position", "token")
+        )
+        return cls(document, position, token, offsets, values, half, expert)
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def list_shards(store: Path) -> list[Shard]:
         if name := _NAME.fullmatch(path.name):
             found.append(Shard(path, int(name[1]), int(name[2]), path.stat().st_size))
     found.sort(key=lambda shard: shard.first)
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in pairwise(found):
         if other.first <= one.last:
             raise StoreError(
                 f"two shards of {store} hold document {other.first}: {one.path.name} and "
@@ -278,9 +281,7 @@ def write_shard(
     step = 16 * ROW_GROUP
     parts = (order[at : at + step] for at in range(0, len(order), step))
     tables = (rows.take(part).table(layout) for part in parts)
-    return write_parquet(
-        path, layout.schema, tables, ROW_GROUP, _ENCODINGS, dictionary, room
-    )
+    return write_parquet(path, layout.schema, tables, ROW_GROUP, _ENCODINGS, dictionary, room)
 
 
 class ShardReader:
@@ -369,7 +370,7 @@ class ShardReader:
         names = ["document", "position", "token"]
         shard = self.shards[index]
         table = read_row_groups(shard.path, self.footer(index), [group], names)
-        return tuple(table[name].to_numpy() for name in names)  # type: ignore[return-value]
+        return tuple(table[name].to_numpy() for name in names)
 
     def _groups_with(self, index: int, document: int, position: int) -> Iterator[int]:
         """Row groups that may hold the token, by their statistics."""
