@@ -64,7 +64,7 @@ class Documents:
                     f"document {number} is {type(text).__name__}, not a text or a list of token "
                     "ids: name the column that holds the text."
                 )
-            yield Document(number, text or "")
+            yield Document(number, [] if text is None else text)
 
 
 def read_documents(
