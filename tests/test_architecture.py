@@ -86,7 +86,9 @@ LONG_FILES = {
     "model.py": "one class, and most of its lines are what its methods take and return",
 }
 """File -> why it is longer than MAX_FILE. An entry whose file has become shorter fails."""
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "record.record": "its arguments are all that a recording can be told, each said in a line",
+}
 
 
 def imported_names(module: pathlib.Path):

@@ -34,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
-app.command("record")(record.record)
+app.command("record")(record.record_corpus)
 app.command("query")(query.query)
 
 

@@ -54,7 +54,8 @@ def query(
 def _overview(store: FeatureStore) -> list[dict[str, Any]]:
     made = asdict(store.provenance)
     counts = {"tokens": store.num_tokens, "shards": len(store.shards), "indexed": store.is_indexed}
-    return [{name: value} for name, value in {**counts, **store.disk_usage(), **made}.items()]
+    sizes = {f"bytes of {name}": size for name, size in store.disk_usage().items()}
+    return [{name: value} for name, value in {**counts, **sizes, **made}.items()]
 
 
 def _companion(companion: Companion) -> dict[str, Any]:

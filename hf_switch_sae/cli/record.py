@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.record import record as record_features
+from hf_switch_sae.record import record
 from hf_switch_sae.store import FeatureStore
 
 
-def record(
+def record_corpus(
     sae: Annotated[str, typer.Argument(help="Hub id or folder of the SAE.")],
     dataset: Annotated[
         str, typer.Argument(help="A .txt, .md, .jsonl or .parquet file, a folder, or a Hub id.")
@@ -47,7 +47,7 @@ def record(
     if name is None:
         raise SwitchSAEError("the SAE's config names no language model: give one with --lm.")
     model, tokenizer = _lm(name, dtype, device_map)
-    found = record_features(
+    found = record(
         model,
         switch_sae,
         dataset,
