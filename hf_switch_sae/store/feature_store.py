@@ -307,7 +307,7 @@ class FeatureStore:
         """
         return torch.from_numpy(self._index.max_act.copy())
 
-    def coactivation(self, feature: int, n: int = 20, tokens: int = 512) -> list[Companion]:
+    def coactivation(self, feature: int, n: int = 20, tokens: int = 256) -> list[Companion]:
         """The features that are most often active where this one is, most often first.
 
         Args:

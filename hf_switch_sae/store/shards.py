@@ -291,7 +291,8 @@ class ShardReader:
         self.shards, self.layout = shards, layout
         self._firsts = [shard.first for shard in shards]
         # each cache is bounded, whatever the size of the store
-        self.footer = lru_cache(maxsize=2048)(self._footer)
+        self.footer = lru_cache(maxsize=256)(self._footer)
+        self._bounds = lru_cache(maxsize=4096)(self._read_bounds)
         self._places = lru_cache(maxsize=512)(self._read_places)
 
     def _footer(self, index: int) -> pq.FileMetaData:
@@ -372,13 +373,20 @@ class ShardReader:
         table = read_row_groups(shard.path, self.footer(index), [group], names)
         return tuple(table[name].to_numpy() for name in names)
 
-    def _groups_with(self, index: int, document: int, position: int) -> Iterator[int]:
+    def _groups_with(self, index: int, document: int, position: int) -> list[int]:
         """Row groups that may hold the token, by their statistics."""
+        first, last, low, high = self._bounds(index)
+        inside = (first <= document) & (document <= last) & (low <= position) & (position <= high)
+        found: list[int] = np.flatnonzero(inside).tolist()
+        return found
+
+    def _read_bounds(self, index: int) -> Array:
+        """[4, row groups]: smallest and largest document, smallest and largest position of each."""
         footer = self.footer(index)
+        bounds = np.empty((4, footer.num_row_groups), np.int64)
         for group in range(footer.num_row_groups):
             columns = footer.row_group(group)
-            documents, positions = columns.column(0).statistics, columns.column(1).statistics
-            if not documents.min <= document <= documents.max:
-                continue
-            if positions.min <= position <= positions.max:
-                yield group
+            for at in range(2):
+                known = columns.column(at).statistics
+                bounds[2 * at : 2 * at + 2, group] = known.min, known.max
+        return bounds
