@@ -78,15 +78,17 @@ def test_the_block_after_a_resid_pre_is_never_computed():
         assert read(**INPUTS)["layers.2.resid_pre"].shape == (2, 7, tiny.DIM)
 
 
-def test_a_session_sees_the_stream_before_the_forward_stops():
+@pytest.mark.parametrize("at", ["layers.2.resid_pre", "layers.2.resid_post"])
+def test_a_session_sees_the_stream_before_the_forward_stops(at):
     lm = tiny.llama()
     sae = tiny.sae_for(lm)
-    with torch.no_grad(), partial_forward(lm, [2]) as early, attach(lm, sae, at=2) as session:
+    with torch.no_grad(), partial_forward(lm, [at]) as early, attach(lm, sae, at=at) as session:
         lm(**INPUTS)
         whole = session.features
         early(**INPUTS)
+        assert session.features is not whole
         assert torch.equal(session.features.acts, whole.acts)
-    with torch.no_grad(), attach(lm, sae, at=2) as session, partial_forward(lm, [2]) as early:
+    with torch.no_grad(), attach(lm, sae, at=at) as session, partial_forward(lm, [at]) as early:
         early(**INPUTS)
         assert torch.equal(session.features.acts, whole.acts)
 

@@ -646,6 +646,24 @@ def test_an_index_interrupted_at_any_step_goes_on_without_doing_it_again(tmp_pat
     assert read_postings(store) == stores.postings(rows)
 
 
+def test_an_interrupted_index_can_go_on_with_another_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "ROW_GROUP", 64)
+    monkeypatch.setattr(index, "_BYTES_A_POSTING", 1)
+    store, rows = stores.make(tmp_path / "s", [[300], [200], [300, 300]])
+    real = index._write_features
+
+    def stop(*_):
+        raise StoreError("no room for the rest")
+
+    monkeypatch.setattr(index, "_write_features", stop)
+    with pytest.raises(StoreError, match="no room"):
+        store.index(memory=200)
+    monkeypatch.setattr(index, "_write_features", real)
+    store.index(memory=900)
+
+    assert read_postings(store) == stores.postings(rows)
+
+
 def test_one_process_at_a_time_builds_the_index(tmp_path):
     store, _ = stores.make(tmp_path / "s", SHARDS)
     with (
