@@ -662,6 +662,11 @@ def test_an_interrupted_index_can_go_on_with_another_memory(tmp_path, monkeypatc
     store.index(memory=900)
 
     assert read_postings(store) == stores.postings(rows)
+    monkeypatch.setattr("hf_switch_sae.store.postings.ROW_GROUP", 64)
+    for feature in range(64):
+        want = [each[1:] for each in stores.postings(rows) if each[0] == feature]
+        hits = FeatureStore(store.path).top_tokens(feature, 10_000, context=0)
+        assert [(hit.act, hit.document, hit.position) for hit in hits] == want
 
 
 def test_one_process_at_a_time_builds_the_index(tmp_path):
