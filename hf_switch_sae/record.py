@@ -4,8 +4,10 @@ How    The documents are cut into shards of some `shard_tokens` tokens by their 
        computed as a whole and written as one file, so its rows depend neither on which process
        computes it nor on when: an interrupted recording goes on with the shards that are missing,
        and ranks take every world-size-th. Nothing is sent between ranks.
-Beware Batches are made within a shard. Another `shard_tokens` or `batch_tokens` pads otherwise, and
-       so may round the last bit of an act otherwise: both are kept in the store, and compared.
+Beware A document is never split over shards, so memory is that of the longest document or of one
+       shard, whichever is more. Batches are made within a shard. Another `shard_tokens` or
+       `batch_tokens` pads otherwise, and so may round the last bit of an act otherwise: both are
+       kept in the store, and compared.
 """
 
 from __future__ import annotations

@@ -416,6 +416,40 @@ def test_each_process_of_a_launcher_takes_its_share_of_the_shards(tmp_path, monk
     assert stores.contents(tmp_path / "three") == stores.contents(tmp_path / "one")
 
 
+# --- memory -------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import tiny, torch
+from hf_switch_sae import record
+torch.set_num_threads(1)
+lm = tiny.llama()
+sae = tiny.sae_for(lm)
+documents = [[5 + i % 90] * 100 for i in range(1500)]
+peaks = []
+for limit in (150, 1500):
+    record(
+        lm, sae, documents, sys.argv[2], at=2, context=100, shard_tokens=2000, batch_tokens=1000,
+        max_documents=limit,
+    )
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print((peaks[1] - peaks[0]) // 1024)
+"""
+
+
+def test_recording_ten_times_as_much_takes_no_more_memory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, Path(__file__).parent, tmp_path / "s"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # all 135 000 further tokens with their features are 15 MB, as tensors 100
+    assert int(done.stdout) < 12
+    assert FeatureStore(tmp_path / "s").num_tokens == 150_000
+
+
 # --- sessions -----------------------------------------------------------------------------------
 
 
