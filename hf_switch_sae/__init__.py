@@ -16,7 +16,9 @@ from hf_switch_sae.errors import (
     HookpointError,
     HubError,
     NonFiniteError,
+    StoreError,
     SwitchSAEError,
+    TextError,
     WidthError,
 )
 from hf_switch_sae.features import SparseFeatures
@@ -27,8 +29,11 @@ from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
 from hf_switch_sae.ops import explain_backends, use_backend
 from hf_switch_sae.optim import SwitchSAEAdam
 from hf_switch_sae.recipe import Recipe
+from hf_switch_sae.record import record
+from hf_switch_sae.residuals import partial_forward, residuals
 from hf_switch_sae.session import AttachedSAE, Preflight, Session
 from hf_switch_sae.steering_files import export_recipe
+from hf_switch_sae.store import FeatureStore
 
 __version__ = "0.1.0"
 
@@ -43,6 +48,7 @@ __all__ = [
     "ConversionError",
     "EditError",
     "FeatureIdError",
+    "FeatureStore",
     "HookpointError",
     "HubError",
     "NonFiniteError",
@@ -55,11 +61,13 @@ __all__ = [
     "Session",
     "SparseFeatures",
     "Steer",
+    "StoreError",
     "SwitchSAE",
     "SwitchSAEAdam",
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
+    "TextError",
     "WidthError",
     "attach",
     "convert",
@@ -71,8 +79,11 @@ __all__ = [
     "hook_residual",
     "inspect",
     "load_all",
+    "partial_forward",
     "pull",
     "push",
+    "record",
+    "residuals",
     "status",
     "use_backend",
 ]

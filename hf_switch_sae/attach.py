@@ -71,7 +71,7 @@ class ResidualHandle:
 
 
 def hook_residual(
-    model: nn.Module, at: int | str, fn: Callable[[Tensor], Tensor | None]
+    model: nn.Module, at: int | str, fn: Callable[[Tensor], Tensor | None], *, last: bool = False
 ) -> ResidualHandle:
     """Call `fn` on the residual stream at a place, each time it comes by; for your own probes.
 
@@ -80,6 +80,7 @@ def hook_residual(
         at: a layer, a hookpoint (`layers.7.resid_post`, `layers.7.resid_pre`) or a module path.
         fn: gets the residual stream, mostly [batch, seq, hidden_size] (see `find_residual_blocks`
             for the exceptions); returns the tensor to go on with, or None to leave it as it is.
+        last: after all other hooks there, those of sessions included, instead of before them.
 
     Returns:
         A handle with `remove()`, also a context manager.
@@ -89,10 +90,12 @@ def hook_residual(
     """
     place = resolve(model, at)
     _forget_compiled_code()
-    return _hook_place(place, fn)
+    return _hook_place(place, fn, last)
 
 
-def _hook_place(place: Hookpoint, fn: Callable[[Tensor], Tensor | None]) -> ResidualHandle:
+def _hook_place(
+    place: Hookpoint, fn: Callable[[Tensor], Tensor | None], last: bool = False
+) -> ResidualHandle:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = fn(read_residual_input(args, kwargs))
         return None if new is None else replace_residual_input(args, kwargs, new)
@@ -103,9 +106,9 @@ def _hook_place(place: Hookpoint, fn: Callable[[Tensor], Tensor | None]) -> Resi
 
     if place.site == "resid_pre":
         return ResidualHandle(
-            place.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            place.module.register_forward_pre_hook(before, prepend=not last, with_kwargs=True)
         )
-    return ResidualHandle(place.module.register_forward_hook(after, prepend=True))
+    return ResidualHandle(place.module.register_forward_hook(after, prepend=not last))
 
 
 def attach(
@@ -302,6 +305,7 @@ class _Board:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if flow.generation is not None:  # a draft within this call: the user's is known already
                 return generate(*args, **kwargs)
+            self._check_recording(args, kwargs)
             flow.generation = _generation(self.root, args, kwargs)
             try:
                 return generate(*args, **kwargs)
@@ -310,6 +314,18 @@ class _Board:
 
         self._generate = (watched, self.root.__dict__.get("generate"))
         self.root.__dict__["generate"] = watched
+
+    def _check_recording(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """AttachError if beams are asked for while a session records: rows would change texts."""
+        given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        config = given or getattr(self.root, "generation_config", None)
+        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        taps = [tap for session in self.sessions for tap in session.taps.values()]
+        if beams > 1 and any(tap.recorder is not None for tap in taps):
+            raise AttachError(
+                f"generate with num_beams={beams} can't be recorded, as beams move from row to "
+                "row: generate first, then record a plain forward of the texts."
+            )
 
     def _unwatch_generate(self) -> None:
         if self._generate is None:
@@ -349,6 +365,9 @@ class _Board:
         generation = None if call is None else self.flow.generation
         tokens = Tokens.of(x[:, :: layout.lanes], call, generation, decoding).lanes(layout.lanes)
         changes = [tap.pass_by(x, tokens, self.flow.read_only) for _, tap in taps]
+        if not self.flow.read_only:
+            for _, tap in taps:
+                tap.record_last(None if call is None else call.token_ids)
         wanted = [change for change in changes if change is not None]
         if not wanted:
             return None
@@ -366,6 +385,8 @@ class _Board:
         if call is None or outer is None or not decoding:
             return call
         is_pair = bool(getattr(getattr(self.root, "config", None), "is_encoder_decoder", False))
+        if call.token_ids is None:  # a multimodal model embeds them before its text model runs
+            call = replace(call, token_ids=outer.token_ids)
         mask = outer.decoder_mask if is_pair else outer.mask
         if (
             isinstance(mask, Tensor)

@@ -11,7 +11,9 @@
     ├── ConversionError     a checkpoint that can't be taken over or handed on (and ValueError)
     ├── HubError            what the Hugging Face Hub answered, said plainly (and OSError)
     ├── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
-    └── BackendError        a compute backend that does not exist, or declines (and RuntimeError)
+    ├── BackendError        a compute backend that does not exist, or declines (and RuntimeError)
+    ├── StoreError          a store that is damaged, foreign or full (and RuntimeError)
+    └── TextError           documents that can't be read as text (and ValueError)
 
 Each message says what was asked, what is there, and what to do. An error is raised before anything
 was changed.
@@ -64,3 +66,11 @@ class NonFiniteError(SwitchSAEError, ArithmeticError):
 
 class BackendError(SwitchSAEError, RuntimeError):
     """No such compute backend, or one that can't work on these tensors."""
+
+
+class StoreError(SwitchSAEError, RuntimeError):
+    """A store of recorded features that is damaged, of something else, or can't be written."""
+
+
+class TextError(SwitchSAEError, ValueError):
+    """Documents that are not there, or can't be read as text."""

@@ -52,6 +52,8 @@ class Call:
     """Columns in the cache before this call; None if the cache can't tell."""
     length: int = 0
     """Columns of this call."""
+    token_ids: Tensor | None = None
+    """[B, length] int64, if the call was given any."""
 
     @classmethod
     def read(cls, arguments: Mapping[str, Any]) -> Call:
@@ -71,6 +73,7 @@ class Call:
             has_cache=cache is not None,
             past=_length(cache),
             length=0 if tokens is None else tokens.shape[1],
+            token_ids=None if tokens is None or tokens.is_floating_point() else tokens,
         )
 
 

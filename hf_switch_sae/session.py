@@ -13,10 +13,12 @@ Beware The stream is copied when it comes by (models add to it in place) and enc
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,9 +30,11 @@ from hf_switch_sae.edits import Edit
 from hf_switch_sae.errors import AttachError, EditError, HookpointError, NonFiniteError, WidthError
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hookpoints import Hookpoint, resolve
+from hf_switch_sae.live import LiveRecorder, recording
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.positions import Tokens
 from hf_switch_sae.recipe import Recipe
+from hf_switch_sae.store import FeatureStore
 
 _OUTLIER_NORM = 6.0  # times the median: attention sinks, left out of preflight as of training
 
@@ -65,6 +69,13 @@ class Tap:
         self.sae, self.place, self.splice = sae, place, splice
         self.edits = PreparedEdits(sae, ())
         self.last: Passed | None = None
+        self.recorder: LiveRecorder | None = None
+
+    def record_last(self, token_ids: Tensor | None) -> None:
+        """Hand the pass that just came by to the recorder, if there is one."""
+        if self.recorder is not None and self.last is not None:
+            passed = self.last
+            self.recorder.add(passed.features().detach(), passed.tokens.position, token_ids)
 
     def pass_by(self, x: Tensor, tokens: Tokens, read_only: bool) -> tuple[Tensor, Tensor] | None:
         """Note a stream x [B, T, d]; delta [B, T, d] and edited [B, T], or None: leave it alone."""
@@ -297,6 +308,42 @@ class Session:
         """
         tap = self._tap(at)
         return Recipe(sae=_name(tap.sae), edits=tap.edits.edits, hookpoint=tap.place.name)
+
+    def record(
+        self,
+        store: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        lm_revision: str | None = None,
+        shard_tokens: int = 1 << 17,
+    ) -> AbstractContextManager[FeatureStore | dict[str, FeatureStore]]:
+        """Record the features of every forward pass, also within `generate`, while it is open.
+
+            with session.record("folder") as store:
+                lm.generate(**inputs)
+            store.index()
+
+        Each row of a forward is a document; what a KV cache goes on with belongs to the same one.
+        Features are those before edits. Numbers of documents go on from those in the store.
+
+        Args:
+            store: folder of a store of sessions, or of a new one; with several hookpoints each gets
+                the store in the subfolder of its name.
+            tokenizer: that made the tokens, to note in a new store.
+            lm_revision: commit the language model was loaded from, to note in a new store.
+            shard_tokens: finished documents are written when they have so many tokens together.
+
+        Returns:
+            A context manager: of the FeatureStore, or of a dict of them by hookpoint.
+
+        Raises:
+            AttachError: the session is detached.
+            StoreError: the folder is a store of something else or holds other things; within the
+                block: no room on the disk.
+        """
+        if not self.attached:
+            raise AttachError("this session is detached, so nothing would come by; attach again.")
+        return recording(self.lm, self._taps, Path(store), tokenizer, lm_revision, shard_tokens)
 
     def status(self) -> list[AttachedSAE]:
         """One line for each hookpoint; `status(lm)` gives those of all sessions."""

@@ -23,23 +23,29 @@ FLOOR = {
     "positions": 1,
     "streams": 1,
     "hub_errors": 1,
+    "text": 1,
     "base_model": 2,
     "edits": 2,
     "experts": 2,
     "statistics": 2,
+    "store": 2,
     "model": 3,
     "recipe": 3,
     "convert": 4,
     "card": 4,
     "deltas": 4,
+    "optim": 4,
+    "origin": 4,
     "inspection": 5,
+    "live": 5,
     "steering_files": 5,
     "hub": 6,
-    "optim": 4,
-    "session": 5,
-    "attach": 6,
-    "demo": 7,
-    "cli": 8,
+    "session": 6,
+    "attach": 7,
+    "demo": 8,
+    "residuals": 8,
+    "record": 9,
+    "cli": 10,
 }
 """A room imports only from lower floors. `__init__` is the roof: it imports, nobody imports it."""
 
@@ -54,6 +60,7 @@ FACE = [
     "ConversionError",
     "EditError",
     "FeatureIdError",
+    "FeatureStore",
     "HookpointError",
     "HubError",
     "NonFiniteError",
@@ -66,11 +73,13 @@ FACE = [
     "Session",
     "SparseFeatures",
     "Steer",
+    "StoreError",
     "SwitchSAE",
     "SwitchSAEAdam",
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
+    "TextError",
     "WidthError",
     "attach",
     "convert",
@@ -82,8 +91,11 @@ FACE = [
     "hook_residual",
     "inspect",
     "load_all",
+    "partial_forward",
     "pull",
     "push",
+    "record",
+    "residuals",
     "status",
     "use_backend",
 ]
@@ -94,7 +106,9 @@ LONG_FILES = {
     "model.py": "one class, and most of its lines are what its methods take and return",
 }
 """File -> why it is longer than MAX_FILE. An entry whose file has become shorter fails."""
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "record.record": "its arguments are all that a recording can be told, each said in a line",
+}
 
 
 def imported_names(module: pathlib.Path):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hf_switch_sae import Steer, SwitchSAE, SwitchSAEConfig, attach
 from hf_switch_sae.attach import hook_residual
 from hf_switch_sae.hookpoints import Hookpoint, find_residual_blocks, resolve
+from hf_switch_sae.residuals import _LOOPS, residuals
 
 torch.set_num_threads(1)
 # LASR convolves with padding="same" and an even kernel, which torch warns about; nothing of ours.
@@ -155,6 +156,27 @@ def test_an_added_vector_changes_the_output(case):
         changed = case.run()
 
     assert same(before, changed) == (case.entry.model_type in UNMOVED)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
+def test_a_forward_that_stops_at_the_place_reads_the_same_stream(case, site):
+    whole: list[Tensor] = []
+    with hook_residual(case.model, case.at(site), lambda x: whole.append(x.clone())):
+        case.run()
+    counts = hooks(case.model)
+
+    with torch.no_grad(), residuals(case.model, [case.at(site)]) as read:
+        found = []
+        for _ in range(2):  # the first may be run to its end, to count
+            torch.manual_seed(2)
+            found += read(**case.inputs).values()
+
+    assert same(found, [whole[-1], whole[-1]])
+    assert hooks(case.model) == counts
+
+
+def test_models_that_loop_over_their_blocks_are_known_to(case):
+    assert (case.entry.model_type in _LOOPS) == (case.entry.model_type in REPEATED)
 
 
 def test_removing_the_hook_leaves_no_trace(case):

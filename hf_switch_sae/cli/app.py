@@ -6,7 +6,7 @@ from importlib.metadata import version as installed_version
 
 import typer
 
-from hf_switch_sae.cli import convert, demo, inspect, pull, push
+from hf_switch_sae.cli import convert, demo, inspect, pull, push, query, record
 
 FACE = """
 Attach Switch Sparse Autoencoders to running Hugging Face models: show, steer, clamp and ablate
@@ -38,6 +38,8 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("pull")(pull.pull)
 app.command("push")(push.push)
+app.command("record")(record.record_corpus)
+app.command("query")(query.query)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,102 @@
+"""`hf-switch-sae query`: where a feature fires, which fire together, what fires on a text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from transformers import AutoTokenizer
+
+from hf_switch_sae.errors import SwitchSAEError
+from hf_switch_sae.store import Companion, FeatureStore, Hit
+
+
+def query(
+    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    feature: Annotated[
+        int | None, typer.Option(help="Where it is strongest; with --quantiles, a sample.")
+    ] = None,
+    coactivation: Annotated[int | None, typer.Option(help="What fires together with it.")] = None,
+    text: Annotated[str | None, typer.Option(help="What fires where this text occurs.")] = None,
+    quantiles: Annotated[bool, typer.Option(help="Sample the feature's whole range.")] = False,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many lines.")] = 10,
+    context: Annotated[int, typer.Option(min=0, help="Tokens before and after.")] = 8,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hub id or folder; the store's own by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Ask a store of recorded features; without an option, what it holds."""
+    if sum(asked is not None for asked in (feature, coactivation, text)) > 1:
+        raise SwitchSAEError("one question at a time: --feature, --coactivation or --text.")
+    opened = FeatureStore(store)
+    if feature is None and coactivation is None and text is None:
+        _show(_overview(opened), as_json)
+        return
+    opened.tokenizer = _tokenizer(opened, tokenizer, needed=text is not None)
+    if coactivation is not None:
+        _show([_companion(each) for each in opened.coactivation(coactivation, n)], as_json)
+    elif text is not None:
+        _show([_companion(each) for each in opened.features_of(text, n)], as_json)
+    elif quantiles:
+        assert feature is not None
+        found = opened.sample(feature, n=max(1, n // 5), context=context)
+        _show([_hit(hit, opened.tokenizer) for hits in found.values() for hit in hits], as_json)
+    else:
+        assert feature is not None
+        hits = opened.top_tokens(feature, n, context)
+        _show([_hit(hit, opened.tokenizer) for hit in hits], as_json)
+
+
+def _overview(store: FeatureStore) -> list[dict[str, Any]]:
+    made = asdict(store.provenance)
+    counts = {"tokens": store.num_tokens, "shards": len(store.shards), "indexed": store.is_indexed}
+    sizes = {f"bytes of {name}": size for name, size in store.disk_usage().items()}
+    return [{name: value} for name, value in {**counts, **sizes, **made}.items()]
+
+
+def _companion(companion: Companion) -> dict[str, Any]:
+    return {
+        "feature": companion.feature,
+        "share": round(companion.share, 4),
+        "mean_act": round(companion.mean_act, 4),
+    }
+
+
+def _hit(hit: Hit, tokenizer: Any) -> dict[str, Any]:
+    line = {"act": hit.act, "document": hit.document, "position": hit.position}
+    if tokenizer is None:
+        return {**line, "tokens": list(hit.tokens), "at": hit.at}
+    before, token, after = (
+        tokenizer.decode(list(part))
+        for part in (
+            hit.tokens[: hit.at],
+            hit.tokens[hit.at : hit.at + 1],
+            hit.tokens[hit.at + 1 :],
+        )
+    )
+    return {**line, "text": f"{before}[{token}]{after}"}
+
+
+def _show(lines: list[dict[str, Any]], as_json: bool) -> None:
+    for line in lines:
+        if as_json:
+            print(json.dumps(line))
+        else:
+            print("  ".join(f"{name} {value!r}" for name, value in line.items()))
+
+
+def _tokenizer(store: FeatureStore, name: str | None, needed: bool) -> Any:
+    known = name or (store.provenance.tokenizer or {}).get("name")
+    try:
+        if known:
+            return AutoTokenizer.from_pretrained(known)
+        why = "the store names none"
+    except (OSError, ValueError) as err:
+        why = str(err)
+    if needed or name:
+        raise SwitchSAEError(f"no tokenizer ({why}): give one with --tokenizer.")
+    return None  # the tokens are then shown by their ids

@@ -1,0 +1,94 @@
+"""`hf-switch-sae record`: features of a corpus, on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_switch_sae.errors import SwitchSAEError
+from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.record import record
+from hf_switch_sae.store import FeatureStore
+
+
+def record_corpus(
+    sae: Annotated[str, typer.Argument(help="Hub id or folder of the SAE.")],
+    dataset: Annotated[
+        str, typer.Argument(help="A .txt, .md, .jsonl or .parquet file, a folder, or a Hub id.")
+    ],
+    store: Annotated[Path, typer.Argument(help="Folder of the store, new or to go on with.")],
+    lm: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the language model; the SAE's own.")
+    ] = None,
+    subfolder: Annotated[str, typer.Option(help="Where the SAE lies in its repository.")] = "",
+    at: Annotated[str | None, typer.Option(help="The place; the SAE's own by default.")] = None,
+    column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    context: Annotated[int, typer.Option(min=1, help="Tokens the model sees at once.")] = 512,
+    prefix: Annotated[str, typer.Option(help="Text before each window, not recorded.")] = "",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass.")] = 4096,
+    max_documents: Annotated[int | None, typer.Option(min=0, help="Stop after so many.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=0, help="Stop after about so many.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=0, help="Budget for tokens/.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the language model.")] = "auto",
+    device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
+    index: Annotated[bool, typer.Option(help="Build the index at the end.")] = True,
+    allow_mismatch: Annotated[
+        bool, typer.Option(help="Accept another language model than the SAE's.")
+    ] = False,
+) -> None:
+    """Record which features are active on every token of a corpus; goes on where it was."""
+    switch_sae = _sae(sae, subfolder)
+    name = lm or switch_sae.config.base_model
+    if name is None:
+        raise SwitchSAEError("the SAE's config names no language model: give one with --lm.")
+    model, tokenizer = _lm(name, dtype, device_map)
+    found = record(
+        model,
+        switch_sae,
+        dataset,
+        store,
+        tokenizer=tokenizer,
+        at=at,
+        column=column,
+        split=split,
+        context=context,
+        prefix=tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else (),
+        batch_tokens=batch_tokens,
+        max_documents=max_documents,
+        max_tokens=max_tokens,
+        max_bytes=max_bytes,
+        allow_mismatch=allow_mismatch,
+    )
+    assert isinstance(found, FeatureStore)
+    if index and found.shards:
+        found.index()
+    used = found.disk_usage()
+    print(
+        f"{store}: {found.num_tokens:,} tokens of documents 0 to "
+        f"{found.shards[-1].last if found.shards else 0:,}; {used['tokens']:,} bytes of tokens, "
+        f"{used['index']:,} of index"
+    )
+
+
+def _sae(name: str, subfolder: str) -> SwitchSAE:
+    try:
+        sae = SwitchSAE.from_pretrained(name, subfolder=subfolder)
+    except OSError as err:
+        raise SwitchSAEError(f"no SAE at {name}: {err}") from err
+    torch.nn.Module.to(sae, "cuda" if torch.cuda.is_available() else "cpu")
+    return sae
+
+
+def _lm(name: str, dtype: str, device_map: str | None) -> tuple[torch.nn.Module, Any]:
+    if device_map is None and torch.cuda.is_available():
+        device_map = "cuda"
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
+        return lm, AutoTokenizer.from_pretrained(name)
+    except OSError as err:
+        raise SwitchSAEError(f"no language model at {name}: {err}") from err

@@ -1,0 +1,139 @@
+"""What a store answers with, and how answers about tokens are put together from their rows.
+
+Room   ranks of a feature -> hits; places (shard, row) -> companions; token ids -> places; rows ->
+       CSR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.store.postings import Index
+from hf_switch_sae.store.shards import ROW_GROUP, Array, ShardReader, TokenRows
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One token on which a feature is active, with the tokens around it."""
+
+    feature: int
+    act: float
+    """In the language model's own units, router weight included."""
+    document: int
+    """Number of the document in the data set, from 0."""
+    position: int
+    """Of the token in its document, from 0."""
+    tokens: tuple[int, ...]
+    """Token ids around it, itself included."""
+    at: int
+    """Index of the token itself in `tokens`."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Consecutive tokens of one document, with their features."""
+
+    document: int
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...]
+    features: SparseFeatures
+    """[len(tokens)], acts in float16, strongest first."""
+
+
+@dataclass(frozen=True)
+class Companion:
+    """How often and how strongly a feature is active on some set of tokens."""
+
+    feature: int
+    share: float
+    """Share of the tokens on which it is active, 0 to 1."""
+    mean_act: float
+    """Mean act on those of them on which it is active."""
+
+
+def hits(
+    reader: ShardReader,
+    index: Index,
+    feature: int,
+    ranks: tuple[int, int],
+    context: int | tuple[int, int],
+) -> list[Hit]:
+    """A feature's tokens of some ranks by act, strongest first, with the tokens around them."""
+    found = []
+    for act, document, position in zip(*index.read(feature, *ranks), strict=True):
+        shard, row = reader.find(int(document), int(position))
+        start, stop = window(reader, shard, row, context)
+        tokens = tuple(reader.tokens(shard, start, stop)[2].tolist())
+        place = int(document), int(position)
+        found.append(Hit(feature, float(act), *place, tokens, row - start))
+    return found
+
+
+def window(
+    reader: ShardReader, shard: int, row: int, context: int | tuple[int, int]
+) -> tuple[int, int]:
+    """Rows of a shard around one of them, of its own document only."""
+    before, after = (context, context) if isinstance(context, int) else context
+    start, stop = max(0, row - before), min(reader.num_rows(shard), row + after + 1)
+    documents, _, _ = reader.tokens(shard, start, stop)
+    mine = np.flatnonzero(documents == documents[row - start])
+    return start + int(mine[0]), start + int(mine[-1]) + 1
+
+
+def companions(reader: ShardReader, places: list[tuple[int, int]]) -> list[Companion]:
+    """Features active on rows (shard, row), the most frequent first."""
+    width = reader.layout.num_features
+    counts, sums = np.zeros(width, np.int64), np.zeros(width)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for shard, row in places:
+        groups.setdefault((shard, row // ROW_GROUP), []).append(row)
+    for (shard, group), rows in groups.items():
+        start = group * ROW_GROUP
+        stop = min(start + ROW_GROUP, reader.num_rows(shard))
+        block = reader.rows(shard, start, stop).take(np.asarray(rows) - start)
+        counts += np.bincount(block.ids, minlength=width)
+        sums += np.bincount(block.ids, block.acts.astype(np.float64), width)
+    active = np.flatnonzero(counts)
+    order = active[np.lexsort((active, -sums[active], -counts[active]))]
+    return [
+        Companion(int(id), float(counts[id] / len(places)), float(sums[id] / counts[id]))
+        for id in order
+    ]
+
+
+def occurrences(reader: ShardReader, wanted: Array) -> Iterator[tuple[int, int]]:
+    """Shard and first row of each occurrence of token ids, [n], within one document."""
+    last = len(wanted) - 1
+    for index in range(len(reader.shards)):
+        document, position, token = reader.tokens(index, 0, reader.num_rows(index))
+        count = len(token) - last
+        if count <= 0:
+            continue
+        here = np.ones(count, bool)
+        for i, each in enumerate(wanted):
+            here &= token[i : i + count] == each
+        here &= document[:count] == document[last:]
+        here &= position[last:] - position[:count] == last
+        yield from ((index, int(row)) for row in np.flatnonzero(here))
+
+
+def csr_of(parts: list[TokenRows], num_features: int) -> Tensor:
+    """[tokens, num_features], torch sparse CSR, float16; columns in rising order."""
+    if not parts:
+        return torch.zeros(0, num_features, dtype=torch.float16).to_sparse_csr()
+    rows = TokenRows.cat(parts)
+    token = np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
+    order = np.lexsort((rows.ids, token))
+    return torch.sparse_csr_tensor(
+        torch.from_numpy(rows.offsets),
+        torch.from_numpy(rows.ids[order]),
+        torch.from_numpy(rows.acts[order]),
+        (len(rows), num_features),
+        check_invariants=True,
+    )

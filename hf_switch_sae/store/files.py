@@ -1,0 +1,282 @@
+"""Files of a store: written whole or not at all, and every byte checked when it is read.
+
+Room   tables -> a sealed Parquet file beside its place -> fsync -> rename; and back.
+How    Pages carry Parquet's own checksums. Between the last page and the footer stand 12 bytes that
+       Parquet readers skip, the seal: b"HFSW", CRC-32 of all that is before it, CRC-32 of all that
+       is after it (both little-endian). So a query checks the footer and the pages that it reads,
+       and `check_body` all the rest.
+Beware A process that is killed leaves a file whose name starts with ".tmp-". Nobody reads it, and
+       the next writer on the same machine removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import socket
+import struct
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_switch_sae.errors import StoreError
+
+SEAL = struct.Struct("<4sII")
+SEAL_MAGIC = b"HFSW"
+_TAIL = struct.Struct("<I4s")  # what ends a Parquet file: the footer's length, and b"PAR1"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears at `path` only when the block has ended without an error.
+
+    Raises:
+        StoreError: no room on the disk, or no permission; whatever stood at `path` still does.
+    """
+    beside = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        _sync_folder(path.parent)
+    except OSError as err:
+        room = "the disk is full" if err.errno in _NO_ROOM else "the file can't be written"
+        raise StoreError(
+            f"{path}: {room} ({err.strerror or err}). Nothing that was there has changed; make "
+            "room or choose another folder, and run the same call again: it goes on where it was."
+        ) from err
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system lets one open a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers of this machine left behind that are no longer running."""
+    for path in folder.glob(".tmp-*"):
+        found = re.fullmatch(r"\.tmp-(.*)-(\d+)-[0-9a-f]{8}", path.name)
+        if found and found[1] == socket.gethostname() and not _is_running(int(found[2])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Hold a lock, which the system takes back from a process that is killed.
+
+    Raises:
+        StoreError: another process holds it, and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except ImportError:  # not a POSIX system, so without a lock
+            pass
+        except BlockingIOError:
+            raise StoreError(
+                f"another process is at work in {path.parent}; wait for it to finish."
+            ) from None
+        yield
+
+
+class _Sink(io.RawIOBase):
+    """What pyarrow writes a Parquet file to: checksums it, and holds back what comes at the end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._held, self._crc = file, bytearray(), 0
+        self.holding = False
+        self._at = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def write(self, data: Any) -> int:
+        self._at += (size := memoryview(data).nbytes)
+        if self.holding:
+            self._held += data
+        else:
+            self._crc = zlib.crc32(data, self._crc)
+            self._file.write(data)
+        return size
+
+    def seal(self) -> None:
+        """Write what was held back: the rest of the body, the seal, and the footer."""
+        length, _ = _TAIL.unpack(self._held[-_TAIL.size :])
+        cut = len(self._held) - _TAIL.size - length
+        body, footer = bytes(self._held[:cut]), bytes(self._held[cut:])
+        self._crc = zlib.crc32(body, self._crc)
+        self._file.write(body)
+        self._file.write(SEAL.pack(SEAL_MAGIC, self._crc, zlib.crc32(footer)))
+        self._file.write(footer)
+
+
+def write_parquet(
+    path: Path,
+    schema: pa.Schema,
+    tables: Iterable[pa.Table],
+    row_group: int,
+    encodings: Mapping[str, str],
+    dictionary: list[str],
+    room: int | None = None,
+) -> int | None:
+    """Write tables as one sealed Parquet file at `path`.
+
+    Args:
+        path: where; replaced if it is there already.
+        schema: of every table, with the metadata that goes into the footer.
+        tables: each written as row groups of its own.
+        row_group: rows a row group, at most.
+        encodings: column path -> encoding; the columns of `dictionary` left out.
+        dictionary: columns with few distinct values.
+        room: bytes it may take; a larger file is not kept.
+
+    Returns:
+        Its size in bytes, or None if it would not have fitted into `room`.
+
+    Raises:
+        StoreError: no room on the disk, or no permission.
+    """
+    with contextlib.suppress(_TooLarge), written_whole(path) as file:
+        sink = _Sink(file)
+        writer = pq.ParquetWriter(
+            pa.PythonFile(sink, mode="w"),
+            schema,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=dictionary,
+            column_encoding=dict(encodings),
+            write_page_checksum=True,
+        )
+        for table in tables:
+            writer.write_table(table, row_group_size=row_group)
+        sink.holding = True
+        writer.close()
+        sink.seal()
+        if room is not None and file.tell() > room:
+            raise _TooLarge
+        return file.tell()
+    return None
+
+
+class _TooLarge(Exception):
+    """A file that would not fit into its budget."""
+
+
+def read_footer(path: Path) -> pq.FileMetaData:
+    """The footer of a sealed Parquet file, checked.
+
+    Raises:
+        StoreError: no such file, one that is cut short or damaged, or not one of a store.
+    """
+    with reading(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL.size))
+        tail = file.read()
+        length, magic = _TAIL.unpack(tail) if len(tail) == _TAIL.size else (0, b"")
+        start = size - _TAIL.size - length - SEAL.size
+        if magic != b"PAR1" or start < 0:
+            raise _damaged(path, "it is cut short, or no Parquet file")
+        file.seek(start)
+        name, _, crc = SEAL.unpack(file.read(SEAL.size))
+        footer = file.read()
+        if name != SEAL_MAGIC:
+            raise _damaged(path, "it has no seal, so this package did not write it")
+        if zlib.crc32(footer) != crc:
+            raise _damaged(path, "the checksum of its footer is wrong")
+        # a Parquet file of no pages at all has the same footer, and needs no second look at disk
+        return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+
+
+def check_body(path: Path) -> None:
+    """Read a sealed file from end to end against its checksums.
+
+    Raises:
+        StoreError: it is cut short or damaged.
+    """
+    read_footer(path)
+    with reading(path), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size - _TAIL.size)
+        length, _ = _TAIL.unpack(file.read())
+        left = size - _TAIL.size - length - SEAL.size
+        file.seek(0)
+        crc = 0
+        while left:
+            chunk = file.read(min(left, 1 << 22))
+            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+        _, wanted, _ = SEAL.unpack(file.read(SEAL.size))
+    if crc != wanted:
+        raise _damaged(path, "the checksum of its rows is wrong")
+
+
+def read_row_groups(
+    path: Path, footer: pq.FileMetaData, groups: list[int], columns: list[str]
+) -> pa.Table:
+    """Columns of some row groups, their pages checked.
+
+    Raises:
+        StoreError: the file is gone or damaged.
+    """
+    with reading(path):
+        file = pq.ParquetFile(path, metadata=footer, page_checksum_verification=True)
+        try:
+            return file.read_row_groups(groups, columns=columns, use_threads=False)
+        finally:
+            file.close()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what pyarrow and the system raise for a bad file into a StoreError that names it."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except FileNotFoundError:
+        raise StoreError(f"{path} is gone: it was deleted or moved while the store is open.") from (
+            None
+        )
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as err:
+        raise _damaged(path, str(err).splitlines()[0][:200] if str(err) else "unreadable") from err
+
+
+def _damaged(path: Path, why: str) -> StoreError:
+    return StoreError(
+        f"{path} is damaged: {why}. Nothing of it was used. Delete this file and run what made "
+        "it again: only what it held is computed anew."
+    )

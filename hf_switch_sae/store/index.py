@@ -1,0 +1,360 @@
+"""The inverted index: from "which features has this token" to "where does this feature fire".
+
+Room   shards -> index/<generation>/: postings-<n>.parquet, features.parquet, index.json.
+How    An external sort in two steps, each of bounded memory and made of files that appear whole, so
+       that a killed build goes on where it was. Runs: some shards' postings, grouped by feature.
+       Parts: a range of features of all runs, sorted. index.json comes last; without it there is no
+       index. The generation's name follows from the shards' names and sizes, so an index of other
+       shards is never taken for this one's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from hf_switch_sae.errors import StoreError
+from hf_switch_sae.store.files import (
+    check_body,
+    locked,
+    read_footer,
+    read_row_groups,
+    remove_leftovers,
+    write_parquet,
+    written_whole,
+)
+from hf_switch_sae.store.postings import FEATURES, FOLDER, POSTINGS, ROW_GROUP, VERSION
+from hf_switch_sae.store.shards import Array, Shard, ShardReader, TokenRows
+
+_BYTES_A_POSTING = 64  # at the peak of either step, measured
+_MAX_SPAN = 1 << 16  # features of one part: 16 bits of its sort key
+_ENCODINGS = {
+    "feature": "DELTA_BINARY_PACKED",
+    "act": "PLAIN",
+    "document": "DELTA_BINARY_PACKED",
+    "position": "DELTA_BINARY_PACKED",
+}
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and how much there is."""
+
+
+def generation(shards: list[Shard]) -> str:
+    """The name of the index of these shards, 8 hex digits of their names and sizes."""
+    listing = "\n".join(f"{shard.path.name} {shard.size}" for shard in shards)
+    return f"{zlib.crc32(listing.encode()):08x}"
+
+
+def build(store: Path, reader: ShardReader, memory: int, progress: Progress) -> None:
+    """Make the index of all shards, or go on with one that was interrupted.
+
+    Args:
+        store: the store's folder.
+        reader: of its shards.
+        memory: bytes to sort in; the process needs some 300 MB besides.
+        progress: told how far it is.
+
+    Raises:
+        StoreError: no room, a damaged shard, or another process is at it.
+    """
+    folder = store / FOLDER / generation(reader.shards)
+    with locked(store / FOLDER / ".lock", wait=False):
+        for other in (store / FOLDER).iterdir():
+            if other.is_dir() and other != folder and not (folder / "index.json").exists():
+                _remove_unfinished(other)
+        if not (folder / "index.json").exists():
+            limit = max(ROW_GROUP, memory // _BYTES_A_POSTING)
+            _remove_if_of_another_limit(folder, limit)
+            remove_leftovers(folder)
+            runs = _write_runs(folder, reader, limit, progress)
+            _write_parts(folder, reader, runs, limit, progress)
+        for other in (store / FOLDER).iterdir():
+            if other.is_dir() and other != folder:
+                shutil.rmtree(other)
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Make room: an index that was never finished, of shards that have changed since."""
+    if not (folder / "index.json").exists():
+        shutil.rmtree(folder)
+
+
+def _remove_if_of_another_limit(folder: Path, limit: int) -> None:
+    """Parts of one limit end elsewhere than those of another, so they can't be mixed."""
+    run = folder / "runs" / "run-000000.bin"
+    if run.exists():
+        with run.open("rb") as file:
+            if json.loads(file.readline())["limit"] == limit:
+                return
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Postings of some consecutive rows, grouped by feature, rows in order within each.
+
+    A file is a line of JSON, then offsets int64 [F + 1], sums float64 [F], then act (float16 bits)
+    uint16, document (less `base`) uint32 and position uint32, each [postings].
+    """
+
+    path: Path
+    start: int
+    offsets: Array
+    sums: Array
+    base: int
+    stop: tuple[int, int]
+    limit: int
+    tokens: int
+
+    @classmethod
+    def open(cls, path: Path, num_features: int) -> _Run:
+        with path.open("rb") as file:
+            head = json.loads(file.readline())
+            offsets = np.fromfile(file, np.int64, num_features + 1)
+            sums = np.fromfile(file, np.float64, num_features)
+            return cls(path, file.tell(), offsets, sums, **{**head, "stop": tuple(head["stop"])})
+
+    def read(self, first: int, last: int) -> tuple[Array, Array, Array, Array]:
+        """feature, act bits, document, position of the postings of features first to last."""
+        low, high, total = (int(self.offsets[i]) for i in (first, last + 1, -1))
+        with self.path.open("rb") as file:
+            columns = []
+            at = self.start
+            for dtype in (np.uint16, np.uint32, np.uint32):
+                size = np.dtype(dtype).itemsize
+                file.seek(at + low * size)
+                columns.append(np.fromfile(file, dtype, high - low))
+                at += total * size
+        feature = np.repeat(
+            np.arange(first, last + 1), np.diff(self.offsets[first : last + 2])
+        ).astype(np.uint32)
+        bits, document, position = columns
+        return feature, bits, document.astype(np.int64) + self.base, position.astype(np.int32)
+
+
+def _write_runs(folder: Path, reader: ShardReader, limit: int, progress: Progress) -> list[_Run]:
+    """Sort the shards' postings into runs of about `limit`, those already there left alone."""
+    num_features = reader.layout.num_features
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder / "runs")
+    runs: list[_Run] = []
+    cursor, end = (0, 0), (len(reader.shards), 0)
+    while cursor < end:
+        path = folder / "runs" / f"run-{len(runs):06}.bin"
+        run = _Run.open(path, num_features) if path.exists() else None
+        if run is None:
+            blocks, cursor = _gather(reader, cursor, limit)
+            _write_run(path, blocks, cursor, limit, num_features)
+            del blocks
+            run = _Run.open(path, num_features)
+        runs.append(run)
+        cursor = run.stop
+        progress("sorting tokens", cursor[0], end[0])
+    return runs
+
+
+def _gather(
+    reader: ShardReader, cursor: tuple[int, int], limit: int
+) -> tuple[list[TokenRows], tuple[int, int]]:
+    """Rows from a cursor (shard, row) on until they have `limit` postings; where they end."""
+    blocks: list[TokenRows] = []
+    postings, (index, row) = 0, cursor
+    while index < len(reader.shards) and postings < limit:
+        if row == 0:
+            check_body(reader.shards[index].path)
+        stop = min(row + 4 * 4096, reader.num_rows(index))
+        if stop > row:
+            blocks.append(reader.rows(index, row, stop))
+            postings += len(blocks[-1].ids)
+        index, row = (index, stop) if stop < reader.num_rows(index) else (index + 1, 0)
+    return blocks, (index, row)
+
+
+def _write_run(
+    path: Path, blocks: list[TokenRows], stop: tuple[int, int], limit: int, num_features: int
+) -> None:
+    ids = np.concatenate([block.ids for block in blocks] or [np.empty(0, np.int64)])
+    counts = np.bincount(ids, minlength=num_features)
+    offsets = np.zeros(num_features + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    # one sort of (feature, place) pairs in 64 bits is several times faster than an argsort
+    key = ids.astype(np.uint64) << np.uint64(32)
+    key |= np.arange(len(ids), dtype=np.uint64)
+    del ids
+    key.sort()
+    order = (key & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    del key
+    acts = np.concatenate([block.acts for block in blocks] or [np.empty(0, np.float16)])[order]
+    sums = np.zeros(num_features)
+    filled = counts > 0
+    if filled.any():
+        sums[filled] = np.add.reduceat(acts, offsets[:-1][filled], dtype=np.float64)
+    tokens = sum(map(len, blocks))
+    base = int(blocks[0].document[0]) if tokens else 0
+    head = {"base": base, "stop": stop, "limit": limit, "tokens": tokens}
+    with written_whole(path) as file:
+        file.write(f"{json.dumps(head)}\n".encode())
+        for part in (offsets, sums, acts.view(np.uint16)):
+            file.write(part.tobytes())
+        del acts
+        for name in ("document", "position"):
+            values = [
+                np.repeat(getattr(block, name), np.diff(block.offsets)) - (base * (name[0] == "d"))
+                for block in blocks
+            ]
+            joined = np.concatenate(values or [np.empty(0, np.int64)])
+            if len(joined) and joined.max() >= 1 << 32:
+                raise StoreError(f"{path}: the documents of these shards lie too far apart.")
+            file.write(joined.astype(np.uint32)[order].tobytes())
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Features first to last; of a single one that is too large, only acts of bits low to high."""
+
+    first: int
+    last: int
+    low: int = 0
+    high: int = 0xFFFF
+
+
+def _write_parts(
+    folder: Path, reader: ShardReader, runs: list[_Run], limit: int, progress: Progress
+) -> None:
+    parts = _plan(runs, reader.layout.num_features, limit)
+    listed = []
+    for number, part in enumerate(parts):
+        path = folder / f"postings-{number:06}.parquet"
+        if not path.exists():
+            write_parquet(path, POSTINGS, _sorted(runs, part), ROW_GROUP, _ENCODINGS, [])
+        listed.append([path.name, read_footer(path).num_rows])
+        progress("sorting features", number + 1, len(parts))
+    counts, sums = _totals(runs, reader.layout.num_features)
+    _write_features(folder, counts, sums, listed)
+    index = {
+        "version": VERSION,
+        "num_tokens": sum(run.tokens for run in runs),
+        "num_postings": int(counts.sum()),
+        "shards": [[shard.path.name, shard.size] for shard in reader.shards],
+        "parts": listed,
+    }
+    with written_whole(folder / "index.json") as file:
+        file.write(f"{json.dumps(index, indent=1)}\n".encode())
+
+
+def _totals(runs: list[_Run], num_features: int) -> tuple[Array, Array]:
+    counts, sums = np.zeros(num_features, np.int64), np.zeros(num_features)
+    for run in runs:
+        counts += np.diff(run.offsets)
+        sums += run.sums
+    return counts, sums
+
+
+def _plan(runs: list[_Run], num_features: int, limit: int) -> list[_Part]:
+    """Cut the features, and the acts of the largest of them, into parts of at most `limit`."""
+    counts, _ = _totals(runs, num_features)
+    parts: list[_Part] = []
+    first, total = 0, 0
+    for feature, count in enumerate(counts.tolist()):
+        if first < feature and (total + count > limit or feature - first == _MAX_SPAN):
+            parts.append(_Part(first, feature - 1))
+            first, total = feature, 0
+        total += count
+        if count > limit:
+            parts += _split(runs, feature, limit)
+            first, total = feature + 1, 0
+    if first < num_features:
+        parts.append(_Part(first, num_features - 1))
+    return parts
+
+
+def _split(runs: list[_Run], feature: int, limit: int) -> list[_Part]:
+    """Ranges of acts of one feature, the largest first, each of at most `limit` postings.
+
+    Tokens with one and the same act stay together.
+    """
+    histogram = np.zeros(1 << 16, np.int64)
+    for run in runs:
+        histogram += np.bincount(run.read(feature, feature)[1], minlength=1 << 16)
+    parts, high, total = [], 0xFFFF, 0
+    for bits in np.flatnonzero(histogram)[::-1].tolist():
+        if total and total + histogram[bits] > limit:
+            parts.append(_Part(feature, feature, bits + 1, high))
+            high, total = bits, 0
+        total += int(histogram[bits])
+    return [*parts, _Part(feature, feature, 0, high)]
+
+
+def _sorted(runs: list[_Run], part: _Part) -> Iterator[pa.Table]:
+    """The postings of a part in their order, some row groups at a time."""
+    pieces = []
+    for run in runs:
+        columns = run.read(part.first, part.last)
+        if part.low or part.high < 0xFFFF:
+            inside = (columns[1] >= part.low) & (columns[1] <= part.high)
+            columns = tuple(column[inside] for column in columns)  # type: ignore[assignment]
+        pieces.append(columns)
+    feature, bits, document, position = (
+        np.concatenate([piece[i] for piece in pieces]) for i in range(4)
+    )
+    del pieces
+    key = (feature - np.uint32(part.first)).astype(np.uint64) << np.uint64(48)
+    key |= (np.uint16(0xFFFF) - bits).astype(np.uint64) << np.uint64(32)
+    # the place in the runs breaks ties by document and position, as runs are in their order
+    key |= np.arange(len(key), dtype=np.uint64)
+    del feature, bits
+    key.sort()
+    for at in range(0, len(key), 16 * ROW_GROUP):
+        some = key[at : at + 16 * ROW_GROUP]
+        order = (some & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        acts = np.uint16(0xFFFF) - ((some >> np.uint64(32)) & np.uint64(0xFFFF)).astype(np.uint16)
+        table = {
+            "feature": ((some >> np.uint64(48)).astype(np.int32) + part.first).astype(np.int32),
+            "act": acts.view(np.float16),
+            "document": document[order],
+            "position": position[order],
+        }
+        yield pa.table({k: pa.array(v) for k, v in table.items()}, schema=POSTINGS)
+
+
+def _write_features(folder: Path, counts: Array, sums: Array, parts: list[list[Any]]) -> None:
+    """Write features.parquet; a feature's largest act is that of its first posting."""
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    largest = np.zeros(len(counts), np.float32)
+    begin = 0
+    for name, rows in parts:
+        here = np.flatnonzero((starts[:-1] >= begin) & (starts[:-1] < begin + rows) & (counts > 0))
+        path = folder / name
+        footer = read_footer(path)
+        groups = (starts[:-1][here] - begin) // ROW_GROUP
+        for group in np.unique(groups).tolist():
+            act = read_row_groups(path, footer, [group], ["act"])["act"].to_numpy()
+            chosen = here[groups == group]
+            largest[chosen] = act[starts[:-1][chosen] - begin - group * ROW_GROUP]
+        begin += rows
+    table = pa.table(
+        {
+            "feature": pa.array(np.arange(len(counts), dtype=np.int32)),
+            "count": pa.array(counts),
+            "max_act": pa.array(largest),
+            "mean_act": pa.array((sums / np.maximum(counts, 1)).astype(np.float32)),
+        },
+        schema=FEATURES,
+    )
+    write_parquet(folder / "features.parquet", FEATURES, [table], ROW_GROUP, {}, [])

@@ -1,0 +1,159 @@
+"""What a store was made from, in store.json: written once, and compared before anything is added.
+
+Format a JSON object: `format`, `version`, and the fields of `Provenance` by name. Readers refuse
+       another version and ignore fields they don't know.
+Beware It never changes once it is written, so that several writers need no lock: counts are those
+       of the shards that are listed, and of index.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hf_switch_sae.errors import StoreError
+from hf_switch_sae.store.files import written_whole
+from hf_switch_sae.store.shards import Layout
+
+FORMAT, VERSION = "hf_switch_sae feature store", 1
+FILE = "store.json"
+_CARD = """---
+configs:
+- config_name: tokens
+  default: true
+  data_files: tokens/*.parquet
+- config_name: postings
+  data_files: index/*/postings-*.parquet
+---
+# Feature activations
+
+Sparse activations of a Switch SAE, token by token, written by
+[hf_switch_sae](https://pypi.org/project/hf-switch-sae/). `store.json` says of which SAE, language
+model and text. `ids` count within the token's `expert` where there is such a column: the feature is
+`expert * {features_per_expert} + id`. `load_dataset(folder, "tokens")` reads the tokens, and
+`load_dataset(folder, "postings")` the inverted index.
+"""
+# What a thing is called or where it lay tells nothing if the thing itself is the same.
+_NAMES = {"sae": ("name", "revision"), "lm": ("name", "revision"), "tokenizer": ("name",)}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the rows of a store were made from."""
+
+    num_features: int
+    num_experts: int
+    num_experts_per_token: int
+    k: int | None
+    hookpoint: str
+    """Where the SAE reads."""
+    sae: dict[str, Any] = field(default_factory=dict)
+    """`name`, `revision`, and `weights`: the SHA-256 of what encodes."""
+    lm: dict[str, Any] = field(default_factory=dict)
+    """`name`, `revision` as far as it is known, and `fingerprint`: a SHA-256 of sampled weights."""
+    tokenizer: dict[str, Any] | None = None
+    """`name` and `sha256`; None where token ids came from elsewhere."""
+    dataset: dict[str, Any] | None = None
+    """Where the documents came from; None for what came by in sessions."""
+    text: dict[str, Any] = field(default_factory=dict)
+    """How documents became tokens: context, special tokens, size of a shard."""
+
+    @property
+    def layout(self) -> Layout:
+        """How ids are written."""
+        return Layout(self.num_features, self.num_experts, self.num_experts_per_token)
+
+    def differences(self, other: Provenance) -> list[str]:
+        """What tells the rows of this from rows of `other`, one line each; names aside."""
+        found = []
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            names = _NAMES.get(each.name, ())
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                found += [
+                    f"{each.name} {key}: {mine.get(key)!r} there, {theirs.get(key)!r} now"
+                    for key in sorted({*mine, *theirs} - {*names, "files"})
+                    if mine.get(key) != theirs.get(key)
+                ]
+                # more files after those there are: the same documents keep their numbers
+                old, new = mine.get("files", []), theirs.get("files", [])
+                if new[: len(old)] != old:
+                    found.append(f"{each.name} files: {old!r} there, {new!r} now")
+            elif mine != theirs:
+                found.append(f"{each.name}: {mine!r} there, {theirs!r} now")
+        return found
+
+    def write(self, store: Path) -> None:
+        """Make the folder a store of this, unless it is one already.
+
+        Raises:
+            StoreError: the folder is a store of something else, holds other things, or can't be
+                written.
+        """
+        if not (store / FILE).exists():
+            if store.exists() and (not store.is_dir() or _holds_other_things(store)):
+                raise StoreError(
+                    f"{store} is not a store, and not empty: give a folder that is new or empty."
+                )
+            card = _CARD.replace("{features_per_expert}", str(self.layout.features_per_expert))
+            with written_whole(store / "README.md") as file:
+                file.write(card.encode())
+            text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2)
+            # linked, not renamed: of several writers the first wins, and the others compare
+            beside = store / f"{FILE}.{uuid.uuid4().hex[:8]}"
+            with written_whole(beside) as file:
+                file.write(f"{text}\n".encode())
+            with contextlib.suppress(FileExistsError):
+                os.link(beside, store / FILE)
+            beside.unlink()
+        self.check(store)
+
+    def check(self, store: Path) -> None:
+        """StoreError unless the store at this folder was made from the same."""
+        if found := Provenance.read(store).differences(self):
+            raise StoreError(
+                f"{store} was made from something else, so nothing was added to it: "
+                f"{'; '.join(found)}. Record to another folder."
+            )
+
+    @classmethod
+    def read(cls, store: Path) -> Provenance:
+        """Of the store at this folder.
+
+        Raises:
+            StoreError: there is no store, it is damaged, or of another version.
+        """
+        path = store / FILE
+        try:
+            data = json.loads(path.read_bytes())
+            name, version = data["format"], data["version"]
+        except FileNotFoundError:
+            raise StoreError(
+                f"{store} is no store of recorded features: no {FILE} there."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise StoreError(f"{path} is damaged or no store's ({err}).") from err
+        if name != FORMAT:
+            raise StoreError(f"{path} is of the format {name!r}, not {FORMAT!r}.")
+        if version != VERSION:
+            raise StoreError(
+                f"{store} has format version {version}, and this package reads version {VERSION}: "
+                "use the hf_switch_sae that wrote it, or record it again."
+            )
+        known = {each.name for each in fields(cls)}
+        try:
+            return cls(**{key: value for key, value in data.items() if key in known})
+        except TypeError as err:
+            raise StoreError(f"{path} lacks what every store has ({err}).") from err
+
+
+def _holds_other_things(store: Path) -> bool:
+    return any(
+        path.name not in ("README.md", ".lock") and not path.name.startswith((".tmp-", f"{FILE}."))
+        for path in store.iterdir()
+    )

@@ -1,0 +1,99 @@
+"""`hf-switch-sae record` and `query`: from folders of models and text to lines on stdout."""
+
+import json
+
+import pytest
+import tiny
+from test_record import TEXTS, tokenizer
+from typer.testing import CliRunner
+
+from hf_switch_sae import FeatureStore, StoreError, SwitchSAEError, TextError
+from hf_switch_sae.cli.app import app
+
+__all__ = ["tokenizer"]  # a fixture
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None:
+        raise result.exception
+    assert result.exit_code == 0
+    return result.output
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    lm = tiny.llama()
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    tiny.sae_for(lm).save_pretrained(tmp_path / "sae")
+    lines = [json.dumps({"body": text}) for text in TEXTS]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def record(folder, *options):
+    return run(
+        "record", folder / "sae", folder / "corpus.jsonl", folder / "store",
+        "--lm", folder / "lm", "--column", "body", "--context", 16, *options,
+    )  # fmt: skip
+
+
+def test_record_makes_an_indexed_store_and_says_how_large_it_is(folder):
+    out = record(folder)
+
+    store = FeatureStore(folder / "store")
+    assert store.is_indexed
+    assert f"{store.num_tokens} tokens of documents 0 to 3" in out
+    assert store.provenance.hookpoint == "layers.2.resid_post"
+    assert record(folder) == out
+
+
+def test_query_answers_by_feature_quantile_coactivation_and_text(folder):
+    record(folder)
+    store = FeatureStore(folder / "store")
+    feature = int(store.density().argmax())
+    at = ["query", folder / "store", "--tokenizer", folder / "lm", "--json"]
+
+    top = [json.loads(line) for line in run(*at, "--feature", feature, "-n", 3).splitlines()]
+    hits = store.top_tokens(feature, 3)
+    assert [line["act"] for line in top] == [hit.act for hit in hits]
+    assert all("[" in line["text"] for line in top)
+    assert run(*at, "--feature", feature, "--quantiles").count("\n") >= 5
+    with_it = [json.loads(line) for line in run(*at, "--coactivation", feature).splitlines()]
+    assert [line["feature"] for line in with_it] == [
+        each.feature for each in store.coactivation(feature, 10)
+    ]
+    assert run(*at, "--text", "ship").count("\n") > 0
+
+
+def test_query_without_a_question_says_what_the_store_holds(folder):
+    record(folder, "--no-index", "--max-documents", 1)
+    out = run("query", folder / "store")
+    assert "tokens 4" in out
+    assert "indexed False" in out
+    assert "layers.2.resid_post" in out
+
+
+def test_without_a_tokenizer_tokens_are_shown_by_their_ids(folder):
+    record(folder)
+    store = FeatureStore(folder / "store")
+    feature = int(store.density().argmax())
+    line = json.loads(
+        run("query", folder / "store", "--json", "--feature", feature).splitlines()[0]
+    )
+    assert line["tokens"] == list(store.top_tokens(feature, 1)[0].tokens)
+    with pytest.raises(SwitchSAEError, match="--tokenizer"):
+        run("query", folder / "store", "--text", "ship")
+
+
+def test_wrong_questions_and_places_are_errors_of_one_line(folder):
+    record(folder)
+    with pytest.raises(SwitchSAEError, match="one question at a time"):
+        run("query", folder / "store", "--feature", 1, "--coactivation", 2)
+    with pytest.raises(StoreError, match="no store of recorded features"):
+        run("query", folder / "lm")
+    with pytest.raises(TextError, match="no file or folder"):
+        run("record", folder / "sae", folder / "nothing.txt", folder / "s", "--lm", folder / "lm")
+    with pytest.raises(SwitchSAEError, match="no SAE at"):
+        run("record", folder / "none", folder / "corpus.jsonl", folder / "s", "--lm", folder / "lm")
