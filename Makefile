@@ -20,10 +20,7 @@ test: .venv-test/.filled
 	.venv-test/bin/mypy
 	.venv-test/bin/python -m pytest -m "not gpu"
 
-# Run it on an idle machine, for a quarter of an hour. The variables are those of README's section on
-# speed; all that is compared runs with them.
-bench: export MALLOC_MMAP_THRESHOLD_ = 1073741824
-bench: export MALLOC_TRIM_THRESHOLD_ = 1073741824
+# Run it on an idle machine, for a quarter of an hour.
 bench: .venv-bench/.filled
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/bench/peers.txt
 	.venv-bench/bin/python -W ignore -m tests.bench.cpu --write

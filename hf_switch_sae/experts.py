@@ -166,7 +166,9 @@ def _encode(
     W_enc: Tensor = group.W_enc
     b_enc: Tensor | None = group.b_enc
     first = 0
-    if expert_ids.numel() == 1 and not torch.is_grad_enabled():  # views of the one expert needed
+    one_on_cpu = expert_ids.numel() == 1 and expert_ids.device.type == "cpu"
+    if one_on_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        # views of the one expert needed: what is divided below may be as long as the dictionary
         first = int(expert_ids)
         own, expert_ids = slice(first, first + 1), torch.zeros_like(expert_ids)
         W_enc = W_enc[own]

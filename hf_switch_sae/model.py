@@ -76,11 +76,8 @@ class Router(nn.Module):
         self, x: Tensor, center: Tensor, scale: Tensor, num_experts_per_token: int
     ) -> tuple[Tensor, ...]:
         """Route scale * x - center: x [n, d] -> logits, probs [n, E], expert ids [n, t]."""
-        weight = self.weight
-        if torch.is_grad_enabled():  # center's gradient then comes by column sums
-            bias = -(weight.float() @ center.float())
-            return ops.route(x, weight.float() * scale, bias, num_experts_per_token)
-        return ops.route(x.float() * scale - center, weight, None, num_experts_per_token)
+        weight = self.weight.float()  # center goes into the bias: its gradient needs none of x
+        return ops.route(x, weight * scale, -(weight @ center.float()), num_experts_per_token)
 
 
 class _Encoded(NamedTuple):
@@ -249,6 +246,15 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             SwitchSAE._pin_revision(result, name, kwargs)
         return result
 
+    def train(self, mode: bool = True) -> SwitchSAE:
+        """As `nn.Module.train`; out of training, memory kept for gradients is given back."""
+        if not mode:
+            for group in self.experts:
+                for weight in (group.W_enc, group.W_dec):
+                    ops.release_gradient_of(weight)
+        super().train(mode)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:
         """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32."""
         keep = ("router.", "b_router", *self._statistics_shapes(self.config))
@@ -325,6 +331,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Remove each decoder row's gradient along the row, so that a step keeps its length."""
         for group in self.experts:
             if group.W_dec.grad is not None:
+                group.W_dec.grad = group.W_dec.grad.contiguous()
                 blocks = row_blocks(group.W_dec.grad), row_blocks(group.W_dec)
                 for grad, rows in zip(*blocks, strict=True):
                     grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True), value=-1)
@@ -354,8 +361,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         In the SAE's dtype and on its device.
         """
-        delta = self.decode_delta(features)
-        return delta.add_(self._bias().to(delta.dtype))
+        delta, bias = self.decode_delta(features), self._bias()
+        return delta + bias.to(delta.dtype)
 
     def decode_delta(self, features: SparseFeatures) -> Tensor:
         """sum_j acts[..., j] * W_dec[ids[..., j]], [..., hidden_size], without `b_dec`.
@@ -445,7 +452,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         else:
             router = self.router(x, self.b_router, self.input_scale, config.num_experts_per_token)
             expert_ids, gates = router[2], self._gates(router[1], router[2])
-        if sort and config.num_experts_per_token == 1 and len(self.experts) == 1 and len(x) > 1:
+        one_each = config.num_experts > 1 and config.num_experts_per_token == 1
+        if sort and one_each and len(self.experts) == 1 and len(x) > 1:
             order, _ = ops.sort_by_expert(expert_ids, config.num_experts)
             x, expert_ids = x[order], expert_ids[order]
             gates = None if gates is None else gates[order]
@@ -630,8 +638,7 @@ def _as_they_came(rows: Tensor, order: Tensor | None) -> Tensor:
     """Rows [n, ...] that lie in `order`, back in the order of the tokens."""
     if order is None:
         return rows
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=rows.device))
-    return rows[place]
+    return rows.index_select(0, order.argsort())
 
 
 register_checkpoint_layout(SwitchSAEConfig.model_type)

@@ -1,9 +1,9 @@
-"""Adam for an SAE: clip, projection, Adam and unit decoder rows in one pass over the weights.
+"""Adam for an SAE: clip, projection, Adam and unit decoder rows, on a CPU in one pass.
 
 At these sizes an optimizer step is limited by memory: every weight, gradient and moment is read
 once and, but for the gradient, written once. Doing the four things one after another reads and
 writes weights and gradients twice more; here each block of rows goes through all four while it is
-in cache.
+in a CPU's cache. On other devices a block is a whole weight.
 """
 
 from __future__ import annotations
@@ -66,7 +66,13 @@ class SwitchSAEAdam(Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; `closure`, if given, recomputes the loss, which is returned."""
+        """One step; `closure`, if given, recomputes the loss, which is returned.
+
+        Raises:
+            ConfigError: the optimizer is a copy, the SAE's parameters have been replaced since it
+                was made, or a loaded state is of an Adam with `amsgrad`.
+        """
+        self._check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,6 +88,22 @@ class SwitchSAEAdam(Adam):
             for tensors in zip(weights, grads, means, squares, steps, strict=True):
                 self._step_weight(group, scale, *tensors)
         return loss
+
+    def _check(self) -> None:
+        parameters = {id(p) for group in self.param_groups for p in group["params"]}
+        if not self.__dict__.get("_decoders", {None}) <= parameters:
+            raise ConfigError(
+                "this optimizer does not hold its SAE's parameters: it was copied, or they were "
+                "replaced. Make SwitchSAEAdam(sae) after wrapping the SAE, and load_state_dict."
+            )
+        if any(group["amsgrad"] for group in self.param_groups):
+            raise ConfigError(
+                "SwitchSAEAdam has no amsgrad, as the loaded state: use torch's Adam."
+            )
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not parameter.grad.is_contiguous():
+                    parameter.grad = parameter.grad.contiguous()
 
     def _clip(self) -> Tensor | None:
         """What gradients are to be multiplied by, 0-d; None if they stay as they are."""
@@ -104,7 +126,7 @@ class SwitchSAEAdam(Adam):
         square: Tensor,
         step: Tensor,
     ) -> None:
-        is_decoder, grad = id(weight) in self._decoders, grad.contiguous()
+        is_decoder = id(weight) in self._decoders
         for w, g, m, v in zip(*map(row_blocks, (weight, grad, mean, square)), strict=True):
             if scale is not None:
                 g.mul_(scale.to(g.device))
@@ -121,9 +143,9 @@ class SwitchSAEAdam(Adam):
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                weight_decay=0.0,
+                weight_decay=group["weight_decay"],
                 eps=group["eps"],
-                maximize=False,
+                maximize=group["maximize"],
             )
             if is_decoder:
                 normalize_rows(w)

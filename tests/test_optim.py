@@ -1,4 +1,4 @@
-"""SwitchSAEAdam is clip, projection, torch's Adam and normalisation, one after another."""
+"""SwitchSAEAdam is clip, projection, torch's Adam and normalization, one after another."""
 
 import copy
 
@@ -9,13 +9,13 @@ from saes import make, rows
 from hf_switch_sae import ConfigError, SwitchSAE, SwitchSAEAdam, experts
 
 
-def train_both(kind, groups=1, steps=4, dtype=torch.float32, max_grad_norm=0.05, lr=0.01):
+def train_both(kind, groups=1, max_grad_norm=0.05):
     """The same steps by `SwitchSAEAdam` and by the four calls it stands for."""
-    mine: SwitchSAE = make(kind, groups).to(dtype).train()
+    mine: SwitchSAE = make(kind, groups).train()
     theirs = copy.deepcopy(mine)
-    fused = SwitchSAEAdam(mine, lr=lr, max_grad_norm=max_grad_norm)
-    adam = torch.optim.Adam(theirs.parameters(), lr=lr)
-    for step in range(steps):
+    fused = SwitchSAEAdam(mine, lr=0.01, max_grad_norm=max_grad_norm)
+    adam = torch.optim.Adam(theirs.parameters(), lr=0.01)
+    for step in range(4):
         x = rows(40) + step
         for sae in (mine, theirs):
             sae(x).loss.backward()
@@ -84,3 +84,43 @@ def test_what_has_no_gradient_is_left_alone():
 def test_a_norm_that_is_not_above_0_is_refused(wrong):
     with pytest.raises(ConfigError, match="must be above 0"):
         SwitchSAEAdam(make("switch"), max_grad_norm=wrong)
+
+
+def test_a_bfloat16_sae_trains_and_keeps_unit_rows_up_to_rounding():
+    sae = make("switch").to(torch.bfloat16).train()
+    optimizer, before = SwitchSAEAdam(sae, lr=0.01), sae.W_dec.detach().clone()
+    sae(rows(40)).loss.backward()
+    optimizer.step()
+    assert (sae.W_dec != before).any()
+    torch.testing.assert_close(
+        sae.W_dec.float().norm(dim=-1), torch.ones(sae.W_dec.shape[:2]), atol=0.01, rtol=0
+    )
+
+
+def test_weight_decay_of_a_loaded_state_is_obeyed_and_amsgrad_refused():
+    sae = make("switch").train()
+    theirs = copy.deepcopy(sae)
+    adam = torch.optim.Adam(theirs.parameters(), lr=0.01, weight_decay=0.3)
+    fused = SwitchSAEAdam(sae, max_grad_norm=None)
+    fused.load_state_dict(adam.state_dict())
+    for each in (sae, theirs):
+        each(rows(40)).loss.backward()
+    theirs.project_decoder_grad()
+    adam.step()
+    theirs.normalize_decoder()
+    fused.step()
+    torch.testing.assert_close(sae.state_dict(), theirs.state_dict(), atol=1e-5, rtol=1e-4)
+
+    fused.load_state_dict(torch.optim.Adam(theirs.parameters(), amsgrad=True).state_dict())
+    with pytest.raises(ConfigError, match="has no amsgrad"):
+        fused.step()
+
+
+def test_a_copy_or_replaced_parameters_are_refused_before_anything_is_stepped():
+    sae = make("switch").train()
+    optimizer = SwitchSAEAdam(sae)
+    with pytest.raises(ConfigError, match="does not hold its SAE's parameters"):
+        copy.deepcopy(optimizer).step()
+    optimizer.param_groups[0]["params"] = list(make("switch").parameters())
+    with pytest.raises(ConfigError, match="does not hold its SAE's parameters"):
+        optimizer.step()

@@ -5,6 +5,7 @@
 """
 
 from hf_switch_sae.ops.backends import BACKENDS, explain_backends, use_backend
+from hf_switch_sae.ops.memory import release_gradient_of
 from hf_switch_sae.ops.routed import keep_largest, routed_encode, sparse_decode
 from hf_switch_sae.ops.routing import route, sort_by_expert
 from hf_switch_sae.ops.token import encode_token, route_token
@@ -14,6 +15,7 @@ __all__ = [
     "encode_token",
     "explain_backends",
     "keep_largest",
+    "release_gradient_of",
     "route",
     "route_token",
     "routed_encode",

@@ -6,6 +6,7 @@ A backend is a module with the five primitives that `reference.py` defines (`exp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -38,6 +39,11 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
         return BACKENDS[_forced]
     if device.type == "cpu":  # where a call may cost less than the question
         return eager
+    return _best(device, dtype)
+
+
+@functools.cache  # asked several times a step, and the answer takes looking for a compiler
+def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return next(b for b in BACKENDS.values() if b.why_not(device, dtype) is None)
 
 

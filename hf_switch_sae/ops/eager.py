@@ -41,11 +41,9 @@ def expert_products(
     for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             continue
-        weight = W[expert].to(x.dtype)
-        if bias is None:
-            products(z[start:end], weight, pre[start:end])
-        else:
-            torch.addmm(bias[expert].to(x.dtype), z[start:end], weight.T, out=pre[start:end])
+        products(z[start:end], W[expert].to(x.dtype), pre[start:end])
+        if bias is not None:
+            pre[start:end] += bias[expert].to(x.dtype)
     return pre
 
 
@@ -78,13 +76,13 @@ def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     num_groups = m // group
     if pre.device.type != "cpu" or m % group or num_groups < 4 * k or not p:
         acts, ids = pre.topk(k, dim=1, sorted=False)
-        return acts.relu_(), ids
+        return torch.where(acts > 0, acts, 0), ids  # not relu, which lets nan pass
     maxima = pre.view(p, group, num_groups).amax(1)  # feature f is in group f % num_groups
     groups = maxima.topk(k, dim=1, sorted=False).indices
-    steps = torch.arange(0, m, num_groups)
+    steps = torch.arange(0, m, num_groups, device=pre.device)
     candidates = (groups[:, None] + steps[:, None]).view(p, -1)
     acts, slots = pre.gather(1, candidates).topk(k, dim=1, sorted=False)
-    return acts.relu_(), candidates.gather(1, slots)
+    return torch.where(acts > 0, acts, 0), candidates.gather(1, slots)
 
 
 def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:

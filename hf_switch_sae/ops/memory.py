@@ -26,17 +26,18 @@ _WORTH_IT = 4 * _HUGE_PAGE  # smaller tensors stay in the C library's own hands
 _kept = WeakTensorKeyDictionary()  # weight -> UntypedStorage
 _lock = threading.Lock()  # two backward passes of one weight must not be given the same memory
 
-# How many tensors and handles share a storage; a private name, without which memory is always new.
+# How many tensors share a storage, and 1 for ours; a private name: without it memory is always new.
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def gradient_of(weight: Tensor) -> Tensor | None:
-    """Uninitialised memory for a weight's gradient, in its shape and dtype.
+    """Uninitialized memory for a weight's gradient, in its shape and dtype.
 
     None where there is nothing to gain: a small weight, or another device than the CPU.
     """
     size = weight.numel() * weight.element_size()
     if weight.device.type != "cpu" or size < _WORTH_IT or _use_count is None:
+        release_gradient_of(weight)
         return None
     with _lock:
         storage = _kept.get(weight)  # type: ignore[no-untyped-call]
@@ -45,7 +46,16 @@ def gradient_of(weight: Tensor) -> Tensor | None:
             _advise_huge_pages(storage)
             _kept[weight] = storage
         strides = torch.empty(weight.shape, device="meta").stride()
-        return torch.empty(0, dtype=weight.dtype).set_(storage, 0, weight.shape, strides)
+        return torch.empty(0, dtype=weight.dtype, device="cpu").set_(
+            storage, 0, weight.shape, strides
+        )
+
+
+def release_gradient_of(weight: Tensor) -> None:
+    """Keep the memory of a weight's gradient no longer; one in use stays until it is freed."""
+    with _lock:
+        if weight in _kept:
+            del _kept[weight]
 
 
 def _advise_huge_pages(storage: torch.UntypedStorage) -> None:

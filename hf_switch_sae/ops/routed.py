@@ -15,16 +15,19 @@ Beware Indexing a parameter by expert under autograd would add a full-size gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from hf_switch_sae.ops.backends import backend_for
 from hf_switch_sae.ops.memory import gradient_of
-from hf_switch_sae.ops.routing import sort_by_expert
+from hf_switch_sae.ops.routing import expert_offsets, sort_by_expert
+
+_Compute = TypeVar("_Compute", bound=Callable[..., Any])
 
 CPU_WORKSPACE_BYTES = 24 * 2**20
 """Most bytes of pre-activations held at once: about a CPU's last-level cache, and less than what
@@ -113,6 +116,18 @@ def _border(acts: Tensor, count: int) -> Tensor:
 # ---------------------------------------------------------------- encode
 
 
+def _without_autocast(compute: _Compute) -> _Compute:
+    """`compute`, whose first argument is a tensor, in the dtypes of its arguments."""
+
+    @functools.wraps(compute)
+    def computed(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return compute(first, *rest)
+
+    return cast(_Compute, computed)
+
+
+@_without_autocast
 def _encode_pairs(
     x: Tensor,
     center: Tensor | None,
@@ -127,15 +142,14 @@ def _encode_pairs(
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Each (token, expert) pair's kept features, ungated: acts, ids [n * t, s] in pair order."""
-    with torch.autocast(x.device.type, enabled=False):
-        z = _centered(x, center, low or W_enc.dtype)
-        visits = _Visits(z, W_enc, b_enc, expert_ids, gates, threshold, in_order)
-        if batch_topk:
-            assert k is not None
-            acts, ids = _select_in_batch(visits, k, k * len(x))
-        else:
-            acts, ids = visits.joined(_select(visits, *chunk, k) for chunk in visits.chunks())
-        return acts.to(W_enc.dtype), ids + visits.experts[:, None] * W_enc.shape[1]
+    z = _centered(x, center, low or W_enc.dtype)
+    visits = _Visits(z, W_enc, b_enc, expert_ids, gates, threshold, in_order)
+    if batch_topk:
+        assert k is not None
+        acts, ids = _select_in_batch(visits, k, k * len(x))
+    else:
+        acts, ids = visits.joined(_select(visits, *chunk, k) for chunk in visits.chunks())
+    return acts.to(W_enc.dtype), ids + visits.experts[:, None] * W_enc.shape[1]
 
 
 def _centered(x: Tensor, center: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -163,18 +177,14 @@ class _Visits:
         self.experts, self.t = expert_ids.reshape(-1), expert_ids.shape[1]
         self.gates = None if gates is None else gates.reshape(-1, 1)
         self._order: Tensor | None = None  # pairs lie in the order of experts
-        if len(self.experts) > 1:
-            order, self._offsets = sort_by_expert(expert_ids, len(W_enc))
-            self._order = None if in_order or len(W_enc) == 1 else order
+        if in_order or len(W_enc) == 1:
+            self._offsets = expert_offsets(self.experts, len(W_enc))
+        else:
+            self._order, self._offsets = sort_by_expert(expert_ids, len(W_enc))
 
     def chunks(self) -> Iterator[tuple[_Pairs, Tensor]]:
         """Pairs, and their pre-activations [pairs, m] in the dtype of z."""
         num, m = len(self.experts), self.W_enc.shape[1]
-        if num == 1:  # single-token decode: a view of one expert's rows, and nothing to sort
-            expert = int(self.experts)
-            pre = self.z @ self.W_enc[expert].to(self.z.dtype).T
-            yield slice(0, 1), pre if self.b_enc is None else pre + self.b_enc[expert]
-            return
         space = CPU_WORKSPACE_BYTES if self.z.device.type == "cpu" else GPU_WORKSPACE_BYTES
         size = max(1, space // (m * self.z.element_size()))
         for start in range(0, num, size):
@@ -242,6 +252,7 @@ def _select_in_batch(visits: _Visits, k: int, count: int) -> tuple[Tensor, Tenso
         few = min(4 * few, m)
 
 
+@_without_autocast
 def _encode_backward(
     d_acts: Tensor,
     acts: Tensor,
@@ -274,22 +285,22 @@ def _encode_backward(
         total.index_add_(0, ids.flatten(), coefs.flatten().to(wide))
         d_b = total.to(W_enc.dtype).reshape(E, m)
         if need_center:  # by column sums: no gradient of x is needed for it
-            every_row = torch.arange(E * m, device=x.device).view(E, m)
-            d_center = -backend.gather_sum(total.view(E, m).to(W_enc.dtype), every_row, rows)
-            d_center = d_center.to(wide).sum(0)
+            by_expert = torch.bmm(total.view(E, 1, m).to(W_enc.dtype), W_enc)
+            d_center = -by_expert[:, 0].to(wide).sum(0)
     return d_x, d_W, d_b, d_center
 
 
 # ---------------------------------------------------------------- decode
 
 
+@_without_autocast
 def _decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
-    with torch.autocast(acts.device.type, enabled=False):
-        backend = backend_for(acts.device, W_dec.dtype)
-        y: Tensor = backend.gather_sum(acts, ids, W_dec.reshape(-1, W_dec.shape[-1]))
-        return y
+    backend = backend_for(acts.device, W_dec.dtype)
+    y: Tensor = backend.gather_sum(acts, ids, W_dec.reshape(-1, W_dec.shape[-1]))
+    return y
 
 
+@_without_autocast
 def _decode_backward(
     d_y: Tensor, acts: Tensor, ids: Tensor, W_dec: Tensor, need_acts: bool, need_W: bool
 ) -> tuple[Tensor, Tensor]:

@@ -38,5 +38,10 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
         offsets [E + 1] int64: expert e's pairs are order[offsets[e]:offsets[e + 1]].
     """
     experts, order = expert_ids.reshape(-1).sort(stable=True)
+    return order, expert_offsets(experts, num_experts)
+
+
+def expert_offsets(experts: Tensor, num_experts: int) -> Tensor:
+    """Where each expert's share of rising experts [p] begins and ends: [num_experts + 1] int64."""
     bounds = torch.arange(num_experts + 1, device=experts.device)
-    return order, torch.searchsorted(experts, bounds)
+    return torch.searchsorted(experts.contiguous(), bounds)

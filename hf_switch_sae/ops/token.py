@@ -52,7 +52,7 @@ def encode_token(
     if b_enc is not None:
         pre += b_enc[expert] / scale
     acts, ids = pre.topk(k, sorted=False)
-    acts.relu_()
+    acts = torch.where(acts > 0, acts, 0)
     if gate is not None:
         acts *= gate
     return acts, ids.add_(expert * W_enc.shape[1])

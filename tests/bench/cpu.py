@@ -1,10 +1,10 @@
 """How fast a Switch SAE is on this machine, beside its peers and the machine's own limits.
 
-    python -m tests.bench.cpu [limits forward train attach memory] [--write]
+    python -m tests.bench.cpu [limits forward train attach end-to-end memory] [--write]
 
 All that is compared runs in one process, in turns; shown are medians, and ratios of them. `--write`
 puts the tables into tests/bench/RESULTS.md and their summary into README.md. Run it on an idle
-machine: two of a machine's threads wait for each other, and a neighbour makes both wait.
+machine: two of a machine's threads wait for each other, and a neighbor makes both wait.
 """
 
 from __future__ import annotations
@@ -13,64 +13,22 @@ import argparse
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_switch_sae import Clamp, Steer, SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
+from hf_switch_sae import SwitchSAE, SwitchSAEAdam, residuals
 
+from .attached import attach_table
 from .peers import installed
+from .timing import TOKENS, D, F, K, Table, against, medians, ms, stream_of, switch_sae
 
 HERE = Path(__file__).parent
-D, F, K = 768, 24_576, 32  # width, features, active features of all tables but where others stand
-TOKENS = 4096
-Table = list[tuple[str, ...]]
-
-
-def switch_sae(num_experts: int, num_features: int = F, d: int = D, **config: Any) -> SwitchSAE:
-    torch.manual_seed(0)
-    sae = SwitchSAE(
-        SwitchSAEConfig(
-            hidden_size=d, num_features=num_features, num_experts=num_experts, k=K, **config
-        )
-    )
-    return sae.eval()
-
-
-def seconds(call: Callable[[], Any], repeats: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
-def medians(
-    calls: dict[str, Callable[[], Any]], rounds: int = 7, repeats: dict[str, int] | None = None
-) -> dict[str, float]:
-    """Seconds of each call; a round runs all of them in turn, and the first is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            taken = seconds(call, (repeats or {}).get(name, 1))
-            if turn:
-                found[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in found.items()}
-
-
-def ms(value: float) -> str:
-    return f"{1e3 * value:.3g}" if value < 1 else f"{1e3 * value:.0f}"
-
-
-def against(ours: float, theirs: float | None) -> str:
-    return "-" if theirs is None else f"{theirs / ours:.3g}x"
 
 
 # ---------------------------------------------------------------- limits
@@ -214,127 +172,59 @@ def train_table() -> Table:
     return rows
 
 
-# ---------------------------------------------------------------- attached
+# ---------------------------------------------------------------- end to end
 
 
-class Stopwatch:
-    """Seconds spent between what it hooks first and last on some modules: in the hooks between."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.spent, self._start, self._handles = 0.0, 0.0, []
-        self._modules = modules
-
-    def before(self) -> None:
-        """Hooks in front of which nothing may come later but prepended ones."""
-        for module in self._modules:
-            self._handles.append(module.register_forward_hook(lambda *_: self._go()))
-
-    def around(self) -> None:
-        """The hooks that stand outside of those registered since `before`."""
-        for module in self._modules:
-            first = module.register_forward_pre_hook(lambda *_: self._go(), prepend=True)
-            last = module.register_forward_pre_hook(lambda *_: self._stop())
-            front = module.register_forward_hook(lambda *_: self._go(), prepend=True)
-            back = module.register_forward_hook(lambda *_: self._stop())
-            self._handles += [first, last, front, back]
-
-    def _go(self) -> None:
-        self._start = time.perf_counter()
-
-    def _stop(self) -> None:
-        self.spent += time.perf_counter() - self._start
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-@contextmanager
-def attached(lm: Any, layer: nn.Module, kind: str, sae: Any, peers: dict[str, Any]) -> Iterator:
-    """The model with something at a layer: nothing, a hook, a peer, or our SAE doing its work."""
-    handles = []
-    try:
-        if kind in peers:
-            handles.append(
-                layer.register_forward_hook(
-                    lambda module, args, out: (peers[kind].forward(_stream(out)[0]), None)[1]
-                )
-            )
-        elif kind == "no-op hook":
-            handles.append(layer.register_forward_hook(lambda module, args, out: None))
-        elif kind != "bare":
-            session = sae.attach(lm, at=15)
-            handles.append(session)
-            if "read" in kind:
-                handles.append(layer.register_forward_hook(lambda *_: (session.features, None)[1]))
-            elif "Steer" in kind:
-                session.edit(Steer(5, 0.5))
-            elif "Clamp" in kind:
-                session.edit(Clamp(5, 0.5))
-        yield
-    finally:
-        for handle in reversed(handles):
-            getattr(handle, "remove", None) and handle.remove()
-            getattr(handle, "detach", None) and handle.detach()
-
-
-def _stream(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def attach_table() -> Table:
-    """A 135-million-parameter model generates with an SAE at its middle layer, batch 1."""
+def end_to_end_table() -> Table:
+    """Training from text: the language model's forward and a training step, for each token."""
     from hf_switch_sae.demo import load_demo_lm
 
-    lm, tokenizer = load_demo_lm()
-    d, layer, tokens = lm.config.hidden_size, lm.model.layers[15], 40
-    prompt = tokenizer("The ship sailed across the sea to the old harbour.", return_tensors="pt")
-    rows: Table = [("attached", "in the hooks, ms a token", "share of a bare token",
-                    "generate, against no-op hook (min to max)")]  # fmt: skip
-    sizes = [("65,536 features, 64 experts", switch_sae(64, 65_536, d)),
-             ("1,048,576 features, 512 experts, bf16",
-              switch_sae(512, 1_048_576, d).to(torch.bfloat16))]  # fmt: skip
-    for size, sae in sizes:
-        sae.feature_max.fill_(1.0)
-        sae.residual_norm.fill_(100.0)
-        sae.statistics_tokens.fill_(1)
-        small = sae.config.num_features < 10**5
-        peers = installed(d, sae.config.num_features, K)[0] if small else {}
-        peers.pop("dense masked", None)
-        ours = ["ours, attached", "ours, features read", "ours, Steer", "ours, Clamp"]
-        kinds = ["bare", "no-op hook", *ours, *peers]
-        whole: dict[str, list[float]] = {kind: [] for kind in kinds}
-        inside: dict[str, list[float]] = {kind: [] for kind in kinds}
+    lm, _ = load_demo_lm()
+    d, width, batch = lm.config.hidden_size, 18_432, (4, 256)
+    ids = torch.randint(1000, lm.config.vocab_size, batch)
+    seen: list[Tensor] = []
+    x = torch.randn(TOKENS, d)
+    sae = switch_sae(32, width, d).train()
+    optimizer = SwitchSAEAdam(sae, lr=1e-4)
 
-        def run(kind: str, sae: SwitchSAE = sae, peers: dict[str, Any] = peers) -> None:
-            lm.generate(**prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-                        pad_token_id=0)  # fmt: skip
+    def ours() -> None:
+        sae(x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-        for turn in range(8):
-            for kind in kinds:
-                with attached(lm, layer, kind, sae, peers), torch.no_grad():
-                    taken = seconds(lambda kind=kind: run(kind)) / tokens
-                watch = Stopwatch([lm, lm.model, layer])
-                with attached(lm, layer, kind, sae, peers), torch.no_grad():
-                    watch.around()
-                    seconds(lambda kind=kind: run(kind))
-                    watch.remove()
-                if turn:
-                    whole[kind].append(taken)
-                    inside[kind].append(watch.spent / tokens)
-        empty = statistics.median(inside["bare"])  # what the stopwatch itself takes
-        token = statistics.median(whole["bare"])
-        rows.append((f"**{size}**; a bare token: {ms(token)} ms", "", "", ""))
-        for kind in kinds[2:]:
-            spent = statistics.median(inside[kind]) - empty
-            ratios = [a / b for a, b in zip(whole[kind], whole["no-op hook"], strict=True)]
-            rows.append((kind, ms(spent), f"{100 * spent / token:.2f} %",
-                         f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to "
-                         f"{max(ratios):.3f})"))  # fmt: skip
-        noise = [a / b for a, b in zip(whole["bare"], whole["no-op hook"], strict=True)]
-        rows.append(("bare", "0", "0 %", f"{statistics.median(noise):.3f} "
-                     f"({min(noise):.3f} to {max(noise):.3f})"))  # fmt: skip
+    def whole() -> None:
+        handle = lm.model.layers[15].register_forward_hook(
+            lambda module, args, out: seen.append(stream_of(out)) or seen.clear()
+        )
+        try:
+            lm(input_ids=ids)
+        finally:
+            handle.remove()
+
+    peers, _ = installed(d, width, K)
+    with torch.no_grad(), residuals(lm, [15]) as read:
+        forwards = medians({"partial": lambda: read(input_ids=ids), "whole": whole}, 5)
+    steps: dict[str, Callable[[], Any]] = {"ours": ours}
+    steps |= {name: lambda peer=peer: peer.update(x) for name, peer in peers.items()}
+    taken = medians(steps, 3, {"ours": 5})
+    partial, full = (forwards[kind] / ids.numel() for kind in ("partial", "whole"))
+    step = {name: value / TOKENS for name, value in taken.items()}
+    rows: Table = [
+        ("tokens a second", "language model alone", "with a training step", "share of the former"),
+        _pace("ours: forward up to the last hooked block", partial, step["ours"]),
+    ]
+    if "sparsify" in step:
+        rows.append(_pace("sparsify: the whole forward", full, step["sparsify"]))
+    for name in ("dictionary_learning", "SAELens"):
+        if name in step:
+            rows.append(_pace(f"{name}: forward up to the layer", partial, step[name]))
+    rows.append(("ours, from activations that are there", "-", f"{1 / step['ours']:.0f}", "-"))
     return rows
+
+
+def _pace(name: str, forward: float, step: float) -> tuple[str, ...]:
+    together = forward + step
+    return name, f"{1 / forward:.0f}", f"{1 / together:.0f}", f"{forward / together:.2f}"
 
 
 # ---------------------------------------------------------------- memory
@@ -379,6 +269,10 @@ TABLES: dict[str, tuple[str, Callable[[], Table]]] = {
         train_table,
     ),
     "attach": ("Attached to SmolLM2-135M while it generates (7 paired runs)", attach_table),
+    "end-to-end": (
+        f"Training from text: SmolLM2-135M up to layer 15, 18432 features, {TOKENS} tokens a step",
+        end_to_end_table,
+    ),
     "memory": ("Memory", memory_table),
 }
 
