@@ -140,6 +140,47 @@ def test_a_shard_that_only_one_of_two_stores_has_is_made_again_for_the_other(tmp
     assert stores.contents(tmp_path) == before
 
 
+def test_killed_between_two_stores_a_larger_limit_goes_on_with_both(tmp_path, monkeypatch):
+    lm = tiny.llama()
+    saes = {1: tiny.sae_for(lm, 1), 2: tiny.sae_for(lm, 2)}
+    options = {**OPTIONS, "shard_tokens": 1000}
+    real = FeatureStore.append
+
+    def killed(store, *args):
+        if store.path.name == "layers.2.resid_post":
+            raise KeyboardInterrupt
+        return real(store, *args)
+
+    monkeypatch.setattr(FeatureStore, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record(lm, saes, DOCUMENTS, tmp_path / "s", max_documents=6, **options)
+    monkeypatch.setattr(FeatureStore, "append", real)
+    few = sum(map(len, DOCUMENTS[:6]))
+
+    # the first store's tokens count once: so many, and no more than the limit
+    found = record(lm, saes, DOCUMENTS, tmp_path / "s", max_tokens=few, **options)
+    assert [store.num_tokens for store in found.values()] == [few, few]
+    found = record(lm, saes, DOCUMENTS, tmp_path / "s", **options)
+
+    for name, store in found.items():
+        assert [(each.first, each.last) for each in store.shards] == [(0, 5), (6, 11)]
+        check_rows(store, reference(lm, saes[int(name[7])], DOCUMENTS, at=name))
+
+
+def test_what_one_of_two_stores_holds_counts_once_against_the_limits(tmp_path):
+    lm = tiny.llama()
+    saes = {1: tiny.sae_for(lm, 1), 2: tiny.sae_for(lm, 2)}
+    whole = record(lm, saes, DOCUMENTS, tmp_path / "s", **OPTIONS)
+    sizes = sum(shard.size for store in whole.values() for shard in store.shards)
+    before = stores.contents(tmp_path)
+    for name in whole:
+        for limit in ({"max_tokens": 151}, {"max_bytes": sizes}):
+            for shard in whole[name].shards[1:]:
+                shard.path.unlink()
+            record(lm, saes, DOCUMENTS, tmp_path / "s", **limit, **OPTIONS)
+            assert stores.contents(tmp_path) == before
+
+
 def test_layers_after_the_last_place_and_the_head_are_never_computed(tmp_path):
     lm = tiny.llama()
     sae = tiny.sae_for(lm)
