@@ -351,6 +351,13 @@ def test_a_file_that_this_package_did_not_write_is_refused(tmp_path):
         stores.all_rows(FeatureStore(store.path))
 
 
+def test_a_shard_without_rows_does_not_stop_a_search_for_a_text(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[0, 0], [9]])
+    wanted = rows.token[3:5].tolist()
+    assert store.features_of(wanted)
+    assert store.features_of([*wanted] * 9) == []
+
+
 def test_two_shards_with_one_document_are_refused(tmp_path):
     store, _ = stores.make(tmp_path / "s", SHARDS)
     store.append(3, 4, stores.rows([1, 1], first=3))
