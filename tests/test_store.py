@@ -442,6 +442,27 @@ def test_more_files_after_those_there_were_go_on_with_a_store_and_others_do_not(
         FeatureStore.create(tmp_path / "s", of("b", "a"))
 
 
+def test_files_that_were_added_are_noted_so_that_others_do_not_take_their_numbers(tmp_path):
+    def of(*names, **more):
+        files = [{"name": name, "bytes": 1, **more} for name in names]
+        return stores.provenance(dataset={"kind": "files", "files": files})
+
+    FeatureStore.create(tmp_path / "s", of("a"))
+    path = tmp_path / "s" / "store.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "of a later version": 1}))
+    store = FeatureStore.create(tmp_path / "s", of("a", "b", sha256="2"))
+
+    assert [file["name"] for file in store.provenance.dataset["files"]] == ["a", "b"]
+    assert json.loads(path.read_text())["of a later version"] == 1
+    before = stores.contents(tmp_path)
+    FeatureStore.create(tmp_path / "s", of("a", "b", sha256="2"))
+    for other in (of("a", "c", sha256="2"), of("a", "b", sha256="3"), of("a"), of("a", "c", "b")):
+        with pytest.raises(StoreError, match="dataset files"):
+            FeatureStore.create(tmp_path / "s", other)
+    assert stores.contents(tmp_path) == before
+
+
 def test_a_folder_that_holds_other_things_is_not_made_a_store(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreError, match="not empty"):
