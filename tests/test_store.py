@@ -472,6 +472,12 @@ def test_a_folder_that_holds_other_things_is_not_made_a_store(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_readme_that_is_there_already_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("my own words")
+    FeatureStore.create(tmp_path, stores.provenance())
+    assert (tmp_path / "README.md").read_text() == "my own words"
+
+
 def test_an_act_that_float16_cannot_hold_is_an_error_and_one_it_rounds_to_0_is_no_posting():
     layout, place = stores.provenance().layout, np.zeros(1, int)
 

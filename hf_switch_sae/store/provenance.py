@@ -102,9 +102,10 @@ class Provenance:
                 raise StoreError(
                     f"{store} is not a store, and not empty: give a folder that is new or empty."
                 )
-            card = _CARD.replace("{features_per_expert}", str(self.layout.features_per_expert))
-            with written_whole(store / "README.md") as file:
-                file.write(card.encode())
+            if not (store / "README.md").exists():  # or the user's own
+                card = _CARD.replace("{features_per_expert}", str(self.layout.features_per_expert))
+                with written_whole(store / "README.md") as file:
+                    file.write(card.encode())
             text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2)
             # linked, not renamed: of several writers the first wins, and the others compare
             beside = store / f"{FILE}.{uuid.uuid4().hex[:8]}"
