@@ -80,9 +80,10 @@ def record(
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Record which features are active, and how strongly, on every token of a corpus.
 
-    The model is run up to the last hooked block. Interrupted or killed, the same call goes on where
-    it was, and so does one with larger limits or with more files after those there were. Under
-    `accelerate launch` or torchrun each process records its share into the same folder.
+    The model is run up to the last hooked block, unedited: live edits of sessions that are open on
+    it don't act, and their recordings don't see the corpus. Interrupted or killed, the same call
+    goes on where it was, and so does one with larger limits or with more files after those there
+    were. Under `accelerate launch` or torchrun each process records its share into the same folder.
 
     Args:
         lm: the language model, in eval mode; on one device, or spread by a `device_map`.
@@ -135,6 +136,7 @@ def record(
             attach(lm, saes, at, allow_mismatch=allow_mismatch, all_threads=False)
         )
         run = stack.enter_context(partial_forward(lm, session.hookpoints))
+        stack.enter_context(session.without_edits())
         stores = {}
         for name, tap in session.taps.items():
             made = provenance_of(

@@ -181,6 +181,20 @@ def test_what_one_of_two_stores_holds_counts_once_against_the_limits(tmp_path):
             assert stores.contents(tmp_path) == before
 
 
+def test_edits_of_an_open_session_do_not_act_on_what_is_recorded(tmp_path):
+    lm = tiny.llama()
+    sae = tiny.sae_for(lm)
+    record(lm, sae, DOCUMENTS, tmp_path / "plain", at=2, **OPTIONS)
+
+    with sae.attach(lm, at=1) as session, session.record(tmp_path / "live") as live:
+        session.edit(Steer(5, 30.0, unit="raw"))
+        record(lm, sae, DOCUMENTS, tmp_path / "edited", at=2, **OPTIONS)
+        lm(input_ids=torch.tensor([DOCUMENTS[0]]))
+
+    assert stores.contents(tmp_path / "edited") == stores.contents(tmp_path / "plain")
+    assert live.num_tokens == len(DOCUMENTS[0])
+
+
 def test_layers_after_the_last_place_and_the_head_are_never_computed(tmp_path):
     lm = tiny.llama()
     sae = tiny.sae_for(lm)
