@@ -106,7 +106,7 @@ def record(
             each takes its share.
         max_bytes: stop before the files of tokens take more; likewise.
         lm_revision, sae_revision: commits the models were loaded from, to note in a new store:
-            transformers no longer tells.
+            transformers no longer tells an LM's; an SAE's is taken from its config by default.
         allow_mismatch: accept another language model than the SAE was trained on.
         progress: whether to show a bar on stderr; by default if that is a terminal.
 

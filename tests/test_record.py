@@ -195,6 +195,23 @@ def test_edits_of_an_open_session_do_not_act_on_what_is_recorded(tmp_path):
     assert live.num_tokens == len(DOCUMENTS[0])
 
 
+def test_the_commit_an_sae_was_loaded_at_is_noted_unless_it_is_another_repositorys(tmp_path):
+    lm = tiny.llama()
+    sae = tiny.sae_for(lm)
+    sae.config.source = {"repo": "org/sae", "revision": "0123abcd"}
+    found = {}
+    for name, options in [
+        ("org/sae", {}),
+        ("org/copy", {}),
+        ("org/sae", {"sae_revision": "4567"}),
+    ]:
+        sae.name_or_path = name
+        folder = tmp_path / str(len(found))
+        store = record(lm, sae, DOCUMENTS[:1], folder, at=2, **options, **OPTIONS)
+        found[folder] = store.provenance.sae["revision"]
+    assert list(found.values()) == ["0123abcd", None, "4567"]
+
+
 def test_layers_after_the_last_place_and_the_head_are_never_computed(tmp_path):
     lm = tiny.llama()
     sae = tiny.sae_for(lm)
