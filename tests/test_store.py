@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -701,6 +702,33 @@ def test_an_interrupted_index_can_go_on_with_another_memory(tmp_path, monkeypatc
         want = [each[1:] for each in stores.postings(rows) if each[0] == feature]
         hits = FeatureStore(store.path).top_tokens(feature, 10_000, context=0)
         assert [(hit.act, hit.document, hit.position) for hit in hits] == want
+
+
+def test_a_shard_replaced_by_one_of_equal_size_is_not_answered_for_by_the_old_index(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[30], [20]])
+    store.index()
+    size = store.shards[0].size
+    one = rows.take(np.arange(30))
+    # the same features on other tokens, so a file as large
+    store.append(0, 0, replace(one, token=(one.token + 20).astype(one.token.dtype)))
+    store.refresh()
+
+    assert store.shards[0].size == size
+    assert not store.is_indexed
+    store.index()
+    assert read_postings(store) == stores.postings(stores.all_rows(store))
+
+
+def test_a_shard_is_not_replaced_while_its_index_is_built(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[30]])
+    store.index()
+    before = stores.contents(tmp_path)
+    with (
+        files.locked(store.path / "index" / ".lock", wait=False),
+        pytest.raises(StoreError, match="another process is at work"),
+    ):
+        store.append(0, 0, rows)
+    assert stores.contents(tmp_path) == before
 
 
 def test_one_process_at_a_time_builds_the_index(tmp_path):
