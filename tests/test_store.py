@@ -479,6 +479,32 @@ def test_a_readme_that_is_there_already_is_left_alone(tmp_path):
     assert (tmp_path / "README.md").read_text() == "my own words"
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES])
+def test_a_store_is_made_where_there_are_no_hard_links(tmp_path, monkeypatch, code):
+    def no_links(*_):
+        raise OSError(code, "no links here")
+
+    plain = FeatureStore.create(tmp_path / "plain", stores.provenance())
+    monkeypatch.setattr("os.link", no_links)
+    FeatureStore.create(tmp_path / "s", stores.provenance())
+    FeatureStore.create(tmp_path / "s", stores.provenance())
+
+    assert stores.contents(tmp_path / "s") == stores.contents(plain.path)
+
+
+def test_a_writer_that_comes_second_compares_and_leaves_nothing(tmp_path, monkeypatch):
+    def no_links(beside, path):
+        path.write_bytes((plain.path / "store.json").read_bytes())  # the other was faster
+        raise OSError(errno.EPERM, "no links here")
+
+    plain = FeatureStore.create(tmp_path / "plain", stores.provenance())
+    monkeypatch.setattr("os.link", no_links)
+    with pytest.raises(StoreError, match="something else"):
+        FeatureStore.create(tmp_path / "s", stores.provenance(hookpoint="layers.3.resid_post"))
+
+    assert stores.contents(tmp_path / "s") == stores.contents(plain.path)
+
+
 def test_an_act_that_float16_cannot_hold_is_an_error_and_one_it_rounds_to_0_is_no_posting():
     layout, place = stores.provenance().layout, np.zeros(1, int)
 

@@ -107,13 +107,7 @@ class Provenance:
                 with written_whole(store / "README.md") as file:
                     file.write(card.encode())
             text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2)
-            # linked, not renamed: of several writers the first wins, and the others compare
-            beside = store / f"{FILE}.{uuid.uuid4().hex[:8]}"
-            with written_whole(beside) as file:
-                file.write(f"{text}\n".encode())
-            with contextlib.suppress(FileExistsError):
-                os.link(beside, store / FILE)
-            beside.unlink()
+            _write_unless_there(store / FILE, f"{text}\n".encode())
         self.check(store)
         if len(self._files) > len(Provenance.read(store)._files):
             with locked(store / ".lock", wait=True):
@@ -179,6 +173,26 @@ def _goes_on(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> bool:
         for one, other in zip(old, new, strict=False)
         for key in one.keys() & other.keys()
     )
+
+
+def _write_unless_there(path: Path, data: bytes) -> None:
+    """Of several writers the first wins, and the others compare; so not by a rename."""
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with written_whole(beside) as file:
+            file.write(data)
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(beside, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                with path.open("xb") as file:
+                    file.write(data)
+    except OSError as err:
+        raise StoreError(f"{path} can't be written ({err.strerror or err}).") from err
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _holds_other_things(store: Path) -> bool:
