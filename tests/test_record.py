@@ -628,6 +628,30 @@ def test_recording_with_gradients_on_keeps_no_graph_and_several_hookpoints_sever
     assert [store.num_tokens for store in found.values()] == [6, 6]
 
 
+def test_a_store_that_can_not_be_written_loses_no_other_hookpoints_documents(tmp_path, monkeypatch):
+    from hf_switch_sae import attach
+
+    lm = tiny.llama()
+    saes = {layer: tiny.sae_for(lm, layer) for layer in (1, 2, 3)}
+    real = FeatureStore.append_documents
+
+    def full(store, documents):
+        if store.path.name == broken:
+            raise StoreError("the disk is full")
+        return real(store, documents)
+
+    monkeypatch.setattr(FeatureStore, "append_documents", full)
+    for number, broken in enumerate(f"layers.{layer}.resid_post" for layer in saes):
+        with (
+            pytest.raises(StoreError, match="disk is full"),
+            attach(lm, saes) as session,
+            session.record(tmp_path / str(number)) as found,
+        ):
+            lm(**tiny.padded(tiny.prompts(6)))
+        want = {name: 0 if name == broken else 6 for name in found}
+        assert {name: store.num_tokens for name, store in found.items()} == want
+
+
 def test_beams_are_refused_before_generate_runs_and_only_while_recording(tmp_path):
     lm = tiny.llama()
     sae = tiny.sae_for(lm)
