@@ -632,6 +632,16 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_p
     assert FeatureStore(store.path).num_tokens == 3
 
 
+def test_no_signal_is_sent_where_it_would_be_ctrl_c(monkeypatch):
+    sent = []
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "kill", lambda *signal: sent.append(signal))
+        patch.setattr(files.os, "name", "nt")
+        running = files._is_running(1)
+    assert running
+    assert not sent
+
+
 # --- killed while indexing ----------------------------------------------------------------------
 
 
