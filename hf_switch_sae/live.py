@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -166,9 +166,10 @@ def recording(
     finally:
         for tap in taps.values():
             tap.recorder = None
-        for name, recorder in recorders.items():
-            recorder.close()
-            stores[name].refresh()
+        with ExitStack() as closing:  # one that fails does not lose what the others have open
+            for name, recorder in recorders.items():
+                closing.callback(stores[name].refresh)
+                closing.callback(recorder.close)
 
 
 def _ends(lm: nn.Module) -> tuple[int | None, set[int]]:

@@ -1,8 +1,8 @@
 """What recorded features come from: models -> the identity that a store keeps.
 
 Beware transformers 5 no longer notes the commit a model was loaded from, so an LM's revision is
-       known only where the caller gives it. Weights tell: an SAE's are hashed whole, an LM's by
-       the samples of its fingerprint.
+       known only where the caller gives it; an SAE's config notes its own. Weights tell:
+       an SAE's are hashed whole, an LM's by the samples of its fingerprint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def provenance_of(
         lm: the language model, wrapped or not.
         sae: the SAE.
         hookpoint: where it reads.
-        lm_revision, sae_revision: commits they were loaded from, if known.
+        lm_revision, sae_revision: commits they were loaded from, if known; of an SAE its config's
+            own by default.
         tokenizer: that made the tokens, or None.
         dataset: the documents' own provenance (`text.Documents`), or None.
         text: how they became tokens, JSON-able.
@@ -65,7 +66,7 @@ def provenance_of(
         hookpoint=hookpoint,
         sae={
             "name": _hub_name(sae.name_or_path),
-            "revision": sae_revision,
+            "revision": sae_revision or _pinned(sae),
             "weights": weights_hash(sae),
         },
         lm={
@@ -77,6 +78,12 @@ def provenance_of(
         dataset=dataset,
         text=text or {},
     )
+
+
+def _pinned(sae: SwitchSAE) -> str | None:
+    """The commit an SAE was loaded at, as its config notes it; of a copy elsewhere it says none."""
+    source = sae.config.source or {}
+    return source.get("revision") if source.get("repo") == sae.name_or_path else None
 
 
 @torch.no_grad()

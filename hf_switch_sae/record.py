@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,10 @@ def record(
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Record which features are active, and how strongly, on every token of a corpus.
 
-    The model is run up to the last hooked block. Interrupted or killed, the same call goes on where
-    it was, and so does one with larger limits or with more files after those there were. Under
-    `accelerate launch` or torchrun each process records its share into the same folder.
+    The model is run up to the last hooked block, unedited: live edits of sessions that are open on
+    it don't act, and their recordings don't see the corpus. Interrupted or killed, the same call
+    goes on where it was, and so does one with larger limits or with more files after those there
+    were. Under `accelerate launch` or torchrun each process records its share into the same folder.
 
     Args:
         lm: the language model, in eval mode; on one device, or spread by a `device_map`.
@@ -104,7 +106,7 @@ def record(
             each takes its share.
         max_bytes: stop before the files of tokens take more; likewise.
         lm_revision, sae_revision: commits the models were loaded from, to note in a new store:
-            transformers no longer tells.
+            transformers no longer tells an LM's; an SAE's is taken from its config by default.
         allow_mismatch: accept another language model than the SAE was trained on.
         progress: whether to show a bar on stderr; by default if that is a terminal.
 
@@ -134,6 +136,7 @@ def record(
             attach(lm, saes, at, allow_mismatch=allow_mismatch, all_threads=False)
         )
         run = stack.enter_context(partial_forward(lm, session.hookpoints))
+        stack.enter_context(session.without_edits())
         stores = {}
         for name, tap in session.taps.items():
             made = provenance_of(
@@ -236,74 +239,78 @@ class _Recorder:
                 bar.update(len(shard))
                 if number % share.world != share.rank:
                     continue
-                pieces = list(self._missing(shard))
-                held = self._held(shard[0].number, shard[-1].number)
-                tokens, size = tokens + held[0], size + held[1]
-                for piece in pieces:
-                    if tokens >= share.of(limits.tokens):
-                        return
-                    written = self._record(piece, share.of(limits.bytes) - size)
-                    if written is None:
-                        return
-                    tokens, size, done = tokens + written[0], size + written[1], done + written[0]
-                    speed = done / (time.monotonic() - started)
-                    bar.set_postfix_str(f"{speed:,.0f} tokens/s")
+                size += self._bytes_held(shard)
+                for lacking, run in groupby(shard, self._lacking):
+                    piece = list(run)
+                    held = self._tokens_held(piece)
+                    if lacking:
+                        if tokens >= share.of(limits.tokens):
+                            return
+                        written = self._record(piece, lacking, share.of(limits.bytes) - size)
+                        if written is None:
+                            return
+                        size, done = size + written[1], done + written[0]
+                        # what the first store lacks is not among what it held
+                        held += written[0] if next(iter(self._stores)) in lacking else 0
+                        speed = done / (time.monotonic() - started)
+                        bar.set_postfix_str(f"{speed:,.0f} tokens/s")
+                    tokens += held
 
-    def _held(self, first: int, last: int) -> tuple[int, int]:
-        """Tokens of some documents in the first store, and bytes of all stores' files of them."""
-        held = [store.held(first, last) for store in self._stores.values()]
-        return held[0][0], sum(size for _, size in held)
+    def _tokens_held(self, documents: list[Document]) -> int:
+        """Tokens of the first store's files that begin with one of these documents."""
+        store = next(iter(self._stores.values()))
+        return store.held(documents[0].number, documents[-1].number)[0]
 
-    def _missing(self, shard: list[Document]) -> Iterator[list[Document]]:
-        """The documents that some store lacks, in runs of consecutive ones."""
-        piece: list[Document] = []
-        for document in shard:
-            if not all(store.holds(document.number) for store in self._stores.values()):
-                piece.append(document)
-            elif piece:
-                yield piece
-                piece = []
-        if piece:
-            yield piece
+    def _bytes_held(self, documents: list[Document]) -> int:
+        """Bytes of all stores' files that begin with one of these documents."""
+        first, last = documents[0].number, documents[-1].number
+        return sum(store.held(first, last)[1] for store in self._stores.values())
 
-    def _record(self, documents: list[Document], room: float) -> tuple[int, int] | None:
-        """Compute and write one shard; tokens and bytes, or None if `room` bytes don't hold it."""
-        rows = self._compute(documents)
+    def _lacking(self, document: Document) -> tuple[str, ...]:
+        """The stores without a document: a kill between two appends leaves them unlike."""
+        return tuple(n for n, store in self._stores.items() if not store.holds(document.number))
+
+    def _record(
+        self, documents: list[Document], names: tuple[str, ...], room: float
+    ) -> tuple[int, int] | None:
+        """Compute and write one shard of these stores; tokens and bytes, or None if no `room`."""
+        rows = self._compute(documents, names)
         count = total = 0
-        for name, store in self._stores.items():
+        for name in names:
             limit = None if room == float("inf") else int(room - total)
             first, last = documents[0].number, documents[-1].number
-            size = store.append(first, last, rows[name], limit)
+            size = self._stores[name].append(first, last, rows[name], limit)
             if size is None:
                 return None
             total, count = total + size, len(rows[name])
         return count, total
 
     @torch.no_grad()
-    def _compute(self, documents: list[Document]) -> dict[str, TokenRows]:
+    def _compute(self, documents: list[Document], names: tuple[str, ...]) -> dict[str, TokenRows]:
         settings = self._settings
         windows = windows_of(
             documents, self._tokenizer, settings.context, settings.add_special_tokens
         )
         pad = getattr(self._tokenizer, "pad_token_id", None) or 0
-        parts: dict[str, list[TokenRows]] = {name: [] for name in self._stores}
+        parts: dict[str, list[TokenRows]] = {name: [] for name in names}
         for batch in batches_of(windows, settings.batch_tokens, pad, settings.prefix):
             inputs = {name: tensor.to(self._device) for name, tensor in batch.inputs.items()}
             self._run(**inputs, **self._options)
-            for name, found in self._rows(batch).items():
+            for name, found in self._rows(batch, names).items():
                 parts[name].append(found)
         return {
             name: TokenRows.cat(found) if found else TokenRows.empty(self._layout(name))
             for name, found in parts.items()
         }
 
-    def _rows(self, batch: Batch) -> dict[str, TokenRows]:
+    def _rows(self, batch: Batch, names: tuple[str, ...]) -> dict[str, TokenRows]:
         token = batch.inputs["input_ids"].numpy()
         position, document = batch.position.numpy(), batch.document.numpy()
         kept = (position >= 0) & ~np.isin(token, self._skipped)
         mask = torch.from_numpy(kept)
         rows = {}
-        for name, tap in self._session.taps.items():
+        for name in names:
+            tap = self._session.taps[name]
             features = tap.last_passed().features()
             if features.shape[0] != len(token) or features.shape[1] < token.shape[1]:
                 raise StoreError(

@@ -4,7 +4,8 @@ Room   files, Hub data sets or lists -> documents numbered from 0 -> windows of 
        tokens -> padded batches. Recording and training share it.
 Beware A document's number is its row in the data set, empty and skipped ones counted, so it never
        changes. A text file is one document; of a very long one each `MAX_CHARACTERS`, at a line's
-       end. A window starts afresh: the model does not see the window before it.
+       end. A window starts afresh: the model does not see the window before it. Files are known
+       by name, size, and a hash of their ends: an edit of equal size amid a large one goes unseen.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from hf_switch_sae.errors import TextError
 
 MAX_CHARACTERS = 1 << 20
+_HASHED = 1 << 20
 _KINDS = {".txt": "text", ".md": "text", ".jsonl": "json lines", ".parquet": "parquet"}
 
 Tokenizer = Callable[..., Any]
@@ -147,7 +149,10 @@ def _of_files(files: list[Path], column: str) -> Documents:
     provenance = {
         "kind": "files",
         "column": column,
-        "files": [{"name": file.name, "bytes": file.stat().st_size} for file in files],
+        "files": [
+            {"name": file.name, "bytes": file.stat().st_size, "sha256": _ends_hash(file)}
+            for file in files
+        ],
     }
 
     def read() -> Iterator[Any]:
@@ -155,6 +160,15 @@ def _of_files(files: list[Path], column: str) -> Documents:
             yield from _READERS[_KINDS[file.suffix]](file, column)
 
     return Documents(provenance, read, sum(_COUNTERS[_KINDS[file.suffix]](file) for file in files))
+
+
+def _ends_hash(file: Path) -> str:
+    """SHA-256, in hex, of a file's first and last MiB: a corpus is not read twice to know it."""
+    with file.open("rb") as data:
+        digest = hashlib.sha256(data.read(_HASHED))
+        data.seek(max(data.tell(), file.stat().st_size - _HASHED))
+        digest.update(data.read())
+    return digest.hexdigest()
 
 
 def _count_pieces(file: Path) -> int:

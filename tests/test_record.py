@@ -140,6 +140,78 @@ def test_a_shard_that_only_one_of_two_stores_has_is_made_again_for_the_other(tmp
     assert stores.contents(tmp_path) == before
 
 
+def test_killed_between_two_stores_a_larger_limit_goes_on_with_both(tmp_path, monkeypatch):
+    lm = tiny.llama()
+    saes = {1: tiny.sae_for(lm, 1), 2: tiny.sae_for(lm, 2)}
+    options = {**OPTIONS, "shard_tokens": 1000}
+    real = FeatureStore.append
+
+    def killed(store, *args):
+        if store.path.name == "layers.2.resid_post":
+            raise KeyboardInterrupt
+        return real(store, *args)
+
+    monkeypatch.setattr(FeatureStore, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        record(lm, saes, DOCUMENTS, tmp_path / "s", max_documents=6, **options)
+    monkeypatch.setattr(FeatureStore, "append", real)
+    few = sum(map(len, DOCUMENTS[:6]))
+
+    # the first store's tokens count once: so many, and no more than the limit
+    found = record(lm, saes, DOCUMENTS, tmp_path / "s", max_tokens=few, **options)
+    assert [store.num_tokens for store in found.values()] == [few, few]
+    found = record(lm, saes, DOCUMENTS, tmp_path / "s", **options)
+
+    for name, store in found.items():
+        assert [(each.first, each.last) for each in store.shards] == [(0, 5), (6, 11)]
+        check_rows(store, reference(lm, saes[int(name[7])], DOCUMENTS, at=name))
+
+
+def test_what_one_of_two_stores_holds_counts_once_against_the_limits(tmp_path):
+    lm = tiny.llama()
+    saes = {1: tiny.sae_for(lm, 1), 2: tiny.sae_for(lm, 2)}
+    whole = record(lm, saes, DOCUMENTS, tmp_path / "s", **OPTIONS)
+    sizes = sum(shard.size for store in whole.values() for shard in store.shards)
+    before = stores.contents(tmp_path)
+    for name in whole:
+        for limit in ({"max_tokens": 151}, {"max_bytes": sizes}):
+            for shard in whole[name].shards[1:]:
+                shard.path.unlink()
+            record(lm, saes, DOCUMENTS, tmp_path / "s", **limit, **OPTIONS)
+            assert stores.contents(tmp_path) == before
+
+
+def test_edits_of_an_open_session_do_not_act_on_what_is_recorded(tmp_path):
+    lm = tiny.llama()
+    sae = tiny.sae_for(lm)
+    record(lm, sae, DOCUMENTS, tmp_path / "plain", at=2, **OPTIONS)
+
+    with sae.attach(lm, at=1) as session, session.record(tmp_path / "live") as live:
+        session.edit(Steer(5, 30.0, unit="raw"))
+        record(lm, sae, DOCUMENTS, tmp_path / "edited", at=2, **OPTIONS)
+        lm(input_ids=torch.tensor([DOCUMENTS[0]]))
+
+    assert stores.contents(tmp_path / "edited") == stores.contents(tmp_path / "plain")
+    assert live.num_tokens == len(DOCUMENTS[0])
+
+
+def test_the_commit_an_sae_was_loaded_at_is_noted_unless_it_is_another_repositorys(tmp_path):
+    lm = tiny.llama()
+    sae = tiny.sae_for(lm)
+    sae.config.source = {"repo": "org/sae", "revision": "0123abcd"}
+    found = {}
+    for name, options in [
+        ("org/sae", {}),
+        ("org/copy", {}),
+        ("org/sae", {"sae_revision": "4567"}),
+    ]:
+        sae.name_or_path = name
+        folder = tmp_path / str(len(found))
+        store = record(lm, sae, DOCUMENTS[:1], folder, at=2, **options, **OPTIONS)
+        found[folder] = store.provenance.sae["revision"]
+    assert list(found.values()) == ["0123abcd", None, "4567"]
+
+
 def test_layers_after_the_last_place_and_the_head_are_never_computed(tmp_path):
     lm = tiny.llama()
     sae = tiny.sae_for(lm)
@@ -554,6 +626,30 @@ def test_recording_with_gradients_on_keeps_no_graph_and_several_hookpoints_sever
 
     assert list(found) == ["layers.1.resid_post", "layers.3.resid_post"]
     assert [store.num_tokens for store in found.values()] == [6, 6]
+
+
+def test_a_store_that_can_not_be_written_loses_no_other_hookpoints_documents(tmp_path, monkeypatch):
+    from hf_switch_sae import attach
+
+    lm = tiny.llama()
+    saes = {layer: tiny.sae_for(lm, layer) for layer in (1, 2, 3)}
+    real = FeatureStore.append_documents
+
+    def full(store, documents):
+        if store.path.name == broken:
+            raise StoreError("the disk is full")
+        return real(store, documents)
+
+    monkeypatch.setattr(FeatureStore, "append_documents", full)
+    for number, broken in enumerate(f"layers.{layer}.resid_post" for layer in saes):
+        with (
+            pytest.raises(StoreError, match="disk is full"),
+            attach(lm, saes) as session,
+            session.record(tmp_path / str(number)) as found,
+        ):
+            lm(**tiny.padded(tiny.prompts(6)))
+        want = {name: 0 if name == broken else 6 for name in found}
+        assert {name: store.num_tokens for name, store in found.items()} == want
 
 
 def test_beams_are_refused_before_generate_runs_and_only_while_recording(tmp_path):

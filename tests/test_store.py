@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -351,6 +352,13 @@ def test_a_file_that_this_package_did_not_write_is_refused(tmp_path):
         stores.all_rows(FeatureStore(store.path))
 
 
+def test_a_shard_without_rows_does_not_stop_a_search_for_a_text(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[0, 0], [9]])
+    wanted = rows.token[3:5].tolist()
+    assert store.features_of(wanted)
+    assert store.features_of([*wanted] * 9) == []
+
+
 def test_two_shards_with_one_document_are_refused(tmp_path):
     store, _ = stores.make(tmp_path / "s", SHARDS)
     store.append(3, 4, stores.rows([1, 1], first=3))
@@ -435,6 +443,27 @@ def test_more_files_after_those_there_were_go_on_with_a_store_and_others_do_not(
         FeatureStore.create(tmp_path / "s", of("b", "a"))
 
 
+def test_files_that_were_added_are_noted_so_that_others_do_not_take_their_numbers(tmp_path):
+    def of(*names, **more):
+        files = [{"name": name, "bytes": 1, **more} for name in names]
+        return stores.provenance(dataset={"kind": "files", "files": files})
+
+    FeatureStore.create(tmp_path / "s", of("a"))
+    path = tmp_path / "s" / "store.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "of a later version": 1}))
+    store = FeatureStore.create(tmp_path / "s", of("a", "b", sha256="2"))
+
+    assert [file["name"] for file in store.provenance.dataset["files"]] == ["a", "b"]
+    assert json.loads(path.read_text())["of a later version"] == 1
+    before = stores.contents(tmp_path)
+    FeatureStore.create(tmp_path / "s", of("a", "b", sha256="2"))
+    for other in (of("a", "c", sha256="2"), of("a", "b", sha256="3"), of("a"), of("a", "c", "b")):
+        with pytest.raises(StoreError, match="dataset files"):
+            FeatureStore.create(tmp_path / "s", other)
+    assert stores.contents(tmp_path) == before
+
+
 def test_a_folder_that_holds_other_things_is_not_made_a_store(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreError, match="not empty"):
@@ -442,6 +471,38 @@ def test_a_folder_that_holds_other_things_is_not_made_a_store(tmp_path):
     with pytest.raises(StoreError, match=r"no store\.json there"):
         FeatureStore(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_readme_that_is_there_already_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("my own words")
+    FeatureStore.create(tmp_path, stores.provenance())
+    assert (tmp_path / "README.md").read_text() == "my own words"
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES])
+def test_a_store_is_made_where_there_are_no_hard_links(tmp_path, monkeypatch, code):
+    def no_links(*_):
+        raise OSError(code, "no links here")
+
+    plain = FeatureStore.create(tmp_path / "plain", stores.provenance())
+    monkeypatch.setattr("os.link", no_links)
+    FeatureStore.create(tmp_path / "s", stores.provenance())
+    FeatureStore.create(tmp_path / "s", stores.provenance())
+
+    assert stores.contents(tmp_path / "s") == stores.contents(plain.path)
+
+
+def test_a_writer_that_comes_second_compares_and_leaves_nothing(tmp_path, monkeypatch):
+    def no_links(beside, path):
+        path.write_bytes((plain.path / "store.json").read_bytes())  # the other was faster
+        raise OSError(errno.EPERM, "no links here")
+
+    plain = FeatureStore.create(tmp_path / "plain", stores.provenance())
+    monkeypatch.setattr("os.link", no_links)
+    with pytest.raises(StoreError, match="something else"):
+        FeatureStore.create(tmp_path / "s", stores.provenance(hookpoint="layers.3.resid_post"))
+
+    assert stores.contents(tmp_path / "s") == stores.contents(plain.path)
 
 
 def test_an_act_that_float16_cannot_hold_is_an_error_and_one_it_rounds_to_0_is_no_posting():
@@ -571,6 +632,16 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_p
     assert FeatureStore(store.path).num_tokens == 3
 
 
+def test_no_signal_is_sent_where_it_would_be_ctrl_c(monkeypatch):
+    sent = []
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "kill", lambda *signal: sent.append(signal))
+        patch.setattr(files.os, "name", "nt")
+        running = files._is_running(1)
+    assert running
+    assert not sent
+
+
 # --- killed while indexing ----------------------------------------------------------------------
 
 
@@ -667,6 +738,33 @@ def test_an_interrupted_index_can_go_on_with_another_memory(tmp_path, monkeypatc
         want = [each[1:] for each in stores.postings(rows) if each[0] == feature]
         hits = FeatureStore(store.path).top_tokens(feature, 10_000, context=0)
         assert [(hit.act, hit.document, hit.position) for hit in hits] == want
+
+
+def test_a_shard_replaced_by_one_of_equal_size_is_not_answered_for_by_the_old_index(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[30], [20]])
+    store.index()
+    size = store.shards[0].size
+    one = rows.take(np.arange(30))
+    # the same features on other tokens, so a file as large
+    store.append(0, 0, replace(one, token=(one.token + 20).astype(one.token.dtype)))
+    store.refresh()
+
+    assert store.shards[0].size == size
+    assert not store.is_indexed
+    store.index()
+    assert read_postings(store) == stores.postings(stores.all_rows(store))
+
+
+def test_a_shard_is_not_replaced_while_its_index_is_built(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[30]])
+    store.index()
+    before = stores.contents(tmp_path)
+    with (
+        files.locked(store.path / "index" / ".lock", wait=False),
+        pytest.raises(StoreError, match="another process is at work"),
+    ):
+        store.append(0, 0, rows)
+    assert stores.contents(tmp_path) == before
 
 
 def test_one_process_at_a_time_builds_the_index(tmp_path):

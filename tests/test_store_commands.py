@@ -1,6 +1,7 @@
 """`hf-switch-sae record` and `query`: from folders of models and text to lines on stdout."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -47,6 +48,17 @@ def test_record_makes_an_indexed_store_and_says_how_large_it_is(folder):
     assert f"{store.num_tokens} tokens of documents 0 to 3" in out
     assert store.provenance.hookpoint == "layers.2.resid_post"
     assert record(folder) == out
+
+
+def test_under_a_launcher_no_process_indexes_and_each_says_how_to(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        out = record(folder)
+        assert not FeatureStore(folder / "store").is_indexed
+    (command,) = re.findall(r'python -c "(.*)"', out)
+    exec(command)
+    assert FeatureStore(folder / "store").is_indexed
 
 
 def test_query_answers_by_feature_quantile_coactivation_and_text(folder):

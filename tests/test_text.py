@@ -46,6 +46,18 @@ def test_a_folder_is_its_files_in_order_of_their_names(folder):
     assert names == ["a.txt", "b.jsonl", "c.parquet"]
 
 
+def test_a_file_edited_in_place_to_equal_size_is_another_at_its_begin_and_end(tmp_path):
+    path = tmp_path / "a.txt"
+    seen = set()
+    for text in ("ab" * 3, "ab" + "xb" + "ab", "x" + "y" * (3 << 20), "z" + "y" * (3 << 20)):
+        for end in "xz":
+            path.write_text(text + end)
+            (file,) = read_documents(path).provenance["files"]
+            seen.add((file["bytes"], file["sha256"]))
+    assert len(seen) == 8
+    assert len({size for size, _ in seen}) == 2
+
+
 def test_a_long_text_file_is_several_documents_cut_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "MAX_CHARACTERS", 100)
     lines = [f"line {i}\n" for i in range(60)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ def record_corpus(
     max_bytes: Annotated[int | None, typer.Option(min=0, help="Budget for tokens/.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the language model.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
-    index: Annotated[bool, typer.Option(help="Build the index at the end.")] = True,
+    index: Annotated[bool, typer.Option(help="Build the index, if not under a launcher.")] = True,
     allow_mismatch: Annotated[
         bool, typer.Option(help="Accept another language model than the SAE's.")
     ] = False,
@@ -65,7 +66,9 @@ def record_corpus(
         allow_mismatch=allow_mismatch,
     )
     assert isinstance(found, FeatureStore)
-    if index and found.shards:
+    # the process of a launcher that ends first sees only a part of what there will be
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if index and alone and found.shards:
         found.index()
     used = found.disk_usage()
     print(
@@ -73,6 +76,11 @@ def record_corpus(
         f"{found.shards[-1].last if found.shards else 0:,}; {used['tokens']:,} bytes of tokens, "
         f"{used['index']:,} of index"
     )
+    if index and not alone:
+        print(
+            "not indexed, as other processes may still record: when all have ended, run "
+            f"python -c \"from hf_switch_sae import FeatureStore; FeatureStore('{store}').index()\""
+        )
 
 
 def _sae(name: str, subfolder: str) -> SwitchSAE:

@@ -111,10 +111,10 @@ def occurrences(reader: ShardReader, wanted: Array) -> Iterator[tuple[int, int]]
     """Shard and first row of each occurrence of token ids, [n], within one document."""
     last = len(wanted) - 1
     for index in range(len(reader.shards)):
-        document, position, token = reader.tokens(index, 0, reader.num_rows(index))
-        count = len(token) - last
-        if count <= 0:
+        count = reader.num_rows(index) - last
+        if count <= 0:  # of documents without tokens, too
             continue
+        document, position, token = reader.tokens(index, 0, count + last)
         here = np.ones(count, bool)
         for i, each in enumerate(wanted):
             here &= token[i : i + count] == each

@@ -44,6 +44,7 @@ from hf_switch_sae.store.shards import (
     ShardReader,
     TokenRows,
     list_shards,
+    shard_path,
     write_shard,
 )
 
@@ -147,8 +148,9 @@ class FeatureStore:
     def append(self, first: int, last: int, rows: TokenRows, room: int | None = None) -> int | None:
         """Add the tokens of documents first to last, all of them.
 
-        The same documents again replace what was there. Other writers may add other documents at
-        the same time. Queries see them after `refresh()`.
+        The same documents again replace what was there, and the index that was made of it is
+        removed first. Other writers may add other documents at the same time. Queries see them
+        after `refresh()`.
 
         Args:
             first, last: numbers of documents; those without any token count too.
@@ -160,13 +162,18 @@ class FeatureStore:
             kept.
 
         Raises:
-            StoreError: rows of other documents, or no room; nothing has changed then.
+            StoreError: rows of other documents, no room, or a file to replace while a process
+                builds the index of it; no tokens have changed then.
         """
         if len(rows) and not (rows.document.min() >= first and rows.document.max() <= last):
             raise StoreError(
                 f"these rows are of documents {rows.document.min()} to {rows.document.max()}, "
                 f"not of {first} to {last}."
             )
+        if shard_path(self.path, first, last).exists():
+            # an index's name tells shards by name and size, and the new one may have the same
+            indexing.remove(self.path)
+            self.__dict__.pop("_index", None)
         return write_shard(self.path, first, last, rows, self.provenance.layout, room)
 
     def append_documents(self, documents: Sequence[TokenRows]) -> range:

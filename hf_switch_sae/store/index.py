@@ -82,6 +82,21 @@ def build(store: Path, reader: ShardReader, memory: int, progress: Progress) -> 
         shutil.rmtree(folder / "runs", ignore_errors=True)
 
 
+def remove(store: Path) -> None:
+    """Remove every index of a store, finished or not.
+
+    Raises:
+        StoreError: a process is building one.
+    """
+    if (store / FOLDER).is_dir():
+        with locked(store / FOLDER / ".lock", wait=False):
+            for folder in (store / FOLDER).iterdir():
+                if folder.is_dir():
+                    # first, so that half an index is never taken for one
+                    (folder / "index.json").unlink(missing_ok=True)
+                    shutil.rmtree(folder)
+
+
 def _remove_unfinished(folder: Path) -> None:
     """Make room: an index that was never finished, of shards that have changed since."""
     if not (folder / "index.json").exists():

@@ -1,9 +1,12 @@
-"""What a store was made from, in store.json: written once, and compared before anything is added.
+"""What a store was made from, in store.json: compared before anything is added.
 
 Format a JSON object: `format`, `version`, and the fields of `Provenance` by name. Readers refuse
-       another version and ignore fields they don't know.
-Beware It never changes once it is written, so that several writers need no lock: counts are those
-       of the shards that are listed, and of index.json.
+       another version and ignore fields they don't know. Of a data set of files, `dataset.files`
+       has a `name`, `bytes` and `sha256` each; a key that one side lacks, as older stores lack
+       `sha256`, is not compared.
+Beware Once written only `dataset.files` ever changes: it grows by the files that are recorded after
+       those there are, under a lock, and never shrinks. Counts are not in it: they are those of the
+       shards that are listed, and of index.json.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_switch_sae.errors import StoreError
-from hf_switch_sae.store.files import written_whole
+from hf_switch_sae.store.files import locked, written_whole
 from hf_switch_sae.store.shards import Layout
 
 FORMAT, VERSION = "hf_switch_sae feature store", 1
@@ -80,16 +83,15 @@ class Provenance:
                     for key in sorted({*mine, *theirs} - {*names, "files"})
                     if mine.get(key) != theirs.get(key)
                 ]
-                # more files after those there are: the same documents keep their numbers
                 old, new = mine.get("files", []), theirs.get("files", [])
-                if new[: len(old)] != old:
+                if not _goes_on(old, new):
                     found.append(f"{each.name} files: {old!r} there, {new!r} now")
             elif mine != theirs:
                 found.append(f"{each.name}: {mine!r} there, {theirs!r} now")
         return found
 
     def write(self, store: Path) -> None:
-        """Make the folder a store of this, unless it is one already.
+        """Make the folder a store of this, or note the files that come after those it is of.
 
         Raises:
             StoreError: the folder is a store of something else, holds other things, or can't be
@@ -100,18 +102,30 @@ class Provenance:
                 raise StoreError(
                     f"{store} is not a store, and not empty: give a folder that is new or empty."
                 )
-            card = _CARD.replace("{features_per_expert}", str(self.layout.features_per_expert))
-            with written_whole(store / "README.md") as file:
-                file.write(card.encode())
+            if not (store / "README.md").exists():  # or the user's own
+                card = _CARD.replace("{features_per_expert}", str(self.layout.features_per_expert))
+                with written_whole(store / "README.md") as file:
+                    file.write(card.encode())
             text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2)
-            # linked, not renamed: of several writers the first wins, and the others compare
-            beside = store / f"{FILE}.{uuid.uuid4().hex[:8]}"
-            with written_whole(beside) as file:
-                file.write(f"{text}\n".encode())
-            with contextlib.suppress(FileExistsError):
-                os.link(beside, store / FILE)
-            beside.unlink()
+            _write_unless_there(store / FILE, f"{text}\n".encode())
         self.check(store)
+        if len(self._files) > len(Provenance.read(store)._files):
+            with locked(store / ".lock", wait=True):
+                self._extend(store)
+
+    @property
+    def _files(self) -> list[dict[str, Any]]:
+        files: list[dict[str, Any]] = (self.dataset or {}).get("files", [])
+        return files
+
+    def _extend(self, store: Path) -> None:
+        """Note this one's files; of several writers with one list all write the same bytes."""
+        self.check(store)  # again: another writer may have noted other files meanwhile
+        data = json.loads((store / FILE).read_bytes())
+        noted = data["dataset"]["files"]
+        noted += self._files[len(noted) :]
+        with written_whole(store / FILE) as file:
+            file.write(f"{json.dumps(data, indent=2)}\n".encode())
 
     def check(self, store: Path) -> None:
         """StoreError unless the store at this folder was made from the same."""
@@ -150,6 +164,35 @@ class Provenance:
             return cls(**{key: value for key, value in data.items() if key in known})
         except TypeError as err:
             raise StoreError(f"{path} lacks what every store has ({err}).") from err
+
+
+def _goes_on(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> bool:
+    """Whether new files are the old ones, then others: so the same documents keep their numbers."""
+    return len(new) >= len(old) and all(
+        one[key] == other[key]
+        for one, other in zip(old, new, strict=False)
+        for key in one.keys() & other.keys()
+    )
+
+
+def _write_unless_there(path: Path, data: bytes) -> None:
+    """Of several writers the first wins, and the others compare; so not by a rename."""
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with written_whole(beside) as file:
+            file.write(data)
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(beside, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                with path.open("xb") as file:
+                    file.write(data)
+    except OSError as err:
+        raise StoreError(f"{path} can't be written ({err.strerror or err}).") from err
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _holds_other_things(store: Path) -> bool:

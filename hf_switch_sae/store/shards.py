@@ -264,6 +264,11 @@ def list_shards(store: Path) -> list[Shard]:
     return found
 
 
+def shard_path(store: Path, first: int, last: int) -> Path:
+    """Where the tokens of documents first to last lie, if they lie in one file."""
+    return store / FOLDER / f"tokens-{first:012}-{last:012}.parquet"
+
+
 def write_shard(
     store: Path, first: int, last: int, rows: TokenRows, layout: Layout, room: int | None = None
 ) -> int | None:
@@ -275,7 +280,7 @@ def write_shard(
         StoreError: no room, or no permission.
     """
     order = np.lexsort((rows.position, rows.document))
-    path = store / FOLDER / f"tokens-{first:012}-{last:012}.parquet"
+    path = shard_path(store, first, last)
     dictionary = [name for name in ("token", "expert") if name in layout.schema.names]
     # tables of whole row groups, so that only a few lie in memory twice
     step = 16 * ROW_GROUP
