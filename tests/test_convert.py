@@ -427,6 +427,32 @@ def test_nothing_is_written_over_what_is_there(tmp_path):
         export(make("plain_topk"), folder, "saelens")
 
 
+@pytest.mark.parametrize("parent", ["embeddings", "embedding", "my-transcoder", "clt", "layer_3"])
+@pytest.mark.parametrize("release", ["gemma-scope-2b-pt-res", "gemma"])
+def test_the_folders_a_user_keeps_gemma_scope_in_say_nothing(tmp_path, parent, release):
+    folder, expected, _ = LAYOUTS["gemma_scope"](tmp_path)
+    moved = tmp_path / parent / release / folder.relative_to(folder.parents[2])
+    moved.parent.mkdir(parents=True)
+    folder.rename(moved)
+    told = {} if "scope" in release else {"layer": 20}
+    sae = SwitchSAE.from_pretrained(moved, **told)
+    assert sae.config.hookpoint == "layers.20.resid_post"
+    torch.testing.assert_close(reconstruct(sae, vectors()), expected(vectors()))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["gemma-scope-2b-pt-transcoders/layer_20/width_16k/average_l0_71", "clt/width_262k_l0_big"],
+)
+def test_a_transcoder_is_told_by_the_address_the_release_gave_it(tmp_path, address):
+    folder, _, _ = LAYOUTS["gemma_scope"](tmp_path)
+    moved = tmp_path / "x" / address
+    moved.parent.mkdir(parents=True)
+    folder.rename(moved)
+    with pytest.raises(ConversionError, match="is a (transcoder|clt)"):
+        SwitchSAE.from_pretrained(moved)
+
+
 # ---------------------------------------------------------------- and back
 
 
