@@ -52,8 +52,11 @@ class SAESummary:
             f"expert(s), {c.get('activation')}{k}, at {c.get('hookpoint')}",
             f"  base model: {c.get('base_model')} {c.get('base_model_revision') or ''}".rstrip(),
         ]
-        if c.get("source"):
-            lines.append("  from: " + ", ".join(f"{n} {v}" for n, v in c["source"].items()))
+        source = dict(c.get("source") or {})
+        origin = source.pop("taken_from", None)
+        for title, held in (("from", source), ("taken from", origin)):
+            if held:
+                lines.append(f"  {title}: " + ", ".join(f"{n} {v}" for n, v in held.items()))
         if c.get("metrics"):
             lines.append("  metrics: " + ", ".join(f"{n} {v}" for n, v in c["metrics"].items()))
         if self.statistics:

@@ -222,6 +222,14 @@ class Steps:
         found = convert("org/foreign", self.folder / "converted", subfolder="layers.10")
         return {"parity": found.parity.holds, "revision": found.sae.config.source["revision"]}
 
+    def converted_and_published(self) -> Any:
+        convert("org/foreign", self.folder / "ours", subfolder="layers.10", revision="v1")
+        push(self.folder / "ours", "org/ours", **WITH)
+        first = SwitchSAE.from_pretrained("org/ours", **WITH)
+        push({"": first}, "org/copy", **WITH)
+        copy = SwitchSAE.from_pretrained("org/copy", **WITH)
+        return [first.config.source, copy.config.source]
+
     def climbs(self) -> Any:
         return {
             "pull": outcome(lambda: pull("org/evil", self.folder / "evil" / "in")),
@@ -332,6 +340,7 @@ ONLINE = [
     "foreign_with_an_argument",
     "foreign_nothing_there",
     "foreign_all",
+    "converted_and_published",
     "climbs",
     "errors",
     "bad_card",

@@ -449,7 +449,7 @@ def test_a_transcoder_is_told_by_the_address_the_release_gave_it(tmp_path, addre
     moved = tmp_path / "x" / address
     moved.parent.mkdir(parents=True)
     folder.rename(moved)
-    with pytest.raises(ConversionError, match="is a (transcoder|clt)"):
+    with pytest.raises(ConversionError, match=r"is a (transcoder|clt)"):
         SwitchSAE.from_pretrained(moved)
 
 

@@ -186,6 +186,14 @@ def test_a_foreign_checkpoint_is_converted_at_its_revision(done):
     assert done["foreign"]["hookpoint"] == "layers.10.resid_post"
 
 
+def test_a_published_conversion_keeps_what_it_was_taken_from(done):
+    commit = done["hub"].repos["org/foreign"].refs["v1"]
+    origin = {"repo": "org/foreign", "revision": commit, "path": "layers.10", "format": "sparsify"}
+    for source, repo in zip(done["converted_and_published"], ("org/ours", "org/copy"), strict=True):
+        revision = done["hub"].repos[repo].refs["main"]
+        assert source == {"repo": repo, "revision": revision, "taken_from": origin}
+
+
 def test_what_a_foreign_repository_does_not_tell_is_passed_to_from_pretrained(done):
     outcome = done["foreign_with_an_argument"]
     assert "pass k=" in outcome["lacks"]
