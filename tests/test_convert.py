@@ -518,10 +518,11 @@ def test_thresholds_that_differ_are_no_batch_topk_of_dictionary_learning(tmp_pat
         export(sae, tmp_path / "out", "saelens")
 
 
-def test_a_bound_on_the_norm_that_is_lost_is_said(tmp_path):
-    sae = converted("plain_topk")
+@pytest.mark.parametrize("format", EXPORTS)
+def test_a_bound_on_the_norm_that_is_lost_is_said(tmp_path, format):
+    sae = converted("switch" if format == "switch_sae" else "plain_topk")
     sae.outlier_norm.fill_(50.0)
-    (note,) = export(sae, tmp_path / "out", "saelens")
+    (note,) = export(sae, tmp_path / "out", format)
     assert "over 50" in note
 
 
