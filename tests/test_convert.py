@@ -12,7 +12,14 @@ from foreign_layouts import LAYOUTS, D, K, place_of, write
 from saes import make
 from safetensors.torch import load_file, save_file
 
-from hf_switch_sae import ConversionError, SwitchSAE, convert, export
+from hf_switch_sae import (
+    ConversionError,
+    Recipe,
+    Steer,
+    SwitchSAE,
+    convert,
+    export,
+)
 from hf_switch_sae.convert import EXPORTS, FORMATS, Parity
 from hf_switch_sae.convert.foreign import Given
 from hf_switch_sae.convert.parity import compare
@@ -417,6 +424,17 @@ def test_what_is_in_no_known_format_is_answered_with_what_there_is(tmp_path):
         convert(tmp_path / "org", format="nonsense")
     with pytest.raises(TypeError, match="no option 'kk'"):
         convert(tmp_path / "org", kk=3)
+
+
+def test_where_a_checkpoint_lay_on_this_machine_is_not_recorded(tmp_path):
+    folder, _, _ = LAYOUTS["sparsify"](tmp_path)
+    sae = SwitchSAE.from_pretrained(folder)
+    assert sae.config.source["folder"] == folder.name
+    sae.save_pretrained(tmp_path / "ours")
+    assert str(tmp_path) not in (tmp_path / "ours" / "config.json").read_text()
+    assert Recipe.of(sae.config, Steer(1)).sae == str(folder)
+    ours = SwitchSAE.from_pretrained(tmp_path / "ours")
+    assert Recipe.of(ours.config, Steer(1)).sae == str(tmp_path / "ours")
 
 
 def test_nothing_is_written_over_what_is_there(tmp_path):
