@@ -33,6 +33,7 @@ from huggingface_hub import (
 )
 
 from hf_switch_sae.card import render_card, saes_in
+from hf_switch_sae.convert import llama_scope
 from hf_switch_sae.convert.registry import weight_folders
 from hf_switch_sae.convert.source import check_inside, open_source
 from hf_switch_sae.errors import HubError
@@ -202,7 +203,8 @@ def load_all(name: str | Path, revision: str | None = None, **options: Any) -> d
     where = {key: options[key] for key in known if key in options}
     source = open_source(name, revision=revision, **where)
     folders = weight_folders(source, most=100_000)
-    if source.weight_files(".safetensors", ".pt", ".pth", ".npz"):
+    deeper = llama_scope.WEIGHTS in source.files
+    if deeper or source.weight_files(".safetensors", ".pt", ".pth", ".npz"):
         folders = ["", *folders]
     if not folders:
         raise HubError(f"there is no SAE in {name}: no weights in it.")

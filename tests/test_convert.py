@@ -19,6 +19,8 @@ from hf_switch_sae import (
     SwitchSAE,
     convert,
     export,
+    inspect,
+    load_all,
 )
 from hf_switch_sae.convert import EXPORTS, FORMATS, Parity
 from hf_switch_sae.convert.foreign import Given
@@ -435,6 +437,14 @@ def test_where_a_checkpoint_lay_on_this_machine_is_not_recorded(tmp_path):
     assert Recipe.of(sae.config, Steer(1)).sae == str(folder)
     ours = SwitchSAE.from_pretrained(tmp_path / "ours")
     assert Recipe.of(ours.config, Steer(1)).sae == str(tmp_path / "ours")
+
+
+def test_all_of_llama_scope_is_loaded_though_its_weights_lie_a_folder_deeper(tmp_path):
+    folder, _, _ = LAYOUTS["llama_scope"](tmp_path / "release")
+    place = folder.relative_to(tmp_path / "release").as_posix()
+    assert list(load_all(tmp_path / "release")) == [place]
+    assert list(load_all(folder)) == [""]
+    assert [sae.path for sae in inspect(folder).saes] == [""]
 
 
 def test_nothing_is_written_over_what_is_there(tmp_path):
