@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from huggingface_hub import HfFileSystem
 
+from hf_switch_sae.convert import llama_scope
 from hf_switch_sae.convert.registry import recognize, weight_folders
 from hf_switch_sae.convert.source import Source, open_source
 from hf_switch_sae.errors import ConversionError
@@ -52,8 +53,11 @@ class SAESummary:
             f"expert(s), {c.get('activation')}{k}, at {c.get('hookpoint')}",
             f"  base model: {c.get('base_model')} {c.get('base_model_revision') or ''}".rstrip(),
         ]
-        if c.get("source"):
-            lines.append("  from: " + ", ".join(f"{n} {v}" for n, v in c["source"].items()))
+        source = dict(c.get("source") or {})
+        origin = source.pop("taken_from", None)
+        for title, held in (("from", source), ("taken from", origin)):
+            if held:
+                lines.append(f"  {title}: " + ", ".join(f"{n} {v}" for n, v in held.items()))
         if c.get("metrics"):
             lines.append("  metrics: " + ", ".join(f"{n} {v}" for n, v in c["metrics"].items()))
         if self.statistics:
@@ -96,7 +100,8 @@ def inspect(name: str | Path, subfolder: str = "", **where: Any) -> Inspection:
     """
     source = open_source(name, subfolder, **where)
     within = weight_folders(source, most=10_000)
-    if any("/" not in file and file.endswith(_ENDS) for file in source.files):
+    deeper = llama_scope.WEIGHTS in source.files
+    if deeper or source.weight_files(*_ENDS):
         within = ["", *within]
     folders = [f"{subfolder}/{folder}".strip("/") for folder in within]
     found = (_summary(open_source(name, folder, **where), folder, where) for folder in folders)

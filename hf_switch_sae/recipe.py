@@ -38,7 +38,7 @@ class Recipe:
             EditError: the SAE was made or loaded here, so it has no address to name.
         """
         source = config.source or {}
-        name = source.get("repo") or source.get("folder") or config._name_or_path
+        name = source.get("repo") or config._name_or_path or source.get("folder")
         if not name:
             raise EditError("this SAE has no address: name one, Recipe(sae=..., edits=...).")
         return cls(name, edits, source.get("revision"), config.hookpoint)

@@ -126,6 +126,7 @@ def _csv_row(
             "lm-eval's CSV has one feature a place; this recipe has several. Write a .pt instead."
         )
     source = sae.config.source or {}
+    source = source.get("taken_from") or source  # ours is no repository that sparsify can load
     if sparse_model is None and source.get("format") == "sparsify" and source.get("repo"):
         sparse_model = str(source["repo"])
         module = str(source.get("path") or module)

@@ -143,6 +143,20 @@ class Steps:
         there = push({A: saes()[A]}, REPO, branch="trial", **WITH)
         return pull(REPO, self.folder / "trial", revision="trial", **WITH).revision == there
 
+    def renamed(self) -> Any:
+        folder = self.folder / "renamed"
+        save_all(saes(), folder)
+        (folder / B / "features.json").write_text("{}")
+        push(folder, "org/renamed", **WITH)
+        push_recipe(Recipe("org/renamed", (Steer(1),)), "org/renamed", "calm", **WITH)
+        (folder / B).rename(folder / "layers.9.resid_pre")
+        push(folder, "org/renamed", **WITH)
+        done = pull("org/renamed", self.folder / "renamed_again", **WITH)
+        return {
+            "saes": sorted(load_all("org/renamed", **WITH)),
+            "files": sorted(set(files(done.folder)) - set(files(folder))),
+        }
+
     def upload_is_cut_off(self) -> Any:
         faults(("PUT /lfs/.*", "drop"))
         commit = push({A: make("batch_topk")}, "org/cut", **WITH)
@@ -221,6 +235,14 @@ class Steps:
     def foreign_all(self) -> Any:
         found = convert("org/foreign", self.folder / "converted", subfolder="layers.10")
         return {"parity": found.parity.holds, "revision": found.sae.config.source["revision"]}
+
+    def converted_and_published(self) -> Any:
+        convert("org/foreign", self.folder / "ours", subfolder="layers.10", revision="v1")
+        push(self.folder / "ours", "org/ours", **WITH)
+        first = SwitchSAE.from_pretrained("org/ours", **WITH)
+        push({"": first}, "org/copy", **WITH)
+        copy = SwitchSAE.from_pretrained("org/copy", **WITH)
+        return [first.config.source, copy.config.source]
 
     def climbs(self) -> Any:
         return {
@@ -322,6 +344,7 @@ ONLINE = [
     "pinned",
     "recipes",
     "branch",
+    "renamed",
     "upload_is_cut_off",
     "upload_goes_on",
     "download_is_cut_off",
@@ -332,6 +355,7 @@ ONLINE = [
     "foreign_with_an_argument",
     "foreign_nothing_there",
     "foreign_all",
+    "converted_and_published",
     "climbs",
     "errors",
     "bad_card",

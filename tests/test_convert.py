@@ -12,7 +12,16 @@ from foreign_layouts import LAYOUTS, D, K, place_of, write
 from saes import make
 from safetensors.torch import load_file, save_file
 
-from hf_switch_sae import ConversionError, SwitchSAE, convert, export
+from hf_switch_sae import (
+    ConversionError,
+    Recipe,
+    Steer,
+    SwitchSAE,
+    convert,
+    export,
+    inspect,
+    load_all,
+)
 from hf_switch_sae.convert import EXPORTS, FORMATS, Parity
 from hf_switch_sae.convert.foreign import Given
 from hf_switch_sae.convert.parity import compare
@@ -419,12 +428,57 @@ def test_what_is_in_no_known_format_is_answered_with_what_there_is(tmp_path):
         convert(tmp_path / "org", kk=3)
 
 
+def test_where_a_checkpoint_lay_on_this_machine_is_not_recorded(tmp_path):
+    folder, _, _ = LAYOUTS["sparsify"](tmp_path)
+    sae = SwitchSAE.from_pretrained(folder)
+    assert sae.config.source["folder"] == folder.name
+    sae.save_pretrained(tmp_path / "ours")
+    assert str(tmp_path) not in (tmp_path / "ours" / "config.json").read_text()
+    assert Recipe.of(sae.config, Steer(1)).sae == str(folder)
+    ours = SwitchSAE.from_pretrained(tmp_path / "ours")
+    assert Recipe.of(ours.config, Steer(1)).sae == str(tmp_path / "ours")
+
+
+def test_all_of_llama_scope_is_loaded_though_its_weights_lie_a_folder_deeper(tmp_path):
+    folder, _, _ = LAYOUTS["llama_scope"](tmp_path / "release")
+    place = folder.relative_to(tmp_path / "release").as_posix()
+    assert list(load_all(tmp_path / "release")) == [place]
+    assert list(load_all(folder)) == [""]
+    assert [sae.path for sae in inspect(folder).saes] == [""]
+
+
 def test_nothing_is_written_over_what_is_there(tmp_path):
     folder, _, _ = LAYOUTS["sparsify"](tmp_path)
     with pytest.raises(ConversionError, match="is there already"):
         convert(folder, folder)
     with pytest.raises(ConversionError, match="is there already"):
         export(make("plain_topk"), folder, "saelens")
+
+
+@pytest.mark.parametrize("parent", ["embeddings", "embedding", "my-transcoder", "clt", "layer_3"])
+@pytest.mark.parametrize("release", ["gemma-scope-2b-pt-res", "gemma"])
+def test_the_folders_a_user_keeps_gemma_scope_in_say_nothing(tmp_path, parent, release):
+    folder, expected, _ = LAYOUTS["gemma_scope"](tmp_path)
+    moved = tmp_path / parent / release / folder.relative_to(folder.parents[2])
+    moved.parent.mkdir(parents=True)
+    folder.rename(moved)
+    told = {} if "scope" in release else {"layer": 20}
+    sae = SwitchSAE.from_pretrained(moved, **told)
+    assert sae.config.hookpoint == "layers.20.resid_post"
+    torch.testing.assert_close(reconstruct(sae, vectors()), expected(vectors()))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["gemma-scope-2b-pt-transcoders/layer_20/width_16k/average_l0_71", "clt/width_262k_l0_big"],
+)
+def test_a_transcoder_is_told_by_the_address_the_release_gave_it(tmp_path, address):
+    folder, _, _ = LAYOUTS["gemma_scope"](tmp_path)
+    moved = tmp_path / "x" / address
+    moved.parent.mkdir(parents=True)
+    folder.rename(moved)
+    with pytest.raises(ConversionError, match=r"is a (transcoder|clt)"):
+        SwitchSAE.from_pretrained(moved)
 
 
 # ---------------------------------------------------------------- and back
@@ -492,10 +546,11 @@ def test_thresholds_that_differ_are_no_batch_topk_of_dictionary_learning(tmp_pat
         export(sae, tmp_path / "out", "saelens")
 
 
-def test_a_bound_on_the_norm_that_is_lost_is_said(tmp_path):
-    sae = converted("plain_topk")
+@pytest.mark.parametrize("format", EXPORTS)
+def test_a_bound_on_the_norm_that_is_lost_is_said(tmp_path, format):
+    sae = converted("switch" if format == "switch_sae" else "plain_topk")
     sae.outlier_norm.fill_(50.0)
-    (note,) = export(sae, tmp_path / "out", "saelens")
+    (note,) = export(sae, tmp_path / "out", format)
     assert "over 50" in note
 
 

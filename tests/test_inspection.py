@@ -107,6 +107,17 @@ def test_a_card_is_written_from_configs_and_metrics(release):
         assert words in card.text
 
 
+def test_a_card_and_a_summary_tell_what_a_conversion_was_taken_from(tmp_path):
+    origin = {"repo": "org/first", "format": "sparsify"}
+    source = {"repo": "org/ours", "revision": "abc", "taken_from": origin}
+    save_all({A: make(hookpoint=A, source=source)}, tmp_path)
+    taken = f"{A} was taken from: format `sparsify`, repo `org/first`."
+    assert taken in render_card(tmp_path, "org/repo")
+    text = str(inspect(tmp_path))
+    assert "  from: repo org/ours, revision abc\n" in text
+    assert "  taken from: format sparsify, repo org/first\n" in text
+
+
 def test_a_card_is_renewed_within_its_marks_only(release):
     readme = release / "README.md"
     readme.write_text(render_card(release, "org/repo"))

@@ -130,6 +130,11 @@ def test_a_branch_is_made_and_pulled(done):
     assert done["branch"] is True
 
 
+def test_an_sae_that_was_renamed_is_not_left_behind_under_its_old_name(done):
+    assert done["renamed"]["saes"] == [A, "layers.9.resid_pre"]
+    assert done["renamed"]["files"] == ["recipes/calm.json"]  # not in the folder, and no SAE's
+
+
 def test_an_upload_that_is_cut_off_is_sent_again(done):
     assert done["upload_is_cut_off"] == {
         "puts": 2,
@@ -184,6 +189,14 @@ def test_a_foreign_checkpoint_is_converted_at_its_revision(done):
         **{"path": "layers.10", "format": "sparsify"},
     }
     assert done["foreign"]["hookpoint"] == "layers.10.resid_post"
+
+
+def test_a_published_conversion_keeps_what_it_was_taken_from(done):
+    commit = done["hub"].repos["org/foreign"].refs["v1"]
+    origin = {"repo": "org/foreign", "revision": commit, "path": "layers.10", "format": "sparsify"}
+    for source, repo in zip(done["converted_and_published"], ("org/ours", "org/copy"), strict=True):
+        revision = done["hub"].repos[repo].refs["main"]
+        assert source == {"repo": repo, "revision": revision, "taken_from": origin}
 
 
 def test_what_a_foreign_repository_does_not_tell_is_passed_to_from_pretrained(done):

@@ -94,6 +94,9 @@ def test_the_table_of_lm_eval_names_a_feature_of_an_sae_that_it_can_load(tmp_pat
     sae.config.source = {"format": "sparsify", "repo": "org/published", "path": "h.1"}
     export_recipe(one, sae, tmp_path / "own.csv")
     assert "sparsify,add,org/published,h.1,5" in (tmp_path / "own.csv").read_text()
+    sae.config.source = {"repo": "org/ours", "taken_from": sae.config.source}
+    export_recipe(one, sae, tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text() == (tmp_path / "own.csv").read_text()
 
 
 @pytest.mark.parametrize(("place", "block"), [(PLACE, 1), ("layers.15.resid_pre", 14)])

@@ -212,7 +212,10 @@ def _hint(source: Source, whole: Source) -> str:
 
 
 def _pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
-    """Record the commit an SAE of our own was loaded at, so that everything saved carries it."""
+    """Record the commit an SAE of our own was loaded at, so that everything saved carries it.
+
+    What the SAE was converted from is kept beside it, as "taken_from".
+    """
     if Path(name).exists():
         return
     subfolder = kwargs.get("subfolder") or ""
@@ -224,8 +227,17 @@ def _pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
     if isinstance(cached, str):
         commit = Path(cached).parents[len(Path(file).parts) - 1].name
         config = (result[0] if isinstance(result, tuple) else result).config
-        known = {**(config.source or {}), "repo": name, "revision": commit, "path": subfolder}
+        here = {"repo": name, "revision": commit, "path": subfolder}
+        known = {**here, "taken_from": _origin(config.source or {}, name)}
         config.source = {key: value for key, value in known.items() if value}
+
+
+def _origin(source: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """Where an SAE loaded from repository `name` first came from; None: from there."""
+    if "taken_from" in source:
+        origin: Mapping[str, Any] | None = source["taken_from"]
+        return origin
+    return source if "format" in source or source.get("repo") != name else None
 
 
 SwitchSAE._load_foreign = _load_foreign

@@ -34,6 +34,16 @@ def keep_above(pre: Tensor, threshold: Tensor) -> Tensor:
     return pre.relu() * (pre > threshold)
 
 
+def lost_bound(sae: SwitchSAE, format: str) -> tuple[str, ...]:
+    """A sentence on the SAE's `outlier_norm`, which no format has; empty if it has none either."""
+    if not math.isfinite(sae.outlier_norm):
+        return ()
+    return (
+        f"{format} has no bound on a token's norm: tokens over {float(sae.outlier_norm):g} "
+        "are no input of this SAE, and will be one of the exported.",
+    )
+
+
 @dataclass(frozen=True)
 class DenseWeights:
     """A one-expert SAE without its input scale: W_enc, W_dec [F, d], b_enc, threshold [F], b_dec.
@@ -71,12 +81,7 @@ class DenseWeights:
         threshold = sae.threshold.cpu() / s if c.activation in ("jumprelu", "batch_topk") else None
         if threshold is not None and bool((threshold < 0).any()) and c.activation == "batch_topk":
             raise ConversionError("this batch_topk SAE has no threshold yet: calibrate() it first.")
-        notes: tuple[str, ...] = ()
-        if math.isfinite(sae.outlier_norm):
-            notes = (
-                f"{format} has no bound on a token's norm: tokens over {float(sae.outlier_norm):g} "
-                "are no input of this SAE, and will be one of the exported.",
-            )
+        notes = lost_bound(sae, format)
         W_enc, W_dec = flat["W_enc"], flat["W_dec"]
         b_enc = torch.zeros(c.num_features) if flat["b_enc"] is None else flat["b_enc"][0] / s
         b_dec = flat["b_dec"]

@@ -27,6 +27,9 @@ from hf_switch_sae.errors import ConversionError
 
 NAME = "gemma_scope"
 ONE, TWO = "params.npz", "params.safetensors"
+_RELEASE = re.compile(r".*(?:^|/)(gemma-scope[^/]*(?:/.*)?)$")
+_EMBEDDING = re.compile(r"(?:^|/)embedding/width_")
+_OTHER_KIND = re.compile(r"(?:^|[/_-])(transcoder|clt)s?(?:[/_-]|$)")
 
 
 def recognizes(source: Source) -> bool:
@@ -46,7 +49,7 @@ def read(source: Source, given: Given) -> Foreign:
     b_enc, b_dec = tensors.take("b_enc", F), tensors.take("b_dec", d)
     threshold = tensors.take("threshold", F).float()
     tensors.finish()
-    scale = math.sqrt(d) if "embedding" in source.where else 1.0
+    scale = math.sqrt(d) if _EMBEDDING.search(_address(source)) else 1.0
 
     def formula(x: Tensor) -> tuple[Tensor, Tensor]:
         acts = keep_above(x / scale @ W_enc.float() + b_enc.float(), threshold)
@@ -61,15 +64,25 @@ def read(source: Source, given: Given) -> Foreign:
         subtracts=False,
         threshold=threshold,
     )
-    said = config.get("hf_hook_point_in", source.where)
+    said = config.get("hf_hook_point_in", _address(source))
     about = described(
         source, given, NAME, _place(source, config), said, _base_model(source, config)
     )
     return plain.foreign(NAME, about, formula)
 
 
+def _address(source: Source) -> str:
+    """The part of the address that the release gave it: a user's own folders say nothing."""
+    if source.hub is not None:
+        return source.where
+    release = _RELEASE.match(source.where)
+    # without the release's name: layer_20/width_16k/average_l0_71, the longest it has below it
+    return release[1] if release else "/".join(source.where.split("/")[-3:])
+
+
 def _refuse_transcoders(source: Source, names: set[str], config: dict[str, Any]) -> None:
-    kind = next((w for w in ("transcoder", "clt") if w in source.where.lower()), None)
+    match = _OTHER_KIND.search(_address(source).lower())
+    kind = match[1] if match else None
     reads, writes = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
     if kind or "affine_skip_connection" in names or (writes is not None and writes != reads):
         raise ConversionError(
@@ -83,12 +96,11 @@ def _refuse_transcoders(source: Source, names: set[str], config: dict[str, Any])
 def _place(source: Source, config: dict[str, Any]) -> str | None:
     if config.get("hf_hook_point_in"):
         return from_module_path(config["hf_hook_point_in"])
-    if "embedding" in source.where:
+    address = _address(source)
+    if _EMBEDDING.search(address):
         return "layers.0.resid_pre"
-    layer = layer_in(source.where, r"layer_(\d+)")
-    site = re.search(
-        r"-(res|mlp|att)(?:-[a-z]+)?(?:/|$)|(resid_post|attn_out|mlp_out)", source.where
-    )
+    layer = layer_in(address, r"layer_(\d+)")
+    site = re.search(r"-(res|mlp|att)(?:-[a-z]+)?(?:/|$)|(resid_post|attn_out|mlp_out)", address)
     if layer is None or site is None:
         return None
     block = f"model.layers.{layer}"
@@ -103,5 +115,5 @@ def _base_model(source: Source, config: dict[str, Any]) -> str | None:
     if config.get("model_name"):
         name = str(config["model_name"])
         return name if "/" in name else f"google/{name}"
-    match = re.search(r"gemma-scope-(\d+b)-(pt|it)-", source.where)
+    match = re.search(r"gemma-scope-(\d+b)-(pt|it)-", _address(source))
     return f"google/gemma-2-{match[1]}{'-it' if match[2] == 'it' else ''}" if match else None

@@ -95,7 +95,9 @@ def format_of(source: Source, name: str | None = None) -> Format:
 def weight_folders(source: Source, most: int = 12) -> list[str]:
     """Folders of a source with weights in them, sorted; at most so many, then "..."."""
     ends = (".safetensors", ".pt", ".pth", ".npz")
-    folders = {f.rpartition("/")[0] for f in source.files if f.endswith(ends)} - {""}
+    # Llama Scope's weights lie a folder below its config, which is the one to name
+    places = (f.removesuffix(llama_scope.WEIGHTS) for f in source.files if f.endswith(ends))
+    folders = {place.rpartition("/")[0] for place in places} - {""}
     return sorted(folders)[:most] + ["..."] * (len(folders) > most)
 
 

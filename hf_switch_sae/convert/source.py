@@ -112,7 +112,7 @@ class Source:
     def provenance(self) -> dict[str, Any]:
         """What `SwitchSAEConfig.source` records of this place."""
         if self.hub is None:
-            return {"folder": self.where}
+            return {"folder": self.folder_name}  # where it lies is nobody else's business
         known = {"repo": self.name, "revision": self.revision, "path": self.subfolder}
         return {key: value for key, value in known.items() if value}
 

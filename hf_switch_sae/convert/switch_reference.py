@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_switch_sae.convert.dense import write_checkpoint
+from hf_switch_sae.convert.dense import lost_bound, write_checkpoint
 from hf_switch_sae.convert.dictionary_learning import CONFIG, WEIGHTS, place_of
 from hf_switch_sae.convert.foreign import Foreign, Given, described, integer
 from hf_switch_sae.convert.places import layer_of
@@ -150,4 +150,4 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     told = {name: value for name, value in trainer.items() if value is not None}
     tensors = {name: value.detach().clone() for name, value in held.items()}
     write_checkpoint(folder, {WEIGHTS: tensors, CONFIG: {"trainer": told}})
-    return ()
+    return lost_bound(sae, NAME)
