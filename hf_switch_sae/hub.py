@@ -19,18 +19,11 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    hf_hub_download,
-    snapshot_download,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
 
 from hf_switch_sae.card import render_card, saes_in
 from hf_switch_sae.convert import llama_scope
@@ -69,10 +62,6 @@ def push(
 
     The card is written into the folder if there is none; of one with marks (see `card`) the marked
     part is renewed, and one without is left alone. The Hub checks it before anything is sent.
-
-    The branch then has the SAEs of this release and no others: files in the repository's SAE
-    folders (those with a config.json) that are not in the release are deleted by the same commit.
-    Whatever else is there (recipes, a card) stays.
 
     Args:
         release: a folder with SAEs, or SAEs by subfolder (mostly their hookpoints).
@@ -118,13 +107,11 @@ def push(
         _validate(files["README.md"], repo_id)
     additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     with plain_hub_errors(repo_id, "push to"):
-        there = api.model_info(repo_id, revision=branch).siblings or ()
-        stale = _stale([file.rfilename for file in there], files)
         for addition in additions:  # each is kept by the Hub, whatever happens to the next
             api.preupload_lfs_files(repo_id, [addition], revision=branch)
         done = api.create_commit(
             repo_id,
-            [*additions, *(CommitOperationDelete(name) for name in stale)],
+            additions,
             commit_message=message or f"Release {', '.join(saes_in(folder)) or 'an SAE'}",
             revision=branch,
         )
@@ -273,19 +260,6 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
             raise HubError(f"{path} is a link out of {folder}; put the file itself there.")
         found[name.as_posix()] = path
     return found
-
-
-def _stale(there: Iterable[str], mine: Mapping[str, Path]) -> list[str]:
-    """Files right in SAE folders of a repository that the release lacks; cards are no SAE's."""
-    names = [PurePosixPath(name) for name in there]
-    folders = {name.parent for name in names if name.name == "config.json"}
-    return sorted(
-        str(name)
-        for name in names
-        if name.parent in folders
-        and str(name) not in mine
-        and name.name not in ("README.md", ".gitattributes")
-    )
 
 
 def _write_card(folder: Path, repo_id: str) -> None:

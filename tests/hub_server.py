@@ -19,7 +19,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -43,11 +43,9 @@ class Repo:
     commits: dict[str, Files] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, changes: Files, branch: str = "main", deleted: Iterable[str] = ()) -> str:
-        """Add and delete files on top of a branch; returns the commit's id."""
+    def commit(self, changes: Files, branch: str = "main") -> str:
+        """Add files on top of a branch; returns the commit's id."""
         files = {**self.commits.get(self.refs.get(branch, ""), {}), **changes}
-        for path in deleted:
-            del files[path]
         what = [
             len(self.commits),
             sorted((p, hashlib.sha1(b).hexdigest()) for p, b in files.items()),
@@ -178,7 +176,6 @@ class Hub:
 
     def commit(self, repo_id: str, branch: str, body: bytes, token: str | None) -> dict[str, Any]:
         changes: Files = {}
-        deleted: list[str] = []
         for line in body.splitlines():
             item = json.loads(line)
             value = item["value"]
@@ -188,9 +185,9 @@ class Hub:
             elif item["key"] == "lfsFile":
                 changes[value["path"]] = self.blobs[value["oid"]]
             elif item["key"] == "deletedFile":
-                deleted.append(value["path"])
+                raise AssertionError("nobody here deletes")
         may_write(token)
-        oid = self.repo(repo_id, token).commit(changes, branch, deleted)
+        oid = self.repo(repo_id, token).commit(changes, branch)
         return {
             "commitUrl": f"{self.url}/{repo_id}/commit/{oid}",
             "commitOid": oid,
