@@ -143,20 +143,6 @@ class Steps:
         there = push({A: saes()[A]}, REPO, branch="trial", **WITH)
         return pull(REPO, self.folder / "trial", revision="trial", **WITH).revision == there
 
-    def renamed(self) -> Any:
-        folder = self.folder / "renamed"
-        save_all(saes(), folder)
-        (folder / B / "features.json").write_text("{}")
-        push(folder, "org/renamed", **WITH)
-        push_recipe(Recipe("org/renamed", (Steer(1),)), "org/renamed", "calm", **WITH)
-        (folder / B).rename(folder / "layers.9.resid_pre")
-        push(folder, "org/renamed", **WITH)
-        done = pull("org/renamed", self.folder / "renamed_again", **WITH)
-        return {
-            "saes": sorted(load_all("org/renamed", **WITH)),
-            "files": sorted(set(files(done.folder)) - set(files(folder))),
-        }
-
     def upload_is_cut_off(self) -> Any:
         faults(("PUT /lfs/.*", "drop"))
         commit = push({A: make("batch_topk")}, "org/cut", **WITH)
@@ -344,7 +330,6 @@ ONLINE = [
     "pinned",
     "recipes",
     "branch",
-    "renamed",
     "upload_is_cut_off",
     "upload_goes_on",
     "download_is_cut_off",

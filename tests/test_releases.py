@@ -130,11 +130,6 @@ def test_a_branch_is_made_and_pulled(done):
     assert done["branch"] is True
 
 
-def test_an_sae_that_was_renamed_is_not_left_behind_under_its_old_name(done):
-    assert done["renamed"]["saes"] == [A, "layers.9.resid_pre"]
-    assert done["renamed"]["files"] == ["recipes/calm.json"]  # not in the folder, and no SAE's
-
-
 def test_an_upload_that_is_cut_off_is_sent_again(done):
     assert done["upload_is_cut_off"] == {
         "puts": 2,
