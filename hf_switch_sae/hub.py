@@ -34,7 +34,8 @@ from hf_switch_sae.hub_errors import plain_hub_errors
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.recipe import Recipe
 
-_NEVER_PUSHED = {".cache", ".git", "__pycache__", ".DS_Store"}
+_NEVER_PUSHED = {"__pycache__"}
+_PUSHED_THOUGH_HIDDEN = {".gitattributes"}
 _TRACKED = Path(".cache", "huggingface", "download")
 
 
@@ -60,8 +61,10 @@ def push(
 ) -> str:
     """Publish a release in one commit, and its card with it.
 
-    The card is written into the folder if there is none; of one with marks (see `card`) the marked
-    part is renewed, and one without is left alone. The Hub checks it before anything is sent.
+    Hidden files (`.env`, `.git` and the like) stay here, and nothing is deleted there: take away an
+    SAE that was renamed by hand. The card is written into the folder if there is none; of one with
+    marks (see `card`) the marked part is renewed, and one without is left alone. The Hub checks it
+    before anything is sent.
 
     Args:
         release: a folder with SAEs, or SAEs by subfolder (mostly their hookpoints).
@@ -254,7 +257,8 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
     root, found = folder.resolve(), {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if _NEVER_PUSHED & set(name.parts) or not path.is_file():
+        hidden = {part for part in name.parts if part.startswith(".")} - _PUSHED_THOUGH_HIDDEN
+        if hidden or _NEVER_PUSHED & set(name.parts) or not path.is_file():
             continue
         if root not in path.resolve().parents:
             raise HubError(f"{path} is a link out of {folder}; put the file itself there.")

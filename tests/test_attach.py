@@ -1047,7 +1047,7 @@ def test_an_sae_saved_and_loaded_edits_the_same(lm, sae, tmp_path: Path):
         with each.attach(lm) as session:
             session.edit(Steer(5, 3), Clamp([7], 2, unit="norm"), Scale([1, 2], -3))
             seen.append(logits(lm))
-    assert torch.equal(*seen)
+    torch.testing.assert_close(*seen)  # weights that lie elsewhere may round another way
 
 
 def test_a_splice_leaves_outliers_as_they_are(lm):

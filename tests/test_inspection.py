@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_switch_sae import ConversionError, SwitchSAE, SwitchSAEError, inspect
 from hf_switch_sae.card import BEGIN, END, render_card
 from hf_switch_sae.cli.app import app
-from hf_switch_sae.hub import save_all
+from hf_switch_sae.hub import _files_to_push, save_all
 
 A, B = "layers.3.resid_post", "layers.7.resid_pre"
 
@@ -146,3 +146,11 @@ def test_a_front_matter_that_is_no_yaml_is_an_error(release, tmp_path):
         render_card(release, "org/repo")
     with pytest.raises(SwitchSAEError, match="no SAE of ours"):
         render_card(tmp_path / "nothing", "org/repo")
+
+
+def test_hidden_files_are_not_part_of_a_release(tmp_path):
+    for name in (".env", ".cache/key", "sae/.config.json.partial", "sae/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".gitattributes").write_text("")
+    assert list(_files_to_push(tmp_path)) == [".gitattributes", "sae/config.json"]
