@@ -61,10 +61,9 @@ def push(
 ) -> str:
     """Publish a release in one commit, and its card with it.
 
-    Hidden files (`.env`, `.git` and the like) stay here, and nothing is deleted there: take away an
-    SAE that was renamed by hand. The card is written into the folder if there is none; of one with
-    marks (see `card`) the marked part is renewed, and one without is left alone. The Hub checks it
-    before anything is sent.
+    Hidden files stay here, and nothing is deleted there. The card is written into the folder if
+    there is none; of one with marks (see `card`) the marked part is renewed, and one without is
+    left alone. The Hub checks it before anything is sent.
 
     Args:
         release: a folder with SAEs, or SAEs by subfolder (mostly their hookpoints).
