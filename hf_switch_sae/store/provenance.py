@@ -36,7 +36,7 @@ configs:
 # Feature activations
 
 Sparse activations of a Switch SAE, token by token, written by
-[hf_switch_sae](https://pypi.org/project/hf-switch-sae/). `store.json` says of which SAE, language
+hf_switch_sae. `store.json` says of which SAE, language
 model and text. `ids` count within the token's `expert` where there is such a column: the feature is
 `expert * {features_per_expert} + id`. `load_dataset(folder, "tokens")` reads the tokens, and
 `load_dataset(folder, "postings")` the inverted index.
