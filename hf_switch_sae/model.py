@@ -43,7 +43,7 @@ from hf_switch_sae.experts import (
 )
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
-from hf_switch_sae.losses import balance_of, fvu_of
+from hf_switch_sae.losses import WholeBatch, balance_of, batch_sums, fvu_of
 from hf_switch_sae.statistics import RunningStatistics
 
 
@@ -378,6 +378,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         return_dict: bool | None = None,
+        whole_batch: WholeBatch | None = None,
     ) -> SwitchSAEOutput | tuple[Any, ...]:
         """Reconstruct tokens, with the loss to train on.
 
@@ -386,6 +387,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             attention_mask: [...], nonzero for the tokens that count in the losses; all by default,
                 outliers excepted.
             return_dict: False for a plain tuple.
+            whole_batch: of which batch these tokens are a part, where it is spread over processes
+                or steps: `WholeBatch.of` its parts' `batch_sums`, added up. The losses are then
+                this part's shares of those of the whole.
 
         Raises:
             WidthError: the last dimension is not `hidden_size`.
@@ -402,11 +406,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         x_hat = self.experts.decode(code.acts, code.ids)
         x_hat = x_hat + self._bias().to(x_hat.dtype)
         in_order = counts if counts is None or code.order is None else counts[code.order]
-        fvu = fvu_of(code.x, x_hat, in_order)
+        fvu = fvu_of(code.x, x_hat, in_order, whole_batch)
         logits, balance = None, torch.zeros_like(fvu)
         if code.router is not None:
             logits, probs, expert_ids = code.router
-            balance = balance_of(probs, expert_ids, counts)
+            balance = balance_of(probs, expert_ids, counts, whole_batch)
         if self.training and self.config.activation == "batch_topk":
             self._follow_threshold(code.acts)
         output = SwitchSAEOutput(
@@ -420,6 +424,16 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             router_aux_loss=balance,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    @torch.no_grad()
+    def batch_sums(self, hidden_states: Tensor) -> Tensor:
+        """What `forward`'s losses need of hidden_states [..., hidden_size] to add up over parts."""
+        x = hidden_states.reshape(-1, len(self.b_dec)).to(self.device)
+        outlier, expert_ids, e = self._outliers_among(x), None, self.config.num_experts
+        if e > 1:
+            t = self.config.num_experts_per_token
+            expert_ids = self.router(x, self.b_router, self.input_scale, t)[2]
+        return batch_sums(x, None if outlier is None else ~outlier, expert_ids, e)
 
     def is_outlier(self, hidden_states: Tensor) -> Tensor:
         """Tokens whose norm is over `outlier_norm`: hidden_states [..., hidden_size] -> [...]."""
