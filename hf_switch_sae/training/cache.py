@@ -5,8 +5,8 @@ Format cache.json: what the rows are, and once the harvest is done how many.
        rows-00000000.safetensors, ...: in the order of the text. A tensor [rows, d] named after each
        hookpoint, `token_ids` [rows] int32; in the metadata the cursor at which the next file's
        text begins, and the CRC-32 of each tensor's bytes.
-How    A file is written beside its place and renamed, and knows where its text ends: so the files
-       there are all that a resume needs, nothing is lost but the file at hand, and nothing is twice.
+How    A file is written beside its place and renamed, and knows where its text ends. So the files
+       are all that a resume needs: only the one at hand is lost, and nothing is there twice.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def check_lm(folder: Path, noted: dict[str, Any], lm: nn.Module, revision: str | None) -> None:
-    """Raise BaseModelError unless a cache is of this model and revision, as far as that is known."""
+    """Raise BaseModelError unless a cache is of this model and revision, as far as is known."""
     try:
         check_base_model(lm, noted["name"] or None, noted["fingerprint"])
     except BaseModelError as err:
@@ -247,7 +247,7 @@ class _Writer:
             while stop is None:
                 if max_rows is not None and self._rows + count >= max_rows:
                     stop = "max_rows"
-                elif max_bytes is not None and self._bytes + count * self._row_bytes >= max_bytes:
+                elif max_bytes is not None and self._bytes_after(count) > max_bytes:
                     stop = "max_bytes"
                 elif (found := next(passes, None)) is None:
                     stop = "text"
@@ -256,14 +256,18 @@ class _Writer:
                     count += len(found.token_ids)
                     bar.at(self._rows + count, found.end)
                 if count >= self._shard_rows or (stop and count):
-                    if not self._append(held, max_bytes):
-                        stop = "max_bytes"
+                    self._append(held)
                     held, count = [], 0
+        if not self._shards:
+            raise StoreError(
+                f"max_bytes={max_bytes} or max_rows={max_rows} leaves no room for a pass of the "
+                f"language model ({harvest.tokens_per_pass:,} tokens of {self._row_bytes:,} bytes)."
+            )
         self._manifest["complete"] = {
             "shards": len(self._shards),
             "rows": self._rows,
             "bytes": self._bytes,
-            "contexts": self._shards[-1].end.context if self._shards else 0,
+            "contexts": self._shards[-1].end.context,
             "stopped_by": stop,
         }
         self._save()
@@ -273,8 +277,13 @@ class _Writer:
         rows = {name: rows.to("cpu", self._dtype) for name, rows in found.rows.items()}
         return Pass(rows, found.token_ids, found.end)
 
-    def _append(self, held: list[Pass], max_bytes: int | None) -> bool:
-        """Write the next file; False if it would not fit into the budget, and none was written."""
+    def _bytes_after(self, count: int) -> int:
+        """Bytes of all files if the one at hand, of `count` rows, took one more pass."""
+        header = 2048 + 256 * len(self._harvest.hookpoints)
+        return self._bytes + header + (count + self._harvest.tokens_per_pass) * self._row_bytes
+
+    def _append(self, held: list[Pass]) -> None:
+        """Write the next file."""
         tensors = {
             name: torch.cat([each.rows[name] for each in held]) for name in self._harvest.hookpoints
         }
@@ -285,15 +294,12 @@ class _Writer:
             "crc32": json.dumps({name: crc32(tensor) for name, tensor in tensors.items()}),
         }
         data = safetensors.torch.save(tensors, notes)
-        if max_bytes is not None and self._bytes + len(data) > max_bytes:
-            return False
         path = self._folder / shard_name(len(self._shards))
         with written_whole(path) as file:
             file.write(data)
         self._shards.append(Shard(path, len(tensors[TOKEN_IDS]), held[-1].end, {}))
         self._rows += self._shards[-1].rows
         self._bytes += len(data)
-        return True
 
     def _save(self) -> None:
         with written_whole(self._folder / MANIFEST) as file:
@@ -324,7 +330,8 @@ class _Writer:
 
 def crc32(tensor: Tensor) -> int:
     """Of a CPU tensor's bytes."""
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+    data: Any = tensor.contiguous().view(torch.uint8).numpy()
+    return int(zlib.crc32(data))
 
 
 class _Bar:

@@ -11,7 +11,7 @@ Beware Hooks are on the model only while passes are iterated over. Attached SAEs
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -219,7 +219,7 @@ class Harvest:
             if context.number % world_size == rank:
                 yield context
 
-    def passes(self, contexts: Iterator[Context]) -> Iterator[Pass]:
+    def passes(self, contexts: Iterator[Context]) -> Generator[Pass, None, None]:
         """Passes of the language model; each takes the next contexts when it is asked for.
 
         Close it when you stop before its end: until then its hooks are on the model.
@@ -329,12 +329,9 @@ def _looks_both_ways(places: list[Hookpoint], tokenizer: Any) -> bool:
     flags: set[bool] = set()
     for place in places:
         blocks = (place.module,) if place.blocks is None else place.blocks.blocks
-        flags |= {
-            module.is_causal
-            for block in blocks
-            for module in block.modules()
-            if isinstance(getattr(module, "is_causal", None), bool)
-        }
+        for block in blocks:
+            found = (getattr(module, "is_causal", None) for module in block.modules())
+            flags.update(flag for flag in found if isinstance(flag, bool))
     if flags:
         return True not in flags
     # attention of its own kind, or none: only encoders' tokenizers have these

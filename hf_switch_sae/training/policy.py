@@ -82,4 +82,5 @@ class TokenPolicy:
 
 def norms(stream: Tensor) -> Tensor:
     """[...] float32: length of each vector of [..., d]."""
-    return torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32)
+    length: Tensor = torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32)
+    return length

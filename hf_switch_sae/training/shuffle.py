@@ -14,7 +14,7 @@ _ROWS_ON_CPU, _ROWS_ELSEWHERE = 1 << 16, 1 << 19
 
 
 def order_of(rows: int, *seed: int) -> Tensor:
-    """[rows] int64: a permutation that depends on `seed`, non-negative numbers, and nothing else."""
+    """[rows] int64: a permutation that depends on `seed` (numbers >= 0) and nothing else."""
     state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0])
     generator = torch.Generator().manual_seed(state & (2**63 - 1))
     return torch.randperm(rows, generator=generator)

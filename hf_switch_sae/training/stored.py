@@ -8,6 +8,7 @@ How    Rows lie in pieces (files, or one tensor). Each epoch the pieces are put 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +22,25 @@ from hf_switch_sae.training.activations import Activations, check_same, check_sh
 from hf_switch_sae.training.shuffle import order_of
 
 _PIECES, _ROWS, _SAMPLE = 0, 1, 2  # what a seed is for
+_SAMPLED_PIECES = 16
+
+
+class _Plan(NamedTuple):
+    """The groups of an epoch."""
+
+    epoch: int
+    groups: list[list[int]]
+    """Pieces of each."""
+    starts: list[int]
+    """Row of the epoch at which each begins, and at which the last ends."""
 
 
 class _Group(NamedTuple):
     """Rows that are in memory together."""
 
-    at: tuple[int, int]
-    """Epoch, and number within it."""
+    epoch: int
+    number: int
+    pieces: list[int]
     rows: dict[str, Tensor]
     order: Tensor
 
@@ -48,6 +61,8 @@ class StoredActivations(Activations):
         self.num_rows = sum(self._piece_rows)
         self._done = 0
         self._iteration = 0
+        self._plan: _Plan | None = None
+        self._group: _Group | None = None
 
     @abstractmethod
     def _load(self, pieces: Sequence[int]) -> dict[str, Tensor]:
@@ -59,17 +74,22 @@ class StoredActivations(Activations):
 
     def sample(self, rows: int) -> dict[str, Tensor]:
         """Rows from all over the data, always the same; see `Activations.sample`."""
-        share = min(1.0, rows / self.num_rows)
-        found: dict[str, list[Tensor]] = {name: [] for name in self.hookpoints}
-        count = 0
+        chosen: list[int] = []
+        there = 0
         for piece in order_of(len(self._piece_rows), self._seed, _SAMPLE).tolist():
-            some = min(-int(-self._piece_rows[piece] * share // 1), rows - count)
-            if some < 1:
+            if len(chosen) >= _SAMPLED_PIECES and there >= rows:
                 break
-            order = order_of(self._piece_rows[piece], self._seed, _SAMPLE, piece)[:some]
+            chosen.append(piece)
+            there += self._piece_rows[piece]
+        found: dict[str, list[Tensor]] = {name: [] for name in self.hookpoints}
+        left = rows
+        for piece in chosen:
+            whole = self._piece_rows[piece]
+            some = min(left, math.ceil(rows * whole / there), whole)
+            order = order_of(whole, self._seed, _SAMPLE, piece)[:some]
             for name, tensor in self._load([piece]).items():
                 found[name].append(tensor[order.to(tensor.device)].float())
-            count += some
+            left -= some
         return {name: torch.cat(some) for name, some in found.items()}
 
     def batches(
@@ -100,6 +120,7 @@ class StoredActivations(Activations):
         check_same(state, {**self._identity(), "seed": self._seed}, "stored activations")
         self._buffer_rows, self._done = state["buffer_rows"], state["done"]
         self._iteration += 1
+        self._plan = self._group = None
 
     def estimate(self) -> dict[str, Any]:
         """See `Activations.estimate`."""
@@ -107,7 +128,7 @@ class StoredActivations(Activations):
         return {
             "rows": self.num_rows,
             "buffer_rows": rows,
-            "groups_per_epoch": len(self._groups(0)),
+            "groups_per_epoch": len(self._plan_of(0).groups),
         }
 
     # --- within -----------------------------------------------------------------------------------
@@ -115,7 +136,6 @@ class StoredActivations(Activations):
     def _iterate(
         self, batch_rows: int, rank: int, step: int, epochs: int | None, iteration: int
     ) -> Iterator[dict[str, Tensor]]:
-        group: _Group | None = None
         end = None if epochs is None else self.num_rows * epochs
         while end is None or self._done + step <= end:
             if iteration != self._iteration:
@@ -123,50 +143,60 @@ class StoredActivations(Activations):
                     "these batches have been superseded: batches() or load_state_dict() was called "
                     "after them, and there is one cursor only."
                 )
-            at, left = self._done + rank * batch_rows, batch_rows
-            parts: list[dict[str, Tensor]] = []
-            while left:
-                group, start = self._group_at(at, group)
-                index = group.order[start : start + left]
-                parts.append(
-                    {
-                        name: rows.index_select(0, index.to(rows.device))
-                        for name, rows in group.rows.items()
-                    }
-                )
-                at, left = at + len(index), left - len(index)
+            batch = self._rows_from(self._done + rank * batch_rows, batch_rows)
             self._done += step
-            yield _joined(parts)
+            yield batch
+        self._group = None
 
-    def _group_at(self, at: int, known: _Group | None) -> tuple[_Group, int]:
+    def _rows_from(self, at: int, count: int) -> dict[str, Tensor]:
+        """Rows at to at + count - 1 of the endless sequence of epochs."""
+        parts: list[dict[str, Tensor]] = []
+        while count:
+            group, start = self._group_at(at)
+            index = group.order[start : start + count]
+            parts.append(
+                {
+                    name: rows.index_select(0, index.to(rows.device))
+                    for name, rows in group.rows.items()
+                }
+            )
+            at, count = at + len(index), count - len(index)
+        return _joined(parts)
+
+    def _group_at(self, at: int) -> tuple[_Group, int]:
         """The group with row `at` of all epochs, and that row's place in it."""
         epoch, within = divmod(at, self.num_rows)
-        groups = self._groups(epoch)
-        starts = [0]
-        for pieces in groups:
-            starts.append(starts[-1] + sum(self._piece_rows[piece] for piece in pieces))
-        number = bisect_right(starts, within) - 1
-        if known is None or known.at != (epoch, number):
-            del known  # two groups at once would be twice the memory
-            rows = self._load(groups[number])
-            count = starts[number + 1] - starts[number]
+        plan = self._plan_of(epoch)
+        number = bisect_right(plan.starts, within) - 1
+        group = self._group
+        if group is None or (group.epoch, group.number) != (epoch, number):
+            pieces = plan.groups[number]
+            if group is not None and group.pieces == pieces:
+                rows = group.rows
+            else:
+                group = self._group = None  # two groups at once would be twice the memory
+                rows = self._load(pieces)
+            count = plan.starts[number + 1] - plan.starts[number]
             order = order_of(count, self._seed, _ROWS, epoch, number)
-            known = _Group((epoch, number), rows, order)
-        return known, within - starts[number]
+            group = self._group = _Group(epoch, number, pieces, rows, order)
+        return group, within - plan.starts[number]
 
-    def _groups(self, epoch: int) -> list[list[int]]:
-        """The pieces of each group, in the order of an epoch."""
+    def _plan_of(self, epoch: int) -> _Plan:
+        if self._plan is not None and self._plan.epoch == epoch:
+            return self._plan
         groups: list[list[int]] = []
-        size = 0
+        starts = [0]
         for piece in order_of(len(self._piece_rows), self._seed, _PIECES, epoch).tolist():
             rows = self._piece_rows[piece]
-            if groups and size + rows <= self._buffer_rows:
+            if groups and starts[-1] - starts[-2] + rows <= self._buffer_rows:
                 groups[-1].append(piece)
-                size += rows
+                starts[-1] += rows
             else:
                 groups.append([piece])
-                size = rows
-        return groups
+                starts.append(starts[-1] + rows)
+        # its rows are permuted anyway: a group of all pieces then is the same in every epoch
+        self._plan = _Plan(epoch, [sorted(group) for group in groups], starts)
+        return self._plan
 
 
 class TensorActivations(StoredActivations):
