@@ -1,0 +1,1 @@
+"""Training: text -> a language model's residual streams -> shuffled rows -> a Switch SAE."""
