@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from hf_switch_sae.training.setup import activations_for
 
 NOTES = "training.json"
 _BATCH = 4096
+_PRIVATE = ("output_dir", "logging_dir", "hub_", "push_", "local_rank", "use_cpu", "disable_tqdm")
+_FOLLOWS = {"accelerator_config", "report_to", "run_name", "debug", "resume_from_checkpoint"}
 
 
 def calibrate(
@@ -78,13 +81,17 @@ def write_notes(folder: Path, sae: SwitchSAE, activations: Activations, run: dic
 
 def arguments_of(args: Any) -> dict[str, Any]:
     """Those of a run that differ from their defaults, without folders, hosts and tokens."""
-    default = type(args)(output_dir="sae").to_dict()
-    private = ("output_dir", "logging_dir", "hub_", "local_rank", "use_cpu", "disable_tqdm", "run_")
+    # a second instance, for its defaults, would reset the accelerator
+    default = {
+        each.name: each.default_factory() if each.default is MISSING else each.default
+        for each in fields(args)
+        if each.init and not (each.default is MISSING and each.default_factory is MISSING)
+    }
     return {
         name: value
         for name, value in args.to_dict().items()
-        if value != default.get(name) and not name.startswith(private) and "token" not in name
-        or name == "num_train_tokens"
+        if name in default and value != default[name] and name not in _FOLLOWS
+        if not name.startswith(_PRIVATE)
     }
 
 

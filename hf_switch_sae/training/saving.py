@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,8 @@ class Saving(Trainer):
                 raise TrainingError(
                     f"{resume_from_checkpoint} has no SAE {name}: it is of another run."
                 )
-            found = SwitchSAE.from_pretrained(folder, dtype=sae.dtype)
+            with _no_bar():
+                found = SwitchSAE.from_pretrained(folder, dtype=sae.dtype)
             _check_same_run(found, sae, resume_from_checkpoint)
             sae.load_state_dict(found.state_dict())
 
@@ -207,7 +209,8 @@ class Saving(Trainer):
             saved = sae if dtype in (None, sae.dtype) else copy.deepcopy(sae).to(dtype)
             path = folder / name
             target = checkpoints.begin(path) if beside else path
-            saved.save_pretrained(target)
+            with _no_bar():
+                saved.save_pretrained(target)
             write_notes(target, sae, self.activations, self._run_notes())
             if beside:
                 checkpoints.put_in_place(target, path)
@@ -304,6 +307,18 @@ class Saving(Trainer):
                 commit_message=f"{message}, checkpoint",
                 revision=args.hub_revision,
             )
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' progress bars, in the middle of the run's own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _finish(partial: Path, folder: Path) -> None:
