@@ -45,5 +45,6 @@ def plain_rows(
 
 
 def in_order(rows: Tensor) -> Tensor:
-    """Rows sorted by their first number, so that sets of rows compare."""
-    return rows[rows[:, 0].argsort()]
+    """Rows sorted by a sum over each, so that sets of rows compare."""
+    weights = torch.linspace(1, 2, rows.shape[1], dtype=torch.float64)
+    return rows[(rows.double() @ weights).argsort()]
