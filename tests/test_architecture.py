@@ -45,7 +45,8 @@ FLOOR = {
     "demo": 8,
     "residuals": 8,
     "record": 9,
-    "cli": 10,
+    "training": 10,
+    "cli": 11,
 }
 """A room imports only from lower floors. `__init__` is the roof: it imports, nobody imports it."""
 

@@ -38,6 +38,7 @@ from hf_switch_sae.training.packing import Cursor
 
 FORMAT, VERSION, MANIFEST = "hf_switch_sae activations", 1, "cache.json"
 TOKEN_IDS = "token_ids"
+_NOTED = ("lm", "hookpoints", "hidden_size", "dtype", "policy", "outlier_norm")
 
 
 def cache_activations(
@@ -86,6 +87,8 @@ def cache_activations(
     documents = read_documents(dataset, column=column, split=split, revision=revision)
     harvest = Harvest(lm, places, documents, tokenizer, settings)
     path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file, and a cache is a folder.")
     with locked(path / ".lock", wait=False):
         remove_leftovers(path)
         writer = _Writer(harvest, path, lm_revision, shard_bytes)
@@ -167,6 +170,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{folder} is a cache of version {found.get('version')}; this package reads version "
             f"{VERSION}. Harvest it again, or use the package that made it."
         )
+    if lacking := [name for name in _NOTED if name not in found]:
+        raise StoreError(f"{path} is damaged: it does not say {', '.join(lacking)}.")
     return found
 
 
@@ -206,9 +211,9 @@ class _Writer:
         self, harvest: Harvest, folder: Path, lm_revision: str | None, shard_bytes: int
     ) -> None:
         self._harvest, self._folder = harvest, folder
-        self._dtype = getattr(torch, harvest.settings.dtype or "bfloat16")
+        self._dtype: torch.dtype = getattr(torch, harvest.settings.dtype or "bfloat16")
         widths = harvest.hidden_size.values()
-        self._row_bytes = sum(width * self._dtype.itemsize for width in widths) + 4
+        self._row_bytes: int = sum(width * self._dtype.itemsize for width in widths) + 4
         self._shard_rows = max(1, shard_bytes // self._row_bytes)
         made = {
             "format": FORMAT,
