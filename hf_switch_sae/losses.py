@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_switch_sae.precision import wide_dtype
+
 
 def fvu_of(x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
-    """Squared error over squared deviation from the mean, 0-d float32; nan under two tokens.
+    """Squared error over squared deviation from the mean, 0-d; nan under two tokens.
+
+    In float32, or float64 where the rows are.
 
     Args:
         x, x_hat: [n, d], floating; both are differentiated.
@@ -28,7 +32,7 @@ def fvu_of(x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
 
 def fvu_formula(x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
     """What `fvu_of` computes, as it is written down."""
-    x, x_hat = x.float(), x_hat.float()
+    x, x_hat = (part.to(wide_dtype(x, x_hat)) for part in (x, x_hat))
     where = x.new_ones(len(x), 1, dtype=torch.bool) if counts is None else counts[:, None]
     x, error, tokens = x.where(where, 0), (x - x_hat).where(where, 0), where.sum()
     deviation = (x - x.sum(0) / tokens).where(where, 0)
@@ -42,13 +46,14 @@ class _Fvu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
         tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
-        mean = torch.zeros(x.shape[1], device=x.device)
+        dtype = wide_dtype(x, x_hat)
+        mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
         for rows in _blocks(x):
-            mean += _counted(x[rows], rows, counts).sum(0)
+            mean += _counted(x[rows].to(dtype), rows, counts).sum(0)
         mean /= tokens
-        error, deviation = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+        error, deviation = mean.new_zeros(()), mean.new_zeros(())
         for rows in _blocks(x):
-            part = x[rows].float()
+            part = x[rows].to(dtype)
             error += _counted(part - x_hat[rows], rows, counts).square_().sum()
             deviation += _counted(part - mean, rows, counts).square_().sum()
         fvu: Tensor = (error / deviation).where(tokens > 1, torch.nan)
@@ -64,11 +69,11 @@ class _Fvu(torch.autograd.Function):
         d_x_hat = torch.empty_like(x_hat) if need_x_hat else None
         scale = 2 * grad / deviation
         for rows in _blocks(x):
-            d_error = _counted((x_hat[rows].float() - x[rows]).mul_(scale), rows, counts)
+            d_error = _counted((x_hat[rows].to(mean.dtype) - x[rows]).mul_(scale), rows, counts)
             if d_x_hat is not None:
                 d_x_hat[rows] = d_error
             if d_x is not None:  # the mean's own gradient is 0, as deviations add up to 0
-                d_deviation = (x[rows].float() - mean).mul_(scale * fvu)
+                d_deviation = (x[rows].to(mean.dtype) - mean).mul_(scale * fvu)
                 d_x[rows] = -d_error - _counted(d_deviation, rows, counts)
         return d_x, d_x_hat, None
 
@@ -80,8 +85,7 @@ def _blocks(x: Tensor) -> list[slice]:
 
 
 def _counted(part: Tensor, rows: slice, counts: Tensor | None) -> Tensor:
-    """Rows [m, d] in float32, 0 where they do not count."""
-    part = part.float()
+    """Rows [m, d] of at least float32, 0 where they do not count."""
     return part if counts is None else part.where(counts[rows, None], 0)
 
 
@@ -100,3 +104,16 @@ def balance_of(probs: Tensor, expert_ids: Tensor, counts: Tensor | None) -> Tens
     total = probs.sum(0) if counts is None else probs.where(counts[:, None], 0).sum(0)
     tokens = weight.sum().clamp_min(1)
     return num_experts * (chosen * total).sum() / (tokens * tokens * t)
+
+
+def router_z_loss_of(logits: Tensor, counts: Tensor | None) -> Tensor:
+    """mean(logsumexp(logits) ** 2) over the tokens that count: keeps logits near 0; 0-d.
+
+    Args:
+        logits: [n, E]; differentiated.
+        counts: [n] bool, which tokens count; None for all.
+    """
+    squares = logits.logsumexp(-1).square()
+    if counts is None:
+        return squares.sum() / max(1, len(squares))
+    return squares.where(counts, 0).sum() / counts.sum().clamp_min(1)
