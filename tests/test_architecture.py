@@ -15,6 +15,7 @@ EACH_MODULE = pytest.mark.parametrize("module", MODULES, ids=NAMES)
 
 FLOOR = {
     "errors": 0,
+    "precision": 0,
     "features": 1,
     "losses": 1,
     "ops": 1,
@@ -80,7 +81,10 @@ FACE = [
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
+    "SwitchSAETrainer",
+    "SwitchSAETrainingArguments",
     "TextError",
+    "TrainingError",
     "WidthError",
     "attach",
     "convert",

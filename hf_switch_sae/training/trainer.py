@@ -60,8 +60,8 @@ class SwitchSAETrainer(Saving, Trainer):
 
     Several processes (`accelerate launch`) and gradient accumulation give the losses and gradients
     of one process with the whole batch, to rounding: FVU is over the whole's variance, and the load
-    is balanced over the whole. What differs: `batch_topk` chooses within each part, and so does
-    AuxK normalise its loss and tell which features are dead; the parts are then averaged.
+    is balanced over the whole. What differs: `batch_topk` chooses within each part, and AuxK is a
+    mean of the parts' own, each over the variance of its own error.
 
     Args:
         sae: a SwitchSAEConfig or a SwitchSAE, or {name: either} to train several over one pass of
@@ -237,13 +237,14 @@ class SwitchSAETrainer(Saving, Trainer):
         ]
         self._parts = len(found)
         in_parts = self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1
-        self._fired, self._wholes, self._sums = [], None, []
+        self._fired, self._wholes, self._sums, self._before = [], None, [], []
         if found and (in_parts or self.args.loss == "published"):
             self._before = [sae.num_tokens_since_fired.clone() for sae in self.saes.values()]
             self._sums = self._sums_over(found)
             widths = (sae.config.hidden_size for sae in self.saes.values())
             self._wholes = [
-                WholeBatch.of(each, width) for each, width in zip(self._sums, widths, strict=True)
+                WholeBatch.of(each, width).to(self._rows_dtype())
+                for each, width in zip(self._sums, widths, strict=True)
             ]
         return found, items
 
@@ -270,6 +271,9 @@ class SwitchSAETrainer(Saving, Trainer):
     ) -> Tensor:
         """Forward and backward of a part of a step."""
         model.train()
+        for sae, before in zip(self.saes.values(), self._before, strict=False):
+            # which features are dead is told when a batch begins, not between its parts
+            sae.num_tokens_since_fired.copy_(before)
         with self.compute_loss_context_manager():
             found = model(inputs, self._wholes)
         loss: Tensor = found["loss"]
