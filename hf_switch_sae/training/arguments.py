@@ -198,26 +198,13 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in found.items()}
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of `SwitchSAETrainingArguments`, and those of `SwitchSAEConfig`.
-
-    Raises:
-        ConfigError: a field of neither, naming the nearest.
-    """
-    mine = {f.name for f in fields(SwitchSAETrainingArguments) if f.init}
-    of_sae = sae_fields()
-    for name in options:
-        if name not in mine | of_sae:
-            near = difflib.get_close_matches(name, mine | of_sae, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see hf-switch-sae train --help."
-            raise ConfigError(f"there is no option {name!r}; {hint}")
-    return (
-        {name: value for name, value in options.items() if name in mine},
-        {name: value for name, value in options.items() if name not in mine},
-    )
-
-
 def sae_fields() -> set[str]:
     """The fields that are an SAE's own, and not every configuration's."""
     own = set(SwitchSAEConfig.__annotations__) - {"model_type", "attribute_map"}
     return own | set(SwitchSAEConfig.attribute_map)
+
+
+def nearest(name: str, names: set[str]) -> str:
+    """A hint for a name that is none of these."""
+    near = difflib.get_close_matches(name, sorted(names), n=1)
+    return f"did you mean --{near[0]}?" if near else "see hf-switch-sae train --help."
