@@ -12,7 +12,7 @@ from hf_switch_sae.cli.record import load_sae
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.text import read_documents
 from hf_switch_sae.training import ActivationSettings, calibrate
-from hf_switch_sae.training.checkpoints import begin, put_in_place
+from hf_switch_sae.training.checkpoints import begin, move_files
 
 
 def calibrate_sae(
@@ -59,15 +59,8 @@ def calibrate_sae(
     calibrate(switch_sae, model, documents, tokenizer, rows, settings)
     target = output_dir or folder
     partial = begin(target)
-    try:
-        for path in folder.iterdir() if folder.is_dir() and target == folder else ():
-            if path.is_file() and path.suffix != ".safetensors" and path.name != "config.json":
-                (partial / path.name).write_bytes(path.read_bytes())
-        switch_sae.save_pretrained(partial)
-    except BaseException:
-        begin(target).rmdir()
-        raise
-    put_in_place(partial, target)
+    switch_sae.save_pretrained(partial)
+    move_files(partial, target)
     print(
         f"{target}: {int(switch_sae.statistics_tokens):,} tokens; "
         f"{float((switch_sae.feature_rate == 0).float().mean()):.1%} of "

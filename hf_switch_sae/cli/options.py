@@ -66,6 +66,8 @@ def typed(name: str, words: Any) -> Any:
     Raises:
         ConfigError: none, or several.
     """
+    if isinstance(words, str):  # YAML takes 1e-3 for a text
+        words = [words]
     if not isinstance(words, list):
         return words
     if len(words) > 1:
@@ -90,8 +92,11 @@ def run_arguments(
     Raises:
         ConfigError: a word that is none of the field's type.
     """
+    texts = {name: [value] for name, value in told.items() if isinstance(value, str)}
+    told = {name: value for name, value in told.items() if name not in {**texts, **spoken}}
+    spoken = {**texts, **spoken}
     words = [
-        word for name, values in spoken.items() for word in (f"--{name}", *values)
+        word for name, values in spoken.items() for word in (f"--{name}", *(values or ["true"]))
     ]
     parser = HfArgumentParser(SwitchSAETrainingArguments, argument_default=argparse.SUPPRESS)
     for action in parser._actions:

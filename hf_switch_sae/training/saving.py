@@ -213,7 +213,7 @@ class Saving(Trainer):
                 saved.save_pretrained(target)
             write_notes(target, sae, self.activations, self._run_notes())
             if beside:
-                checkpoints.put_in_place(target, path)
+                checkpoints.move_files(target, path)
 
     def _run_notes(self) -> dict[str, Any]:
         return {
