@@ -23,7 +23,7 @@ Given = SwitchSAEConfig | SwitchSAE
 def build_saes(
     given: Given | Mapping[str, Given], lm: nn.Module | None, train_dataset: Any, seed: int
 ) -> dict[str, SwitchSAE]:
-    """SAEs by name, in float32, each knowing its place and its language model.
+    """SAEs by name, in float32 or more, each knowing its place and its language model.
 
     Raises:
         ConfigError: a place is missing, or what is given is no SAE and no configuration.
@@ -39,7 +39,7 @@ def build_saes(
             sae = SwitchSAE(_placed(each, lm, train_dataset))
         elif isinstance(each, SwitchSAE):
             _placed(each.config, lm, train_dataset)
-            sae = each.float()
+            sae = each.float() if each.dtype.itemsize < 4 else each
         else:
             raise ConfigError(
                 f"an SAE to train is a SwitchSAEConfig or a SwitchSAE, not {type(each).__name__}."

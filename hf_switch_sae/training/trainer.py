@@ -278,7 +278,7 @@ class SwitchSAETrainer(Saving, Trainer):
             found = model(inputs, self._wholes)
         loss: Tensor = found["loss"]
         if loss.device.type == "cpu" and not loss.isfinite():
-            raise self._not_finite(loss, inputs)
+            raise self._not_finite(loss.detach(), inputs)
         # processes' gradients are averaged, and their losses are shares that add up
         self.accelerator.backward(loss * self.args.world_size)
         self._monitor.add(found["measures"])
