@@ -82,7 +82,9 @@ def test_one_command_goes_from_nothing_to_an_sae_that_attaches(lm, tmp_path):
 
 def test_a_file_of_options_and_options_that_go_before_it(lm, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("k: 3\nlearning-rate: 1e-3\nlayer: 2\nnum_train_tokens: 9999\npreset: published")
+    file.write_text(
+        "k: 3\nlearning-rate: 1e-3\nlayer: 2\nnum_train_tokens: 9999\npreset: published"
+    )
     train(lm, tmp_path, "--config", file, "--num_experts", "2", layer=None)
     sae = SwitchSAE.from_pretrained(tmp_path, subfolder="layers.2.resid_post")
     assert (sae.config.k, sae.config.num_experts) == (2, 2)  # said, not told
@@ -174,7 +176,9 @@ def test_blocks_after_the_place_are_not_loaded_and_the_stream_is_the_same(tmp_pa
     assert builder == "gpt2" or count == 0
     ids = torch.tensor([[3, 5, 7, 4]])
     with torch.no_grad(), residuals(whole, [1]) as there, residuals(part, [1]) as here:
-        torch.testing.assert_close(list(here(input_ids=ids).values()), list(there(input_ids=ids).values()))
+        torch.testing.assert_close(
+            list(here(input_ids=ids).values()), list(there(input_ids=ids).values())
+        )
     known, found = fingerprint(whole), fingerprint(part)
     assert found["num_hidden_layers"] == known["num_hidden_layers"]
 
@@ -191,7 +195,9 @@ def test_calibrate_measures_any_sae_in_its_place_or_elsewhere(lm, tmp_path):
     sae.save_pretrained(tmp_path / "sae")
     (tmp_path / "sae/features.json").write_text("{}")
     words = ("--rows", 200, "--context", 16)
-    run("calibrate", tmp_path / "sae", lm, lm / "text.jsonl", "--output-dir", tmp_path / "b", *words)
+    run(
+        "calibrate", tmp_path / "sae", lm, lm / "text.jsonl", "--output-dir", tmp_path / "b", *words
+    )
     said = run("calibrate", tmp_path / "sae", lm, lm / "text.jsonl", *words)
     assert "200 tokens" in said
     for folder in ("sae", "b"):

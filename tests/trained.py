@@ -144,7 +144,8 @@ def main(folder: str, options: dict[str, Any]) -> None:
     run = trainer(folder, **options)
     run.train(resume_from_checkpoint=resume)
     run.save_model()
-    print("share", run.activations.state_dict().get("share"))
+    share = run.activations.state_dict().get("share")
+    (pathlib.Path(folder) / f"share-{run.args.process_index}.json").write_text(json.dumps(share))
     if run.is_world_process_zero():
         path = pathlib.Path(folder) / "result.json"
         path.with_suffix(".tmp").write_text(json.dumps({"log": run.state.log_history}))

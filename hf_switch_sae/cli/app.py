@@ -53,9 +53,9 @@ app.command("pull")(pull.pull)
 app.command("push")(push.push)
 app.command("record")(record.record_corpus)
 app.command("query")(query.query)
-app.command(
-    "train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)(train.train)
+app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    train.train
+)
 
 
 def _show_version(wanted: bool) -> None:

@@ -44,7 +44,9 @@ def calibrate_sae(
     switch_sae = load_sae(sae, subfolder)
     place = switch_sae.config.hookpoint
     if place is None:
-        raise SwitchSAEError(f"the config of {sae} has no hookpoint: it was not converted with one.")
+        raise SwitchSAEError(
+            f"the config of {sae} has no hookpoint: it was not converted with one."
+        )
     model, tokenizer = load_lm(
         lm,
         lm_dtype,

@@ -54,9 +54,7 @@ def split_options(
                 group[name] = value
                 break
         else:
-            raise ConfigError(
-                f"there is no option --{name}; {nearest(name, set().union(*names))}"
-            )
+            raise ConfigError(f"there is no option --{name}; {nearest(name, set().union(*names))}")
     return groups  # type: ignore[return-value]
 
 
@@ -98,10 +96,10 @@ def run_arguments(
     words = [
         word for name, values in spoken.items() for word in (f"--{name}", *(values or ["true"]))
     ]
-    parser = HfArgumentParser(SwitchSAETrainingArguments, argument_default=argparse.SUPPRESS)
+    parser = HfArgumentParser([SwitchSAETrainingArguments], argument_default=argparse.SUPPRESS)  # type: ignore[list-item]
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # only what was said
-    parser.error = _refuse  # type: ignore[method-assign, assignment]
+    parser.error = _refuse  # type: ignore[method-assign]
     return SwitchSAETrainingArguments(**{**preset, **told, **vars(parser.parse_args(words))})
 
 

@@ -63,7 +63,9 @@ def train(
     --config.
     """
     if lm.startswith("--") or dataset.startswith("--"):
-        raise ConfigError("LM and DATASET come first: hf-switch-sae train LM DATASET --layer 15 ...")
+        raise ConfigError(
+            "LM and DATASET come first: hf-switch-sae train LM DATASET --layer 15 ..."
+        )
     here = {name: value for name, value in context.params.items() if name in _OWN}
     run_told, sae_told, rows_told, own = split_options(
         read_options(config) if config is not None else {}, _OWN
@@ -91,7 +93,10 @@ def train(
         places=places,
     )
     names = [resolve(model, at).name for at in places]
-    source = {"column": own.get("column") or "text", "split": own.get("split") or "train"}
+    source: dict[str, Any] = {
+        "column": own.get("column") or "text",
+        "split": own.get("split") or "train",
+    }
     with args.main_process_first(local=False, desc="the activation cache"):
         rows = _rows(model, tokenizer, names, dataset, source, settings, own)
     saes = {at: _config(model, at, sae_said) for at in names}
@@ -130,7 +135,7 @@ def _rows(
     tokenizer: Any,
     names: list[str],
     dataset: str,
-    source: dict[str, str],
+    source: dict[str, Any],
     settings: ActivationSettings,
     own: dict[str, Any],
 ) -> Any:

@@ -122,10 +122,8 @@ class SwitchSAETrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0
         self._check()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         for name, wanted in _WITHOUT_MEANING.items():
             if getattr(self, name) != wanted:
                 raise ConfigError(
@@ -134,7 +132,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
         default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
         if self.optim != OptimizerNames(default):
             raise ConfigError(
-                f"optim={self.optim.value!r}: an SAE is trained by SwitchSAEAdam, which keeps its "
+                f"optim={OptimizerNames(self.optim).value!r}: an SAE is trained by SwitchSAEAdam, which keeps its "
                 "decoder's rows at length 1. Pass another to the trainer as optimizers=(...)."
             )
 

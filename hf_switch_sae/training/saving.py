@@ -84,7 +84,7 @@ class Saving(Trainer):
         try:
             self._on_all(lambda: self.args.should_save and checkpoints.begin(folder))
             self._on_all(lambda: self._write_checkpoint(partial, folder))
-            self._on_all(lambda: self.args.should_save and _finish(partial, folder))
+            self._on_all(lambda: self._finish(partial, folder))
         except Exception as err:
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -119,10 +119,15 @@ class Saving(Trainer):
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
             torch.save(self.args, partial / TRAINING_ARGS_NAME)
 
+    def _finish(self, partial: Path, folder: Path) -> None:
+        if self.args.should_save:
+            checkpoints.seal(partial)
+            checkpoints.put_in_place(partial, folder)
+
     def _note_callbacks(self) -> None:
         for each in [*self.callback_handler.callbacks, self.control]:
             if isinstance(each, ExportableState):
-                noted = self.state.stateful_callbacks
+                noted: Any = self.state.stateful_callbacks
                 name = type(each).__name__
                 if isinstance(noted[name], list):
                     noted[name].append(each.state())
@@ -171,7 +176,9 @@ class Saving(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        found = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
         if resume_from_checkpoint is not None and not self.args.ignore_data_skip:
             path = Path(resume_from_checkpoint) / f"process_{self.args.process_index}.pt"
             if not path.exists():
@@ -206,7 +213,10 @@ class Saving(Trainer):
         for name, sae in self.saes.items():
             if self.held_out is not None and name in self.held_out:
                 sae.config.metrics = rounded(self.held_out[name])
-            saved = sae if dtype in (None, sae.dtype) else copy.deepcopy(sae).to(dtype)
+            saved = sae
+            if dtype not in (None, sae.dtype):
+                saved = copy.deepcopy(sae)
+                nn.Module.to(saved, dtype)
             path = folder / name
             target = checkpoints.begin(path) if beside else path
             with _no_bar():
@@ -319,11 +329,6 @@ def _no_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _finish(partial: Path, folder: Path) -> None:
-    checkpoints.seal(partial)
-    checkpoints.put_in_place(partial, folder)
 
 
 def _check_same_run(found: SwitchSAE, sae: SwitchSAE, checkpoint: str) -> None:

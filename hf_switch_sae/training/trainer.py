@@ -106,7 +106,7 @@ class SwitchSAETrainer(Saving, Trainer):
         super().__init__(
             model=together,
             args=args,
-            eval_dataset=held_out,  # type: ignore[arg-type]
+            eval_dataset=held_out,
             callbacks=[*(callbacks or []), UnitRows(saes)],
             optimizers=optimizers,
         )
@@ -148,7 +148,9 @@ class SwitchSAETrainer(Saving, Trainer):
 
     # --- the run ----------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """As `Trainer.train`; resumes from the newest checkpoint that is whole.
 
         Args:
@@ -290,7 +292,8 @@ class SwitchSAETrainer(Saving, Trainer):
         self._parts -= 1
         if not self._parts:
             self._end_step()
-        return loss.detach() * self.args.world_size
+        done: Tensor = loss.detach() * self.args.world_size
+        return done
 
     def _end_step(self) -> None:
         self._monitor.end_step()
@@ -354,15 +357,15 @@ class SwitchSAETrainer(Saving, Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `Trainer.create_scheduler`; the default schedule ends in `decay_share` of the steps."""
-        args = self.args
+        """As `Trainer.create_scheduler`; the default falls to 0 over the last `decay_share`."""
+        args, optimizer = self.args, optimizer or self.optimizer
         if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
             if self.lr_scheduler is None:
                 decay = num_training_steps - int((1 - args.decay_share) * num_training_steps)
                 warm = min(args.get_warmup_steps(num_training_steps), num_training_steps - decay)
                 self.lr_scheduler = get_scheduler(
                     args.lr_scheduler_type,
-                    optimizer or self.optimizer,
+                    optimizer,
                     num_warmup_steps=warm,
                     num_training_steps=num_training_steps,
                     scheduler_specific_kwargs={
@@ -380,12 +383,14 @@ class SwitchSAETrainer(Saving, Trainer):
         return inner if isinstance(inner, SwitchSAEAdam) else None
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        return None if self._own_optimizer is not None else super()._clip_grad_norm(model)
+        if self._own_optimizer is not None:
+            return None
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self._own_optimizer is not None:  # known once it has stepped
             return None
-        return super()._get_grad_norm(model, grad_norm)
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     # --- what is logged ---------------------------------------------------------------------------
 
