@@ -7,8 +7,8 @@ from trained import PLACE, history, launch, trainer
 
 from hf_switch_sae.training import checkpoints
 
-DEAD = {"dead_after_tokens": 200, "auxk_loss_coef": 0.0, "router_z_loss_coef": 0.01}
-FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
+DEAD = {"dead_after_tokens": 40, "auxk_loss_coef": 0.0, "router_z_loss_coef": 0.01}
+FSDP = {"fsdp": True}
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def calibrate_sae(
     revision: Annotated[str | None, typer.Option(help="Commit of the language model.")] = None,
     gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
 ) -> None:
-    """Measure an SAE's statistics on text, and save it with them; calibrated edits rest on these."""
+    """Measure an SAE's statistics on text, and save it with them: edits rest on these."""
     folder = Path(sae) / subfolder
     if output_dir is None and not folder.is_dir():
         raise SwitchSAEError(f"{sae} is no folder here: say where to save it, with --output-dir.")

@@ -68,7 +68,7 @@ def _first_blocks(name: str, count: int | None, options: dict[str, Any]) -> Any:
     if count is None or not isinstance(whole, int) or count >= whole:
         return None
     level = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # else weights left out are listed as unexpected
+    logging.set_verbosity(40)  # else weights left out are listed as unexpected
     try:
         lm = AutoModel.from_pretrained(name, **options, num_hidden_layers=count)
         if len(find_residual_blocks(lm)) != count:

@@ -1,4 +1,4 @@
-"""Options that are fields of other packages' classes: what follows a command -> names and values."""
+"""Options that are fields of classes: what follows a command -> names and values."""
 
 from __future__ import annotations
 

@@ -58,9 +58,9 @@ def train(
     LM and DATASET come first. Every field of transformers.TrainingArguments is an option
     (--output_dir, --num_train_tokens, --per_device_train_batch_size in tokens, --learning_rate,
     --report_to, --resume_from_checkpoint true, --push_to_hub, ...), and so is every one of
-    SwitchSAEConfig (--num_features, --num_experts, --k, --activation, ...) and of ActivationSettings
-    (--context, --boundary, --buffer_bytes, ...). Options of the command line go before those of
-    --config.
+    SwitchSAEConfig (--num_features, --num_experts, --k, --activation, ...) and of
+    ActivationSettings (--context, --boundary, --buffer_bytes, ...). Options of the command line go
+    before those of --config.
     """
     if lm.startswith("--") or dataset.startswith("--"):
         raise ConfigError(

@@ -123,6 +123,15 @@ class SwitchSAETrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
+        if self.fsdp:
+            given = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+            # an SAE's parts are called by functions, which hooks on their forward don't see
+            self.fsdp_config = {"version": 2, "auto_wrap_policy": "NO_WRAP", **given}
+            if (
+                self.fsdp_config["version"] != 2
+                or self.fsdp_config["auto_wrap_policy"] != "NO_WRAP"
+            ):
+                raise ConfigError("an SAE is sharded as a whole: fsdp version 2, policy NO_WRAP.")
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, wanted in _WITHOUT_MEANING.items():
             if getattr(self, name) != wanted:
@@ -132,8 +141,9 @@ class SwitchSAETrainingArguments(TrainingArguments):
         default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
         if self.optim != OptimizerNames(default):
             raise ConfigError(
-                f"optim={OptimizerNames(self.optim).value!r}: an SAE is trained by SwitchSAEAdam, which keeps its "
-                "decoder's rows at length 1. Pass another to the trainer as optimizers=(...)."
+                f"optim={OptimizerNames(self.optim).value!r}: an SAE is trained by SwitchSAEAdam, "
+                "which keeps its decoder's rows at length 1. Pass another to the trainer as "
+                "optimizers=(...)."
             )
 
     def _check(self) -> None:

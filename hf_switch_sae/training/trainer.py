@@ -13,7 +13,6 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from hf_switch_sae.training.loader import Stream
 from hf_switch_sae.training.monitor import Monitor, count_over_parts
 from hf_switch_sae.training.saving import Saving
 from hf_switch_sae.training.setup import Given, activations_for, build_saes
+from hf_switch_sae.training.sharded import gathered
 from hf_switch_sae.training.start import is_fresh, start_from
 from hf_switch_sae.training.together import SAEsTogether
 
@@ -427,7 +427,8 @@ class SwitchSAETrainer(Saving, Trainer):
             dataset = activations_for(self.saes, dataset, self.lm, self._tokenizer, None)
         args = self.args
         share = (args.eval_batch_size, args.process_index, args.world_size)
-        found = measure_held_out(self.saes, dataset, *share, self._added)
+        with gathered(self.model):
+            found = measure_held_out(self.saes, dataset, *share, self._added)
         self.held_out = found
         alone = len(found) == 1
         metrics = {
