@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import SchedulerType
@@ -210,6 +211,15 @@ class SwitchSAETrainer(Saving, Trainer):
     def _say(self, text: str) -> None:
         if not self.args.disable_tqdm:
             logger.warning(text)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; FSDP works on CPUs too, which accelerate leaves out."""
+        super().create_accelerator_and_postprocess()  # type: ignore[no-untyped-call]
+        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            state: Any = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     # --- data -------------------------------------------------------------------------------------
 
