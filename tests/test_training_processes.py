@@ -60,7 +60,9 @@ def test_two_processes_resume_as_if_never_stopped(tmp_path, whole, options):
     (first, *_) = checkpoints.checkpoints_in(tmp_path)
     assert first.name == "checkpoint-10"
     shares = {path.name for path in first.glob("optimizer*")}
-    assert shares == ({"optimizer_0.pt", "optimizer_1.pt"} if "fsdp" in options else {"optimizer.pt"})
+    assert shares == (
+        {"optimizer_0.pt", "optimizer_1.pt"} if "fsdp" in options else {"optimizer.pt"}
+    )
     result = launch(tmp_path, {**options, "resume": str(tmp_path / "checkpoint-10")}, processes=2)
     assert_same(tmp_path, result, whole)
 

@@ -66,7 +66,8 @@ class Saving(Trainer):
         name = f"optimizer_{self.args.process_index}.pt"
         torch.save(sharded.own_share(self._inner_optimizer()), Path(output_dir) / name)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled or checkpoint is None:
@@ -78,7 +79,8 @@ class Saving(Trainer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         sharded.load_own_share(self._inner_optimizer(), state)
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        self.lr_scheduler.load_state_dict(schedule)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(schedule)
 
     def _inner_optimizer(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def gathered(model: Any) -> Iterator[None]:
     """While open, the weights of a sharded model are whole on every process, to be read."""
     if not isinstance(model, FSDPModule):
         yield
@@ -34,14 +33,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def whole_state(model: Any) -> dict[str, Any]:
     """The state of a sharded model, whole and on the CPU; {} on all processes but the first."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found: dict[str, Tensor] = get_model_state_dict(model, options=options)
-    return found
+    return dict(get_model_state_dict(model, options=options))
 
 
-def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+def load_whole_state(model: Any, state: dict[str, Any]) -> None:
     """Load a whole state into a sharded model; every process has read it."""
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
 

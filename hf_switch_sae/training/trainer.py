@@ -214,7 +214,7 @@ class SwitchSAETrainer(Saving, Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's; FSDP works on CPUs too, which accelerate leaves out."""
-        super().create_accelerator_and_postprocess()  # type: ignore[no-untyped-call]
+        super().create_accelerator_and_postprocess()
         if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
             state: Any = self.accelerator.state
             state.distributed_type = DistributedType.FSDP
