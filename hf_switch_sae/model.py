@@ -476,17 +476,16 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _takes_single_tokens(self) -> bool:
         """Whether `_encode_token` applies: as in `generate` on a CPU."""
         config = vars(self.config)  # a config's own attribute access would take as long as an op
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        groups = self.experts
         return (
             config["activation"] == "topk"
             and config["num_experts_per_token"] == 1
-            and len(self.experts) == 1
+            and len(groups) == 1
             and self.b_dec.device.type == "cpu"
-            and not (
-                torch.is_grad_enabled()
-                or torch.is_autocast_enabled("cpu")
-                or torch.compiler.is_compiling()
-            )
-            and not hasattr(self.experts[0], "_hf_hook")  # offloaded: brought in by its forward
+            and not torch.is_autocast_enabled("cpu")
+            and "_hf_hook" not in vars(groups[0])  # offloaded: brought in by its forward
         )
 
     def _encode_token(self, x: Tensor) -> _Encoded:

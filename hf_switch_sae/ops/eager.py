@@ -88,7 +88,7 @@ def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     """As `reference.gather_sum`."""
     if len(ids) == 1:  # a fifth of what embedding_bag takes for its checks
-        return torch.mm(coefs.to(W.dtype), W[ids[0]])
+        return torch.mm(coefs.to(W.dtype), W.index_select(0, ids.view(-1)))
     return torch.nn.functional.embedding_bag(
         ids, W, per_sample_weights=coefs.to(W.dtype), mode="sum"
     )

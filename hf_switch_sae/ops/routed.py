@@ -121,6 +121,8 @@ def _without_autocast(compute: _Compute) -> _Compute:
 
     @functools.wraps(compute)
     def computed(first: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return compute(first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return compute(first, *rest)
 

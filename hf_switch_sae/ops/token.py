@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hf_switch_sae.ops.eager import products
 
+_ZERO = torch.zeros(())
+
 
 def route_token(
     x: Tensor, weight: Tensor, b_router: Tensor, scale: Tensor
@@ -52,7 +54,7 @@ def encode_token(
     if b_enc is not None:
         pre += b_enc[expert] / scale
     acts, ids = pre.topk(k, sorted=False)
-    acts = torch.where(acts > 0, acts, 0)
+    acts = torch.fmax(acts, _ZERO)  # which takes 0 of 0 and nan
     if gate is not None:
         acts *= gate
     return acts, ids.add_(expert * W_enc.shape[1])
