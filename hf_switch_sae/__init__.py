@@ -1,5 +1,7 @@
 """Switch Sparse Autoencoders on running Hugging Face models: show, steer, clamp, ablate."""
 
+from typing import TYPE_CHECKING, Any
+
 from hf_switch_sae.attach import ResidualHandle, attach, hook_residual, status
 from hf_switch_sae.base_model import fingerprint
 from hf_switch_sae.config import SwitchSAEConfig
@@ -19,6 +21,7 @@ from hf_switch_sae.errors import (
     StoreError,
     SwitchSAEError,
     TextError,
+    TrainingError,
     WidthError,
 )
 from hf_switch_sae.features import SparseFeatures
@@ -34,6 +37,9 @@ from hf_switch_sae.residuals import partial_forward, residuals
 from hf_switch_sae.session import AttachedSAE, Preflight, Session
 from hf_switch_sae.steering_files import export_recipe
 from hf_switch_sae.store import FeatureStore
+
+if TYPE_CHECKING:
+    from hf_switch_sae.training import SwitchSAETrainer, SwitchSAETrainingArguments
 
 __version__ = "0.1.0"
 
@@ -67,7 +73,10 @@ __all__ = [
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
+    "SwitchSAETrainer",
+    "SwitchSAETrainingArguments",
     "TextError",
+    "TrainingError",
     "WidthError",
     "attach",
     "convert",
@@ -87,3 +96,14 @@ __all__ = [
     "status",
     "use_backend",
 ]
+
+_LATE = ("SwitchSAETrainer", "SwitchSAETrainingArguments")
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer takes seconds to import, and attaching an SAE needs none of it
+    if name in _LATE:
+        from hf_switch_sae import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -161,6 +161,24 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     So it is free of scale: 0.16 is the published 3 * hidden_size on GPT-2's activations.
     """
 
+    router_z_loss_coef: float | int = 0.0
+    """Weight of the router's z-loss, mean(logsumexp(router_logits) ** 2), in `loss`."""
+
+    auxk_loss_coef: float | int = 0.0
+    """Weight of AuxK in `loss`: the share of the error that dead features leave unexplained."""
+
+    k_aux: int | None = None
+    """Dead features per token in AuxK, of the token's own experts; None: hidden_size // 2.
+
+    Never more than the expert with most dead ones has.
+    """
+
+    dead_after_tokens: int = 100_000
+    """Tokens routed to its expert without firing after which a feature is dead.
+
+    So with 8 experts in balance it is dead after 8 times as many tokens of training.
+    """
+
     initializer_range: float | int | None = None
     """Bound of the uniform start of encoder and router; None: 1 / sqrt(hidden_size)."""
 
@@ -225,7 +243,13 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"with {self.features_per_expert} features each."
             )
 
-        for name in ("fvu_loss_coef", "router_aux_loss_coef"):
+        if self.dead_after_tokens < 1 or (self.k_aux is not None and self.k_aux < 1):
+            raise ConfigError(
+                f"dead_after_tokens={self.dead_after_tokens} and k_aux={self.k_aux} "
+                "must be at least 1; auxk_loss_coef=0 is what turns AuxK off."
+            )
+        coefficients = ("fvu_loss_coef", "router_aux_loss_coef", "router_z_loss_coef")
+        for name in (*coefficients, "auxk_loss_coef"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
 

@@ -13,7 +13,8 @@
     ├── NonFiniteError      NaN or infinity in the residual stream (and ArithmeticError)
     ├── BackendError        a compute backend that does not exist, or declines (and RuntimeError)
     ├── StoreError          a store that is damaged, foreign or full (and RuntimeError)
-    └── TextError           documents that can't be read as text (and ValueError)
+    ├── TextError           documents that can't be read as text (and ValueError)
+    └── TrainingError       a training run that can't begin or go on (and RuntimeError)
 
 Each message says what was asked, what is there, and what to do. An error is raised before anything
 was changed.
@@ -74,3 +75,7 @@ class StoreError(SwitchSAEError, RuntimeError):
 
 class TextError(SwitchSAEError, ValueError):
     """Documents that are not there, or can't be read as text."""
+
+
+class TrainingError(SwitchSAEError, RuntimeError):
+    """A training run that can't begin, go on, or write its checkpoint."""

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 from hf_switch_sae import ops
+from hf_switch_sae.precision import wide
 
 _T = TypeVar("_T")
 
@@ -125,6 +126,29 @@ class Experts(nn.ModuleList):
         acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t))
         return ops.keep_largest(acts, ids, wanted if batch_topk else k, batch_topk)
 
+    def reconstruct_with(
+        self,
+        candidates: Tensor,
+        k: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        gates: Tensor | None,
+        center: Tensor | None,
+        input_scale: Tensor,
+        in_order: bool = False,
+    ) -> Tensor:
+        """[n, d]: what some features alone would make of the tokens, decoder bias left out.
+
+        Args:
+            candidates: [E, m] bool, the features that may be active.
+            k: how many of them per token, the largest; as the other arguments, as of `encode`.
+        """
+        threshold = torch.where(candidates, 0.0, torch.inf)
+        acts, ids = self.encode(
+            x, expert_ids, gates, k, threshold, False, center, input_scale, in_order
+        )
+        return self.decode(acts, ids)
+
     def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
         """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`."""
 
@@ -177,7 +201,7 @@ def _encode(
     acts, ids = ops.routed_encode(
         x,
         W_enc,
-        None if b_enc is None else (b_enc.float() / input_scale).to(W_enc.dtype),
+        None if b_enc is None else (wide(b_enc) / input_scale).to(W_enc.dtype),
         expert_ids,
         gates,
         k,

@@ -2,35 +2,112 @@
 
 Weighted by which tokens count, never indexed by it: no shape depends on data, and nothing waits for
 the device.
+
+Beware no loss here is a mean over tokens, so the mean of the losses of two half batches is not the
+       loss of the whole. Where a batch is spread over processes or steps, each is given the sums
+       over the whole (`WholeBatch`), and its loss is its share: the shares add up.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_switch_sae.precision import wide_dtype
 
-def fvu_of(x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
-    """Squared error over squared deviation from the mean, 0-d float32; nan under two tokens.
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """What the losses of a part must know of the batch that it is a part of."""
+
+    tokens: Tensor
+    """0-d, how many tokens count."""
+    deviation: Tensor
+    """0-d, the squared deviation from the mean of the whole."""
+    chosen: Tensor | None
+    """[E], how often each expert is chosen; None with one expert."""
+
+    @classmethod
+    def of(cls, sums: Tensor, hidden_size: int) -> WholeBatch:
+        """From the `batch_sums` of all parts, added up."""
+        tokens, squares, total = sums[0], sums[1], sums[2 : 2 + hidden_size]
+        chosen = sums[2 + hidden_size :] if len(sums) > 2 + hidden_size else None
+        return cls(tokens, squares - total.square().sum() / tokens, chosen)
+
+    def to(self, dtype: torch.dtype) -> WholeBatch:
+        """The same in another dtype."""
+        chosen = None if self.chosen is None else self.chosen.to(dtype)
+        return WholeBatch(self.tokens.to(dtype), self.deviation.to(dtype), chosen)
+
+
+def batch_sums(
+    x: Tensor, counts: Tensor | None, expert_ids: Tensor | None, num_experts: int
+) -> Tensor:
+    """What adds up over the parts of a batch: tokens, their squares, their sum, experts chosen.
+
+    Args:
+        x: [n, d]. Squares are of the deviations from the part's mean first: no digits are lost.
+        counts: [n] bool, which tokens count; None for all.
+        expert_ids: [n, t]; None with one expert.
+
+    Returns:
+        [2 + d] or, with several experts, [2 + d + E], float64.
+    """
+    # in float64 the square of the mean can be taken off again without losing digits
+    widest = torch.float32 if x.device.type == "mps" else torch.float64
+    dtype = wide_dtype(x)
+    tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
+    total = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+    squares = total.new_zeros(())
+    for rows in _blocks(x):
+        total += _counted(x[rows].to(dtype), rows, counts).sum(0)
+    mean = total / tokens.clamp_min(1)
+    for rows in _blocks(x):
+        squares += _counted(x[rows].to(dtype) - mean, rows, counts).square_().sum()
+    tokens, mean = tokens.to(widest), mean.to(widest)
+    head = torch.stack([tokens, squares.to(widest) + tokens * mean.square().sum()])
+    parts = [head, tokens * mean]
+    if expert_ids is not None:
+        weight = torch.ones(len(x), device=x.device) if counts is None else counts.float()
+        chosen = torch.zeros(num_experts, device=x.device)
+        chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(expert_ids.shape[1]))
+        parts.append(chosen.to(widest))
+    return torch.cat(parts)
+
+
+def fvu_of(
+    x: Tensor, x_hat: Tensor, counts: Tensor | None, whole: WholeBatch | None = None
+) -> Tensor:
+    """Squared error over squared deviation from the mean, 0-d; nan under two tokens.
+
+    In float32, or float64 where the rows are.
 
     Args:
         x, x_hat: [n, d], floating; both are differentiated.
         counts: [n] bool, which tokens count; None for all. Others may be nan or infinite.
+        whole: the batch that these are a part of, whose deviation is the one to divide by, as a
+            constant.
     """
     if torch.compiler.is_compiling():  # which fuses the formula by itself
-        return fvu_formula(x, x_hat, counts)
-    fvu: Tensor = _Fvu.apply(x, x_hat, counts)  # type: ignore[no-untyped-call]
+        return fvu_formula(x, x_hat, counts, whole)
+    known = None if whole is None else whole.deviation
+    fvu: Tensor = _Fvu.apply(x, x_hat, counts, known)  # type: ignore[no-untyped-call]
     return fvu
 
 
-def fvu_formula(x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
+def fvu_formula(
+    x: Tensor, x_hat: Tensor, counts: Tensor | None, whole: WholeBatch | None = None
+) -> Tensor:
     """What `fvu_of` computes, as it is written down."""
-    x, x_hat = x.float(), x_hat.float()
+    x, x_hat = (part.to(wide_dtype(x, x_hat)) for part in (x, x_hat))
     where = x.new_ones(len(x), 1, dtype=torch.bool) if counts is None else counts[:, None]
     x, error, tokens = x.where(where, 0), (x - x_hat).where(where, 0), where.sum()
+    if whole is not None:
+        return error.square().sum() / whole.deviation
     deviation = (x - x.sum(0) / tokens).where(where, 0)
     fvu = error.square().sum() / deviation.square().sum()
     return fvu.where(tokens > 1, torch.nan)
@@ -40,37 +117,47 @@ class _Fvu(torch.autograd.Function):
     """In few passes over rows that stay in cache; no temporary is as large as the batch."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, x_hat: Tensor, counts: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, x_hat: Tensor, counts: Tensor | None, known: Tensor | None
+    ) -> Tensor:
         tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
-        mean = torch.zeros(x.shape[1], device=x.device)
+        dtype = wide_dtype(x, x_hat)
+        mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        if known is None:
+            for rows in _blocks(x):
+                mean += _counted(x[rows].to(dtype), rows, counts).sum(0)
+            mean /= tokens
+        error, deviation = mean.new_zeros(()), mean.new_zeros(())
         for rows in _blocks(x):
-            mean += _counted(x[rows], rows, counts).sum(0)
-        mean /= tokens
-        error, deviation = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
-        for rows in _blocks(x):
-            part = x[rows].float()
+            part = x[rows].to(dtype)
             error += _counted(part - x_hat[rows], rows, counts).square_().sum()
-            deviation += _counted(part - mean, rows, counts).square_().sum()
+            if known is None:
+                deviation += _counted(part - mean, rows, counts).square_().sum()
         fvu: Tensor = (error / deviation).where(tokens > 1, torch.nan)
+        if known is not None:
+            deviation, fvu = known, error / known
+        ctx.known = known is not None
         ctx.save_for_backward(x, x_hat, counts, mean, deviation, fvu)
         return fvu
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, x_hat, counts, mean, deviation, fvu = ctx.saved_tensors
-        need_x, need_x_hat, _ = ctx.needs_input_grad
+        need_x, need_x_hat = ctx.needs_input_grad[:2]
         d_x = torch.empty_like(x) if need_x else None
         d_x_hat = torch.empty_like(x_hat) if need_x_hat else None
         scale = 2 * grad / deviation
         for rows in _blocks(x):
-            d_error = _counted((x_hat[rows].float() - x[rows]).mul_(scale), rows, counts)
+            d_error = _counted((x_hat[rows].to(mean.dtype) - x[rows]).mul_(scale), rows, counts)
             if d_x_hat is not None:
                 d_x_hat[rows] = d_error
             if d_x is not None:  # the mean's own gradient is 0, as deviations add up to 0
-                d_deviation = (x[rows].float() - mean).mul_(scale * fvu)
-                d_x[rows] = -d_error - _counted(d_deviation, rows, counts)
-        return d_x, d_x_hat, None
+                d_x[rows] = -d_error
+                if not ctx.known:
+                    d_deviation = (x[rows].to(mean.dtype) - mean).mul_(scale * fvu)
+                    d_x[rows] -= _counted(d_deviation, rows, counts)
+        return d_x, d_x_hat, None, None
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -80,23 +167,41 @@ def _blocks(x: Tensor) -> list[slice]:
 
 
 def _counted(part: Tensor, rows: slice, counts: Tensor | None) -> Tensor:
-    """Rows [m, d] in float32, 0 where they do not count."""
-    part = part.float()
+    """Rows [m, d] of at least float32, 0 where they do not count."""
     return part if counts is None else part.where(counts[rows, None], 0)
 
 
-def balance_of(probs: Tensor, expert_ids: Tensor, counts: Tensor | None) -> Tensor:
+def balance_of(
+    probs: Tensor, expert_ids: Tensor, counts: Tensor | None, whole: WholeBatch | None = None
+) -> Tensor:
     """num_experts * sum_e f_e P_e over the tokens that count; 0-d, 1 at perfect balance.
 
     Args:
         probs: [n, E], the router's; differentiated.
         expert_ids: [n, t].
         counts: [n] bool, which tokens count; None for all.
+        whole: the batch that these are a part of, whose f_e are the ones to balance.
     """
     (n, num_experts), t = probs.shape, expert_ids.shape[1]
+    if whole is not None and whole.chosen is not None:
+        total = probs.sum(0) if counts is None else probs.where(counts[:, None], 0).sum(0)
+        return num_experts * (whole.chosen * total).sum() / (whole.tokens.square() * t)
     weight = probs.new_ones(n) if counts is None else counts.to(probs.dtype)
     chosen = probs.new_zeros(num_experts)
     chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(t))
     total = probs.sum(0) if counts is None else probs.where(counts[:, None], 0).sum(0)
     tokens = weight.sum().clamp_min(1)
     return num_experts * (chosen * total).sum() / (tokens * tokens * t)
+
+
+def router_z_loss_of(logits: Tensor, counts: Tensor | None) -> Tensor:
+    """mean(logsumexp(logits) ** 2) over the tokens that count: keeps logits near 0; 0-d.
+
+    Args:
+        logits: [n, E]; differentiated.
+        counts: [n] bool, which tokens count; None for all.
+    """
+    squares = logits.logsumexp(-1).square()
+    if counts is None:
+        return squares.sum() / max(1, len(squares))
+    return squares.where(counts, 0).sum() / counts.sum().clamp_min(1)

@@ -43,8 +43,9 @@ from hf_switch_sae.experts import (
 )
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
-from hf_switch_sae.losses import balance_of, fvu_of
-from hf_switch_sae.statistics import RunningStatistics
+from hf_switch_sae.losses import WholeBatch, balance_of, batch_sums, fvu_of, router_z_loss_of
+from hf_switch_sae.precision import wide, wide_dtype
+from hf_switch_sae.statistics import RunningStatistics, count_since_fired
 
 
 @dataclass
@@ -52,7 +53,10 @@ class SwitchSAEOutput(ModelOutput):
     """What `SwitchSAE.forward` returns; n is the number of tokens, [...] their shape."""
 
     loss: Tensor | None = None
-    """0-d: fvu_loss_coef * fvu + router_aux_loss_coef * router_aux_loss, over the mask's tokens."""
+    """0-d: the four losses below, each times its coefficient in the config; over the mask's tokens.
+
+    In training it is what to minimize; `auxk_loss` is a loss of training alone.
+    """
     reconstruction: Tensor | None = None
     """[..., hidden_size], in the LM's own units and the dtype of the input."""
     features: SparseFeatures | None = None
@@ -63,6 +67,11 @@ class SwitchSAEOutput(ModelOutput):
     """0-d float32: squared error over squared deviation from the mean; nan under two tokens."""
     router_aux_loss: Tensor | None = None
     """0-d float32: num_experts * sum(f_e * P_e), 1 at perfect balance; 0 with one expert."""
+    router_z_loss: Tensor | None = None
+    """0-d float32: mean squared logsumexp of the router's logits; 0 if its coefficient is."""
+    auxk_loss: Tensor | None = None
+    """0-d float32: share of the error that dead features leave unexplained; 0 if none is dead, if
+    its coefficient is, and outside training."""
 
 
 class Router(nn.Module):
@@ -76,8 +85,20 @@ class Router(nn.Module):
         self, x: Tensor, center: Tensor, scale: Tensor, num_experts_per_token: int
     ) -> tuple[Tensor, ...]:
         """Route scale * x - center: x [n, d] -> logits, probs [n, E], expert ids [n, t]."""
-        weight = self.weight.float()  # center goes into the bias: its gradient needs none of x
-        return ops.route(x, weight * scale, -(weight @ center.float()), num_experts_per_token)
+        weight = wide(self.weight)  # center goes into the bias: its gradient needs none of x
+        bias = -(weight @ center.to(weight.dtype))
+        return ops.route(x, weight * scale, bias, num_experts_per_token)
+
+
+class _Visits(NamedTuple):
+    """Which experts see the tokens, in their order, and how; arguments of `Experts.encode`."""
+
+    expert_ids: Tensor
+    """[n, t] int64."""
+    gates: Tensor | None
+    """[n, t] float32."""
+    center: Tensor | None
+    """[d]"""
 
 
 class _Encoded(NamedTuple):
@@ -95,6 +116,8 @@ class _Encoded(NamedTuple):
     """logits and probs [n, E], expert ids [n, t], as the tokens came; None with one expert."""
     outlier: Tensor | None
     """[n] bool, as the tokens came; None if it is known that there is none."""
+    visits: _Visits | None
+    """In order; None of a single token."""
 
 
 class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -107,7 +130,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         input_scale [], threshold [F] (jumprelu, batch_topk), feature_max [F], feature_rate [F],
         residual_norm [], statistics_tokens [] (how many tokens the last three were measured on;
         0: not measured), outlier_norm [] (tokens with a larger norm, such as attention sinks, are
-        no input: they have no active feature, no part in the loss, and are not spliced).
+        no input: they have no active feature, no part in the loss, and are not spliced),
+        num_tokens_since_fired [F] int64 (training: tokens routed to the feature's expert since).
 
     Args:
         config: a SwitchSAEConfig.
@@ -144,6 +168,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     residual_norm: Tensor
     outlier_norm: Tensor
     statistics_tokens: Tensor
+    num_tokens_since_fired: Tensor
+    # older checkpoints don't have it
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [  # type: ignore[misc]
+        "num_tokens_since_fired"
+    ]
     # attach is a floor above and can't be imported from here, so it hands itself down
     _open_session: ClassVar[Callable[..., Any] | None] = None
     # likewise convert: what to do where there is no SAE of our own, and once one is loaded
@@ -171,7 +200,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             self.router = Router(config.num_experts, config.hidden_size)
             self.b_router = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
         for name, shape in self._statistics_shapes(config).items():
-            dtype = torch.int64 if name == "statistics_tokens" else torch.float32
+            dtype = torch.int64 if "tokens" in name else torch.float32
             self.register_buffer(name, torch.empty(shape, dtype=dtype), persistent=True)
         self.post_init()  # type: ignore[no-untyped-call]
 
@@ -183,7 +212,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             "outlier_norm": (),
             "statistics_tokens": (),
         }
-        shapes["feature_max"] = shapes["feature_rate"] = (config.num_features,)
+        for name in ("feature_max", "feature_rate", "num_tokens_since_fired"):
+            shapes[name] = (config.num_features,)
         if config.activation in ("jumprelu", "batch_topk"):
             shapes["threshold"] = (config.num_features,)
         return shapes
@@ -256,7 +286,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:
-        """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32."""
+        """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32,
+        or become float64."""
         keep = ("router.", "b_router", *self._statistics_shapes(self.config))
         named = [*self.named_parameters(), *self.named_buffers()]
         kept = {id(tensor) for name, tensor in named if name.startswith(keep)}
@@ -264,8 +295,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            same_type = moved.dtype == tensor.dtype or id(tensor) not in kept
-            return moved if same_type else tensor.to(moved.device)
+            lossless = torch.promote_types(moved.dtype, tensor.dtype) == moved.dtype
+            return moved if lossless or id(tensor) not in kept else tensor.to(moved.device)
 
         return super()._apply(move, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -378,6 +409,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         return_dict: bool | None = None,
+        whole_batch: WholeBatch | None = None,
     ) -> SwitchSAEOutput | tuple[Any, ...]:
         """Reconstruct tokens, with the loss to train on.
 
@@ -386,6 +418,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             attention_mask: [...], nonzero for the tokens that count in the losses; all by default,
                 outliers excepted.
             return_dict: False for a plain tuple.
+            whole_batch: of which batch these tokens are a part, where it is spread over processes
+                or steps: `WholeBatch.of` its parts' `batch_sums`, added up. The losses are then
+                this part's shares of those of the whole.
 
         Raises:
             WidthError: the last dimension is not `hidden_size`.
@@ -402,15 +437,27 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         x_hat = self.experts.decode(code.acts, code.ids)
         x_hat = x_hat + self._bias().to(x_hat.dtype)
         in_order = counts if counts is None or code.order is None else counts[code.order]
-        fvu = fvu_of(code.x, x_hat, in_order)
+        fvu = fvu_of(code.x, x_hat, in_order, whole_batch)
         logits, balance = None, torch.zeros_like(fvu)
+        z_loss, auxk = balance, balance
         if code.router is not None:
             logits, probs, expert_ids = code.router
-            balance = balance_of(probs, expert_ids, counts)
-        if self.training and self.config.activation == "batch_topk":
-            self._follow_threshold(code.acts)
+            balance = balance_of(probs, expert_ids, counts, whole_batch)
+            if self.config.router_z_loss_coef:
+                z_loss = router_z_loss_of(logits, counts)
+        if self.training:
+            if self.config.activation == "batch_topk":
+                self._follow_threshold(code.acts)
+            auxk = self._auxk_loss(code, x_hat, in_order)
+        if whole_batch is not None:  # these are means over this part, which is a share of the whole
+            share = (len(code.x) if counts is None else counts.sum()) / whole_batch.tokens
+            z_loss, auxk = z_loss * share, auxk * share
+        c = self.config
         output = SwitchSAEOutput(
-            loss=self.config.fvu_loss_coef * fvu + self.config.router_aux_loss_coef * balance,
+            loss=c.fvu_loss_coef * fvu
+            + c.router_aux_loss_coef * balance
+            + c.router_z_loss_coef * z_loss
+            + c.auxk_loss_coef * auxk,
             reconstruction=_as_they_came(x_hat, code.order)
             .reshape(hidden_states.shape)
             .to(hidden_states.device, hidden_states.dtype),
@@ -418,8 +465,59 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             router_logits=logits,
             fvu=fvu,
             router_aux_loss=balance,
+            router_z_loss=z_loss,
+            auxk_loss=auxk,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    @torch.no_grad()
+    def batch_sums(self, hidden_states: Tensor) -> Tensor:
+        """What `forward`'s losses need of hidden_states [..., hidden_size] to add up over parts."""
+        x = hidden_states.reshape(-1, len(self.b_dec)).to(self.device)
+        outlier, expert_ids, e = self._outliers_among(x), None, self.config.num_experts
+        if e > 1:
+            t = self.config.num_experts_per_token
+            expert_ids = self.router(x, self.b_router, self.input_scale, t)[2]
+        return batch_sums(x, None if outlier is None else ~outlier, expert_ids, e)
+
+    def _auxk_loss(self, code: _Encoded, x_hat: Tensor, counts: Tensor | None) -> Tensor:
+        """How badly the dead features of the tokens' experts explain what is left of the tokens.
+
+        Dead when the batch began; then the batch is counted. Only their own rows get a gradient.
+        """
+        none, config = code.x.new_zeros((), dtype=wide_dtype(x_hat)), self.config
+        if code.visits is None or not len(code.x):
+            return none
+        visits = code.visits
+        dead = self.dead_features().view(config.num_experts, -1)
+        since = self.num_tokens_since_fired.view_as(dead)
+        count_since_fired(since, code.acts, code.ids, visits.expert_ids, counts)
+        if not config.auxk_loss_coef:
+            return none
+        found = int(dead.sum(1).max())  # waits for the device: how many slots there are to be
+        if not found:
+            return none
+        slots = min(config.k_aux or max(1, config.hidden_size // 2), found)
+        rest = (code.x - x_hat).detach()
+        explained = self.experts.reconstruct_with(
+            dead,
+            slots,
+            code.x.detach(),
+            visits.expert_ids,
+            None if visits.gates is None else visits.gates.detach(),
+            None if visits.center is None else visits.center.detach(),
+            self.input_scale,
+            in_order=code.order is not None,
+        )
+        # an error of nothing at all, as of a single token, has no share
+        return fvu_of(rest, explained, counts).nan_to_num(0.0, 0.0, 0.0)
+
+    def dead_features(self) -> Tensor:
+        """[num_features] bool: not active on the last `dead_after_tokens` tokens of their expert.
+
+        Counted in training (`num_tokens_since_fired`); of a released SAE, as training left it.
+        """
+        return self.num_tokens_since_fired >= self.config.dead_after_tokens
 
     def is_outlier(self, hidden_states: Tensor) -> Tensor:
         """Tokens whose norm is over `outlier_norm`: hidden_states [..., hidden_size] -> [...]."""
@@ -428,7 +526,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def _bias(self) -> Tensor:
         """`b_dec` in the LM's own units, float32."""
-        return self.b_dec.float() / self.input_scale
+        return wide(self.b_dec) / self.input_scale
 
     def _encode(self, hidden_states: Tensor, sort: bool = False) -> _Encoded:
         """The tokens' code; with `sort`, in the order of experts where each has one."""
@@ -471,7 +569,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         )
         if outlier is not None:  # a bias may still have made it active
             acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
-        return _Encoded(x, acts, ids, order, router, outlier)
+        visits = _Visits(expert_ids, gates, center)
+        return _Encoded(x, acts, ids, order, router, outlier, visits)
 
     def _takes_single_tokens(self) -> bool:
         """Whether `_encode_token` applies: as in `generate` on a CPU."""
@@ -503,7 +602,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         acts, ids = ops.encode_token(
             x, group.W_enc, group.b_enc, expert, gate, config["k"], center, self.input_scale
         )
-        return _Encoded(x, acts if outlier is None else acts.zero_(), ids, None, router, outlier)
+        acts = acts if outlier is None else acts.zero_()
+        return _Encoded(x, acts, ids, None, router, outlier, None)
 
     def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""

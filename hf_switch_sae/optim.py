@@ -3,16 +3,18 @@
 At these sizes an optimizer step is limited by memory: every weight, gradient and moment is read
 once and, but for the gradient, written once. Doing the four things one after another reads and
 writes weights and gradients twice more; here each block of rows goes through all four while it is
-in a CPU's cache. On other devices a block is a whole weight.
+in a CPU's cache. On other devices a block is a whole weight. Of a weight that is sharded over processes
+(FSDP2) each process steps the rows it holds; only the norm is of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adam import Adam
 
 from hf_switch_sae.errors import ConfigError
@@ -34,8 +36,9 @@ class SwitchSAEAdam(Adam):
     `torch.optim.Adam`, so checkpoints, schedulers and accelerate take it as one.
 
     Args:
-        sae: the SAE whose parameters are optimized.
-        lr, betas, eps: as of `torch.optim.Adam`.
+        sae: the SAE whose parameters are optimized; or several, each a parameter group of its own
+            that is clipped by itself: the steps are those of one optimizer for each.
+        lr, betas, eps: as of `torch.optim.Adam`; `lr` may be one for each SAE.
         max_grad_norm: gradients of a larger global norm are scaled down to it; None: never.
 
     Raises:
@@ -43,26 +46,41 @@ class SwitchSAEAdam(Adam):
 
     Attributes:
         grad_norm: the last step's global norm before clipping, 0-d; None before the first step or
-            without `max_grad_norm`.
+            without `max_grad_norm`. Of several SAEs the first's; `grad_norms` has one for each.
     """
 
     def __init__(
         self,
-        sae: SwitchSAE,
-        lr: float | Tensor = 1e-3,
+        sae: SwitchSAE | Sequence[SwitchSAE],
+        lr: float | Tensor | Sequence[float] = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        if any(group.W_dec.device.type == "meta" for group in sae.experts):
+        saes = [sae] if isinstance(sae, SwitchSAE) else list(sae)
+        rates = list(lr) if isinstance(lr, Sequence) else [lr] * len(saes)
+        if any(group.W_dec.device.type == "meta" for each in saes for group in each.experts):
             raise ConfigError("offloaded experts can't be trained: load the SAE without offload.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm={max_grad_norm} must be above 0, or None.")
-        super().__init__(sae.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
+        groups = [
+            {"params": list(each.parameters()), "lr": rate}
+            for each, rate in zip(saes, rates, strict=True)
+        ]
+        super().__init__(groups, lr=rates[0], betas=betas, eps=eps, fused=True)
         self._step_supports_amp_scaling = False  # a GradScaler is to unscale before the clipping
         self.max_grad_norm = max_grad_norm
-        self.grad_norm: Tensor | None = None
-        self._decoders = {id(group.W_dec) for group in sae.experts}
+        self.grad_norms: list[Tensor] = []
+        self.hold(saes)
+
+    def hold(self, saes: Sequence[SwitchSAE]) -> None:
+        """Take these SAEs' decoders for the ones it holds, after its parameters were replaced."""
+        self._decoders = {id(group.W_dec) for sae in saes for group in sae.experts}
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The first SAE's, of the last step, before clipping."""
+        return self.grad_norms[0] if self.grad_norms else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -77,8 +95,9 @@ class SwitchSAEAdam(Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = self._clip()
+        self.grad_norms = []
         for group in self.param_groups:
+            scale = self._clip(group)
             lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
             self._init_group(group, *lists)  # type: ignore[no-untyped-call]
             weights, grads, means, squares, _, steps = lists
@@ -86,7 +105,8 @@ class SwitchSAEAdam(Adam):
                 continue
             torch._foreach_add_(steps, 1)
             for tensors in zip(weights, grads, means, squares, steps, strict=True):
-                self._step_weight(group, scale, *tensors)
+                is_decoder = id(tensors[0]) in self._decoders
+                self._step_weight(group, scale, is_decoder, *map(_held_here, tensors))
         return loss
 
     def _check(self) -> None:
@@ -105,13 +125,16 @@ class SwitchSAEAdam(Adam):
                 if parameter.grad is not None and not parameter.grad.is_contiguous():
                     parameter.grad = parameter.grad.contiguous()
 
-    def _clip(self) -> Tensor | None:
-        """What gradients are to be multiplied by, 0-d; None if they stay as they are."""
+    def _clip(self, group: dict[str, Any]) -> Tensor | None:
+        """What a group's gradients are to be multiplied by, 0-d; None if they stay as they are."""
         if self.max_grad_norm is None:
             return None
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(grads)
-        scale = self.max_grad_norm / (self.grad_norm + 1e-6)  # as clip_grad_norm_ has it
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in group["params"] if p.grad is not None]
+        )
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norms.append(norm)
+        scale = self.max_grad_norm / (norm + 1e-6)  # as clip_grad_norm_ has it
         if scale.device.type == "cpu" and scale >= 1:
             return None
         return scale.clamp(max=1.0)
@@ -120,13 +143,15 @@ class SwitchSAEAdam(Adam):
         self,
         group: dict[str, Any],
         scale: Tensor | None,
+        is_decoder: bool,
         weight: Tensor,
         grad: Tensor,
         mean: Tensor,
         square: Tensor,
         step: Tensor,
     ) -> None:
-        is_decoder = id(weight) in self._decoders
+        if not weight.numel():
+            return
         for w, g, m, v in zip(*map(row_blocks, (weight, grad, mean, square)), strict=True):
             if scale is not None:
                 g.mul_(scale.to(g.device))
@@ -149,3 +174,8 @@ class SwitchSAEAdam(Adam):
             )
             if is_decoder:
                 normalize_rows(w)
+
+
+def _held_here(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that is this process's."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

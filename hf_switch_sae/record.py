@@ -33,7 +33,7 @@ from hf_switch_sae.errors import AttachError, StoreError, TextError
 from hf_switch_sae.hookpoints import unwrap
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.origin import provenance_of
-from hf_switch_sae.residuals import partial_forward
+from hf_switch_sae.residuals import input_device, partial_forward
 from hf_switch_sae.session import Session
 from hf_switch_sae.store import FeatureStore, TokenRows
 from hf_switch_sae.text import Batch, Document, Documents, batches_of, read_documents, windows_of
@@ -218,7 +218,7 @@ class _Recorder:
         self._session, self._run = session, run
         self._tokenizer, self._settings, self._stores = tokenizer, settings, stores
         root = unwrap(session.lm)
-        self._device = _input_device(root)
+        self._device = input_device(root)
         options = inspect.signature(root.forward).parameters
         self._options = {"use_cache": False} if "use_cache" in options else {}
         special = getattr(tokenizer, "all_special_ids", None) or []
@@ -353,12 +353,3 @@ def _shards(
             shard, size = [], 0
     if shard:
         yield shard
-
-
-def _input_device(root: nn.Module) -> torch.device:
-    """Where token ids go; of a model whose weights are elsewhere, hooks of its own move them."""
-    embed: Any = getattr(root, "get_input_embeddings", lambda: None)()
-    weight: Tensor | None = next(iter((embed or root).parameters()), None)
-    if weight is None or weight.device.type == "meta":
-        return torch.device("cpu")
-    return weight.device

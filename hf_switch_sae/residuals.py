@@ -107,6 +107,15 @@ def residuals(
         yield read
 
 
+def input_device(root: nn.Module) -> torch.device:
+    """Where token ids go; of a model whose weights are elsewhere, hooks of its own move them."""
+    embed: Any = getattr(root, "get_input_embeddings", lambda: None)()
+    weight: Tensor | None = next(iter((embed or root).parameters()), None)
+    if weight is None or weight.device.type == "meta":
+        return torch.device("cpu")
+    return weight.device
+
+
 class _PartialForward:
     """What `partial_forward` yields."""
 

@@ -37,3 +37,25 @@ class RunningStatistics:
     def median_norm(self) -> Tensor:
         """0-d, median norm of the residual stream."""
         return torch.cat(self._norms).median()
+
+
+@torch.no_grad()
+def count_since_fired(
+    since: Tensor, acts: Tensor, ids: Tensor, expert_ids: Tensor, counts: Tensor | None
+) -> None:
+    """Bring `since` up to date: how many tokens its expert has seen since a feature was active.
+
+    Args:
+        since: [E, m] int64, changed in place.
+        acts, ids: [n, slots]; a slot of 0 is no firing.
+        expert_ids: [n, t], in [0, E).
+        counts: [n] bool, which tokens count; None for all.
+    """
+    seen = torch.ones_like(expert_ids)
+    fired = (acts > 0).long()
+    if counts is not None:
+        seen, fired = seen * counts[:, None], fired * counts[:, None]
+    visits = since.new_zeros(len(since)).index_add_(0, expert_ids.flatten(), seen.flatten())
+    since += visits[:, None]
+    firings = since.new_zeros(since.numel()).index_add_(0, ids.flatten(), fired.flatten())
+    since.masked_fill_(firings.view_as(since) > 0, 0)

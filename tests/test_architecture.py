@@ -15,6 +15,7 @@ EACH_MODULE = pytest.mark.parametrize("module", MODULES, ids=NAMES)
 
 FLOOR = {
     "errors": 0,
+    "precision": 0,
     "features": 1,
     "losses": 1,
     "ops": 1,
@@ -45,7 +46,8 @@ FLOOR = {
     "demo": 8,
     "residuals": 8,
     "record": 9,
-    "cli": 10,
+    "training": 10,
+    "cli": 11,
 }
 """A room imports only from lower floors. `__init__` is the roof: it imports, nobody imports it."""
 
@@ -79,7 +81,10 @@ FACE = [
     "SwitchSAEConfig",
     "SwitchSAEError",
     "SwitchSAEOutput",
+    "SwitchSAETrainer",
+    "SwitchSAETrainingArguments",
     "TextError",
+    "TrainingError",
     "WidthError",
     "attach",
     "convert",

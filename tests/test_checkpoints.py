@@ -59,6 +59,7 @@ def test_the_names_and_shapes_in_the_file_are_pinned(tmp_path):
         "residual_norm": ((), f32),
         "outlier_norm": ((), f32),
         "statistics_tokens": ((), torch.int64),
+        "num_tokens_since_fired": ((F,), torch.int64),
     }
 
 

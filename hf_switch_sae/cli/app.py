@@ -6,7 +6,7 @@ from importlib.metadata import version as installed_version
 
 import typer
 
-from hf_switch_sae.cli import convert, demo, inspect, pull, push, query, record
+from hf_switch_sae.cli import cache, convert, demo, inspect, pull, push, query, record
 
 FACE = """
 Attach Switch Sparse Autoencoders to running Hugging Face models: show, steer, clamp and ablate
@@ -34,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("demo")(demo.demo)
+app.command("cache")(cache.cache)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("pull")(pull.pull)

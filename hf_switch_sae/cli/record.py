@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_switch_sae.cli.language_model import load_lm
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.record import record
@@ -47,7 +47,7 @@ def record_corpus(
     name = lm or switch_sae.config.base_model
     if name is None:
         raise SwitchSAEError("the SAE's config names no language model: give one with --lm.")
-    model, tokenizer = _lm(name, dtype, device_map)
+    model, tokenizer = load_lm(name, dtype, device_map)
     found = record(
         model,
         switch_sae,
@@ -90,13 +90,3 @@ def _sae(name: str, subfolder: str) -> SwitchSAE:
         raise SwitchSAEError(f"no SAE at {name}: {err}") from err
     torch.nn.Module.to(sae, "cuda" if torch.cuda.is_available() else "cpu")
     return sae
-
-
-def _lm(name: str, dtype: str, device_map: str | None) -> tuple[torch.nn.Module, Any]:
-    if device_map is None and torch.cuda.is_available():
-        device_map = "cuda"
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map)
-        return lm, AutoTokenizer.from_pretrained(name)
-    except OSError as err:
-        raise SwitchSAEError(f"no language model at {name}: {err}") from err

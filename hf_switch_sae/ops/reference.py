@@ -12,11 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_switch_sae.precision import wide
+
 
 def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, num_experts_per_token: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose each token's experts by the router's logits, in float32 whatever the inputs are.
+    """Choose each token's experts by the router's logits, in float32 (float64 if `weight` is).
 
         logits[n] = weight @ x[n] + bias,   probs = softmax(logits),   expert_ids = the t largest
 
@@ -31,8 +33,9 @@ def route(
         the lowest index on every device.
     """
     with torch.autocast(x.device.type, enabled=False):
-        logits = x.float() @ weight.float().T
-        logits = logits if bias is None else logits + bias.float()
+        weight = wide(weight)
+        logits = x.to(weight.dtype) @ weight.T
+        logits = logits if bias is None else logits + bias.to(logits.dtype)
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     return logits, logits.softmax(-1), order[:, :num_experts_per_token]
 

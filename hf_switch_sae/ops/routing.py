@@ -9,14 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_switch_sae.precision import wide
+
 
 def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, num_experts_per_token: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.route`, without the full sort where one expert is asked for."""
     with torch.autocast(x.device.type, enabled=False):
-        x, weight = x.float(), weight.float()
-        logits = x @ weight.T if bias is None else torch.addmm(bias.float(), x, weight.T)
+        weight = wide(weight)
+        x = x.to(weight.dtype)
+        logits = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
     if num_experts_per_token > 1:
         expert_ids = logits.sort(dim=-1, descending=True, stable=True).indices[
             :, :num_experts_per_token

@@ -19,7 +19,7 @@ def route_token(
     x: Tensor, weight: Tensor, b_router: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route scale * x - b_router: x [1, d] -> logits, probs [1, E] float32, expert_ids [1, 1]."""
-    logits = torch.mm(x.float() * scale - b_router, weight.T)
+    logits = torch.mm(x.to(weight.dtype) * scale - b_router, weight.T)
     return logits, logits.softmax(1), logits.argmax(1, keepdim=True)  # the first of several maxima
 
 

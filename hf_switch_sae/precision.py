@@ -1,0 +1,21 @@
+"""A dtype for sums: float32, or float64 where that is what one is given.
+
+Statistics, biases and the router are never computed in less; a float64 model is float64 throughout,
+which is how its formulas can be checked to the last digits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if one of them is."""
+    double = any(x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in at least float32."""
+    return x.to(wide_dtype(x))

@@ -1,0 +1,175 @@
+"""Checkpoints that are there whole or not at all, and are checked before they are trusted.
+
+    output_dir
+    ├── checkpoint-200/
+    │   ├── layers.15.resid_post/       the SAE, as from_pretrained takes it
+    │   ├── optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, training_args.bin
+    │   ├── process_0.pt                data cursor and sums since the last log, of each process
+    │   └── checksums.json              size and CRC-32 of every other file
+    └── .partial-checkpoint-300/        being written; renamed when all of it is on the disk
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from hf_switch_sae.errors import TrainingError
+
+CHECKSUMS = "checksums.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL, _REPLACED = ".partial-", ".replaced-"
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder is written before it is renamed."""
+    return folder.with_name(f"{_PARTIAL}{folder.name}")
+
+
+def begin(folder: Path) -> Path:
+    """An empty folder to write to, beside where it shall be."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def seal(partial: Path) -> None:
+    """Note every file's checksum, and bring all of it to the disk."""
+    found = {}
+    for path in _files(partial):
+        found[path.relative_to(partial).as_posix()] = [path.stat().st_size, _crc32(path)]
+        _sync(path)
+    notes = partial / CHECKSUMS
+    notes.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    _sync(notes)
+    for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+        _sync(folder)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Rename what was written beside; whatever stood there goes."""
+    replaced = folder.with_name(f"{_REPLACED}{folder.name}")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    partial.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """Checkpoints by step, the newest last, good or not."""
+    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number in its name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every byte is as it was written."""
+    try:
+        noted = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, (size, crc) in noted.items():
+            path = checkpoint / name
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+            if _crc32(path) != crc:
+                return f"the checksum of {name} is wrong"
+    except FileNotFoundError as err:
+        return f"{Path(str(err.filename)).name} is missing"
+    except (OSError, ValueError, TypeError, AttributeError) as err:
+        return f"{CHECKSUMS} can't be read ({err})"
+    return None
+
+
+def newest_good(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint without a fault, saying which were passed over; None if there is none.
+
+    Raises:
+        TrainingError: there are some, and all have a fault.
+    """
+    faults = []
+    for checkpoint in reversed(checkpoints_in(output_dir)):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            for each in faults:
+                warn(f"{each}; going on from {checkpoint.name} instead.")
+            return checkpoint
+        faults.append(f"{checkpoint} is damaged: {fault}")
+    if faults:
+        raise TrainingError(
+            "no checkpoint to go on from: " + "; ".join(faults) + ". Delete them to begin anew."
+        )
+    return None
+
+
+def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """Delete the oldest checkpoints over a limit, but none of `keep` and not the newest."""
+    if limit is None or limit <= 0:
+        return
+    found = checkpoints_in(output_dir)
+    kept = {path.resolve() for path in [*keep, *found[-1:]]}
+    surplus = len(found) - max(limit, len(kept))
+    for checkpoint in found:
+        if surplus > 0 and checkpoint.resolve() not in kept:
+            # renamed first: half of a checkpoint never stands under its name
+            gone = checkpoint.with_name(f"{_REPLACED}{checkpoint.name}")
+            shutil.rmtree(gone, ignore_errors=True)
+            checkpoint.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+            surplus -= 1
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a run that was killed was writing or deleting; put back what it was replacing."""
+    for path in output_dir.glob(f"{_REPLACED}*"):
+        folder = path.with_name(path.name.removeprefix(_REPLACED))
+        if partial_of(folder).exists() and not folder.exists():
+            path.rename(folder)
+    for prefix in (_PARTIAL, _REPLACED):
+        for path in output_dir.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def no_room(folder: Path, err: BaseException, last_good: Path | None) -> TrainingError:
+    """The error for a checkpoint that could not be written."""
+    kept = f"{last_good} is whole: " if last_good else "There is none before it: "
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", {shutil.disk_usage(folder.parent).free:,} bytes are free"
+    return TrainingError(
+        f"{folder} can't be written ({err}{free}). {kept}make room, or lower save_total_limit, and "
+        "run the same with resume_from_checkpoint=True."
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def _sync(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a folder can't be opened everywhere
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

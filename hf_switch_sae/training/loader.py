@@ -1,0 +1,63 @@
+"""Activations as the `DataLoader` that `transformers.Trainer` takes: batches, lengths, a cursor.
+
+Beware `Trainer` skips the batches of an epoch that a resumed run has had, by drawing them. Here the
+       cursor already stands behind them, so as many empty ones are handed out to be skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_switch_sae.training.activations import Activations
+
+
+class Stream(IterableDataset):
+    """This process's batches; each pass over it goes on where the last ended.
+
+    Args:
+        activations: the rows.
+        batch_rows: rows a batch of this process.
+        rank, world_size: which of how many processes this is.
+    """
+
+    def __init__(
+        self, activations: Activations, batch_rows: int, rank: int, world_size: int
+    ) -> None:
+        self._activations, self._share = activations, (batch_rows, rank, world_size)
+        self._batches: Iterator[dict[str, Tensor]] | None = None
+        rows = activations.num_rows
+        self.length = None if rows is None else max(1, rows // (batch_rows * world_size))
+        self.to_skip = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor] | None]:
+        if self._batches is None:
+            self._batches = self._activations.batches(*self._share)
+        drawn = 0
+        while self.to_skip:
+            self.to_skip, drawn = self.to_skip - 1, drawn + 1
+            yield None
+        while self.length is None or drawn < self.length:
+            batch = next(self._batches, None)
+            if batch is None:
+                return
+            drawn += 1
+            yield batch
+
+    def loader(self) -> DataLoader:
+        """As a DataLoader; it has a length where the activations have one."""
+        kind = _Measured if self.length is not None else DataLoader
+        return kind(self, batch_size=None, collate_fn=_as_is)
+
+
+class _Measured(DataLoader):
+    def __len__(self) -> int:
+        dataset: Any = self.dataset
+        return int(dataset.length)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

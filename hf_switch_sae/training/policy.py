@@ -1,0 +1,86 @@
+"""Which tokens an SAE is trained on: not those whose residual is of another kind than the rest.
+
+    kept = not padding, not position 0, not a special token, norm <= 6 * median norm at the place
+
+The first position of a causal model, end-of-text tokens and the like are attention sinks: a
+hundred times as long as others, they would make up nearly all of the loss. The bound on the norm
+goes into the SAE's `outlier_norm`, so that what is left out in training is left out in use too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.errors import NonFiniteError
+
+
+@dataclass(frozen=True)
+class TokenPolicy:
+    """Which tokens are kept; JSON-able by `to_dict`.
+
+    Beware With several places a token is kept at all of them or at none, so that rows of one index
+    are one token's.
+    """
+
+    skip_first: bool
+    """Leave out the first token of each context."""
+    special_ids: tuple[int, ...]
+    """Token ids to leave out."""
+    outlier_factor: float | None
+    """How many times the median norm a token's may have; None: any norm."""
+    outlier_norm: dict[str, float] = field(default_factory=dict)
+    """Hookpoint -> the largest norm kept; empty until it is measured."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the trainer logs and saves it."""
+        return {
+            "skip_first": self.skip_first,
+            "special_ids": list(self.special_ids),
+            "outlier_factor": self.outlier_factor,
+            "outlier_norm": dict(self.outlier_norm),
+        }
+
+    def by_token(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """[batch, seq] bool: tokens that position and id let through; mask is 0 on padding."""
+        kept = mask.bool()
+        if self.special_ids:
+            kept = kept & ~torch.isin(input_ids, torch.tensor(self.special_ids))
+        if self.skip_first:
+            kept = kept.clone()
+            kept[:, 0] = False
+        return kept
+
+    def rows(self, streams: dict[str, Tensor], by_token: Tensor) -> Tensor:
+        """[kept] int64: index of the tokens to keep, flattened, on the first stream's device.
+
+        Args:
+            streams: hookpoint -> [batch, seq, d].
+            by_token: what `by_token` gave.
+
+        Raises:
+            NonFiniteError: a token that would be kept is NaN or infinite.
+        """
+        device = next(iter(streams.values())).device
+        by_token = by_token.to(device)
+        kept, finite = by_token, torch.ones((), dtype=torch.bool, device=device)
+        for name, stream in streams.items():
+            norm = norms(stream).to(device)
+            finite &= (norm.isfinite() | ~by_token).all()
+            if name in self.outlier_norm:
+                kept = kept & (norm <= self.outlier_norm[name])
+        if not finite:
+            raise NonFiniteError(
+                f"NaN or infinity in the residual stream at {' or '.join(streams)}: is the "
+                "language model's dtype too narrow (float16), or are its weights damaged?"
+            )
+        return kept.flatten().nonzero()[:, 0]
+
+
+def norms(stream: Tensor) -> Tensor:
+    """[...] float32: length of each vector of [..., d]."""
+    length: Tensor = torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32)
+    return length

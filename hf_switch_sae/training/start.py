@@ -1,0 +1,65 @@
+"""Where a fresh SAE begins, from some rows: its scale, its biases and what is no input to it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.errors import NonFiniteError
+from hf_switch_sae.model import SwitchSAE
+
+
+def is_fresh(sae: SwitchSAE) -> bool:
+    """Whether an SAE has never been fitted to anything: its biases are 0, its scale is 1."""
+    biases = [sae.b_dec] + ([sae.b_router] if sae.config.num_experts > 1 else [])
+    untouched = not any(bool(bias.detach().any()) for bias in biases)
+    return untouched and float(sae.input_scale) == 1.0 and int(sae.statistics_tokens) == 0
+
+
+@torch.no_grad()
+def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: str) -> None:
+    """Fit a fresh SAE's scale and biases to rows [n, d], in the LM's own units.
+
+    Args:
+        sae: changed in place.
+        rows: outliers among them are left out.
+        outlier_norm: becomes the SAE's; None: no token is an outlier.
+        how: "data", "geometric_median" or "none".
+
+    Raises:
+        NonFiniteError: a row is NaN or infinite, or all are the same.
+    """
+    sae.outlier_norm.fill_(math.inf if outlier_norm is None else outlier_norm)
+    if how == "none":
+        return
+    rows = rows.to(sae.device).float()
+    rows = rows[~sae.is_outlier(rows)]
+    mean_square = float(rows.square().sum(-1).mean())
+    if not math.isfinite(mean_square) or mean_square == 0:
+        raise NonFiniteError(
+            f"the mean square of the {len(rows):,} rows to start from is {mean_square}: they hold "
+            "nothing, NaN or infinity. Check the language model and the text."
+        )
+    if how == "data":
+        sae.input_scale.fill_(math.sqrt(rows.shape[1] / mean_square))
+        center = rows.mean(0)
+    else:
+        center = geometric_median(rows)
+    center = center * sae.input_scale
+    sae.b_dec.copy_(center)
+    if sae.config.num_experts > 1:
+        sae.b_router.copy_(center)  # a copy: tied biases would be stepped twice
+
+
+def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """[d], the point with the least sum of distances to rows [n, d], by Weiszfeld's iteration."""
+    found = rows.mean(0)
+    for _ in range(steps):
+        weight = 1 / (rows - found).norm(dim=-1).clamp_min(1e-12)
+        moved = (rows * weight[:, None]).sum(0) / weight.sum()
+        if float((moved - found).norm()) < tolerance:
+            return moved
+        found = moved
+    return found
