@@ -275,6 +275,8 @@ class _Board:
         used = {_key(tap.place) for session in self.sessions for tap in session.taps.values()}
         for key in [key for key in self._places if key not in used]:
             self._places.pop(key).handle.remove()
+        for place in self._places.values():
+            place.forget()
         owners = {
             id(owner) for place in self._places.values() for owner in self._owners_of(place.place)
         }
@@ -337,68 +339,26 @@ class _Board:
                 self.root.__dict__["generate"] = before
         self._generate = None
 
-    def taps_at(self, place: Hookpoint, acting: bool = False) -> list[tuple[Session, Tap]]:
-        """Taps of all sessions at a place; `acting`: only those that act in this thread."""
-        sessions = self.sessions
-        if acting:
-            thread = threading.current_thread()
-            own = tuple(session for session in sessions if session.thread is thread)
-            sessions = own or tuple(session for session in sessions if session.all_threads)
-        taps = ((session, tap) for session in sessions for tap in session.taps.values())
+    def taps_at(self, place: Hookpoint) -> list[tuple[Session, Tap]]:
+        """Taps of all sessions at a place."""
+        taps = ((session, tap) for session in self.sessions for tap in session.taps.values())
         return [(session, tap) for session, tap in taps if _key(tap.place) == _key(place)]
 
-    def pass_by(self, place: Hookpoint, stream: Tensor) -> Tensor | None:
-        """Show a stream to the taps at a place; the new stream, or None if nobody changes it."""
-        taps = self.taps_at(place, acting=True)
-        if not taps:
-            return None
-        if not stream.is_floating_point():
-            raise HookpointError(
-                f"what {place.path} returns is {stream.dtype}, not a residual stream."
-            )
-        decoding = place.blocks is None or place.blocks.decoding
-        width = taps[0][1].sae.config.hidden_size
-        of_text = place.blocks is not None and decoding
-        layout = Layout(stream, width, self._is_sequence_first(place), of_text)
-        x = layout.rows
-        call = self._call(place, decoding) if layout.has_rows else None
-        generation = None if call is None else self.flow.generation
-        tokens = Tokens.of(x[:, :: layout.lanes], call, generation, decoding).lanes(layout.lanes)
-        changes = [tap.pass_by(x, tokens, self.flow.read_only) for _, tap in taps]
-        if not self.flow.read_only:
-            for _, tap in taps:
-                tap.record_last(None if call is None else call.token_ids)
-        wanted = [change for change in changes if change is not None]
-        if not wanted:
-            return None
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        total, edited = torch.zeros((), dtype=dtype, device=x.device), torch.zeros_like(tokens.real)
-        for delta, where in wanted:  # summed before the stream is added, so that order is no matter
-            total = total + delta.to(x.device, dtype)
-            edited = edited | where
-        return layout.restore(torch.where(edited[..., None], (x + total).to(x.dtype), x))
 
-    def _call(self, place: Hookpoint, decoding: bool) -> Call | None:
-        """The owner's call; with the whole model's mask where only that one is still 2-D."""
-        owner = self.root if place.blocks is None else place.blocks.owner
-        call, outer = self.flow.calls.get(id(owner)), self.flow.calls.get(id(self.root))
-        if call is None or outer is None or not decoding:
-            return call
-        is_pair = bool(getattr(getattr(self.root, "config", None), "is_encoder_decoder", False))
-        if call.token_ids is None:  # a multimodal model embeds them before its text model runs
-            call = replace(call, token_ids=outer.token_ids)
-        mask = outer.decoder_mask if is_pair else outer.mask
-        if (
-            isinstance(mask, Tensor)
-            and mask.ndim == 2
-            and not (isinstance(call.mask, Tensor) and call.mask.ndim == 2)
-        ):
-            return replace(call, mask=mask)
-        return call
-
-    def _is_sequence_first(self, place: Hookpoint) -> bool:
-        owner = self.root if place.blocks is None else place.blocks.owner
-        return getattr(getattr(owner, "config", None), "model_type", None) in _SEQUENCE_FIRST
+def _changed(x: Tensor, changes: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """A stream with all changes made; what none of them edits stays bit for bit."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    deltas = [delta.to(x.device, dtype) for delta, _ in changes]
+    total = deltas[0]
+    for delta in deltas[1:]:  # summed before the stream is added, so that order is no matter
+        total = total + delta
+    new, edited = (x + total).to(x.dtype), None
+    for _, where in changes:
+        if where is None:
+            return new
+        edited = where if edited is None else edited | where
+    assert edited is not None
+    return torch.where(edited[..., None], new, x)
 
 
 class _BoardSession(Session):
@@ -428,12 +388,81 @@ class _BoardSession(Session):
 
 
 class _Place:
-    """The one hook at a place."""
+    """The one hook at a place.
+
+    It runs at every token, mostly with nothing of its own in a cache: what does not change from
+    call to call is looked up once.
+    """
 
     def __init__(self, board: _Board, place: Hookpoint) -> None:
         self.place = place
+        self._board, self._flow = board, board.flow
+        root, blocks = board.root, place.blocks
+        owner: Any = root if blocks is None else blocks.owner
+        self._decoding = blocks is None or blocks.decoding
+        self._of_text = blocks is not None and blocks.decoding
+        kind = getattr(getattr(owner, "config", None), "model_type", None)
+        self._sequence_first = kind in _SEQUENCE_FIRST
+        self._owner, self._root = id(owner), id(root)
+        self._is_pair = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
+        self._known: tuple[tuple[Session, ...], threading.Thread, list[Tap]] | None = None
         # Not traced: which taps there are and what they change is read anew at every call.
-        self.handle = _hook_place(place, _untraced(functools.partial(board.pass_by, place)))
+        self.handle = _hook_place(place, _untraced(self.pass_by))
+
+    def pass_by(self, stream: Tensor) -> Tensor | None:
+        """Show a stream to the taps at a place; the new stream, or None if nobody changes it."""
+        taps = self._acting()
+        if not taps:
+            return None
+        if not stream.is_floating_point():
+            raise HookpointError(
+                f"what {self.place.path} returns is {stream.dtype}, not a residual stream."
+            )
+        layout = Layout(stream, taps[0].width, self._sequence_first, self._of_text)
+        x, flow = layout.rows, self._flow
+        call = self._call() if layout.has_rows else None
+        generation = None if call is None else flow.generation
+        tokens = Tokens(x, call, generation, self._decoding, layout.lanes)
+        changes = [tap.pass_by(x, tokens, flow.read_only) for tap in taps]
+        if not flow.read_only:
+            for tap in taps:
+                tap.record_last(None if call is None else call.token_ids)
+        wanted = [change for change in changes if change is not None]
+        return layout.restore(_changed(x, wanted)) if wanted else None
+
+    def forget(self) -> None:
+        """Hold on to no session that may have been closed."""
+        self._known = None
+
+    def _acting(self) -> list[Tap]:
+        """Taps of the sessions that act in this thread."""
+        sessions, thread = self._board.sessions, threading.current_thread()
+        known = self._known
+        if known is not None and known[0] is sessions and known[1] is thread:
+            return known[2]
+        own = tuple(session for session in sessions if session.thread is thread)
+        acting = own or tuple(session for session in sessions if session.all_threads)
+        here = _key(self.place)
+        taps = [t for session in acting for t in session.taps.values() if _key(t.place) == here]
+        self._known = sessions, thread, taps
+        return taps
+
+    def _call(self) -> Call | None:
+        """The owner's call; with the whole model's mask where only that one is still 2-D."""
+        calls = self._flow.calls
+        call, outer = calls.get(self._owner), calls.get(self._root)
+        if call is None or outer is None or not self._decoding:
+            return call
+        if call.token_ids is None:  # a multimodal model embeds them before its text model runs
+            call = replace(call, token_ids=outer.token_ids)
+        mask = outer.decoder_mask if self._is_pair else outer.mask
+        if (
+            isinstance(mask, Tensor)
+            and mask.ndim == 2
+            and not (isinstance(call.mask, Tensor) and call.mask.ndim == 2)
+        ):
+            return replace(call, mask=mask)
+        return call
 
 
 class _Flow(threading.local):

@@ -54,7 +54,9 @@ class PreparedEdits:
     def __bool__(self) -> bool:
         return bool(self.edits)
 
-    def delta(self, features: SparseFeatures | None, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def delta(
+        self, features: SparseFeatures | None, tokens: Tokens
+    ) -> tuple[Tensor, Tensor | None]:
         """What to add to each token, and which tokens are edited at all.
 
         Args:
@@ -62,19 +64,23 @@ class PreparedEdits:
             tokens: where the B x T tokens stand.
 
         Returns:
-            delta [B, T, hidden_size] in the SAE's dtype and device, and edited [B, T] bool on the
-            tokens' device.
+            delta in the SAE's dtype and device, [B, T, hidden_size] or as it is broadcast to that;
+            edited [B, T] bool on the tokens' device, or None if all are.
         """
         total: Tensor | None = None
-        edited = torch.zeros_like(tokens.real)
+        edited: Tensor | None = None
+        everywhere = False
         for part in self._parts:
             where = part.where(features, tokens)
-            edited = edited | where
             change = part.change(features, tokens)
-            change = change * where.to(change.device)[..., None]
+            if where is None:
+                everywhere = True
+            else:
+                edited = where if edited is None else edited | where
+                change = change * where.to(change.device)[..., None]
             total = change if total is None else total + change
         assert total is not None, "no edits"
-        return total, edited
+        return total, None if everywhere else edited
 
 
 class _Part:
@@ -84,6 +90,7 @@ class _Part:
         self.sae, self.edit = sae, edit
         wanted = edit.features if edit.features is not None else ()
         self.ids = check_feature_ids(wanted, sae.config.num_features).to(sae.device)
+        self._ids = tuple(self.ids.tolist())
         self.needs_features = edit.when is not None or not isinstance(edit, Steer)
         if edit.when is not None:
             check_feature_ids(self._when()[0], sae.config.num_features)
@@ -97,55 +104,76 @@ class _Part:
             self.rows = sae.decoder_rows(self.ids)
             if isinstance(edit, Steer | Clamp):
                 self.sizes = _sizes(sae, self.ids, self.rows, edit.unit)
+            # what a number says is known now; a tensor may be in training
+            self._along = self._value = None
+            if isinstance(edit, Steer) and not isinstance(edit.strength, Tensor):
+                self._along = self._steered(edit.strength)
+            if isinstance(edit, Clamp) and not isinstance(edit.value, Tensor):
+                self._value = self._amounts(edit.value)
 
     def _when(self) -> tuple[int, float]:
         when = self.edit.when
         return when if isinstance(when, tuple) else (when, 0.0)  # type: ignore[return-value]
 
     def _amounts(self, amount: float | Tensor) -> Tensor:
-        """[len(ids)] in the LM's own units. Anew for each pass: a tensor may be in training."""
+        """[len(ids)] in the LM's own units."""
         amount = amount.to(self.rows.device) if isinstance(amount, Tensor) else amount
         return (amount * self.sizes).to(self.rows.dtype)
 
-    def where(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor:
-        """[B, T] bool: the tokens this edit applies to."""
-        here = tokens.real & _positions_mask(self.edit.positions, tokens)
-        if self.edit.rows is not None:
-            rows = torch.as_tensor(self.edit.rows, device=tokens.row.device)
+    def where(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor | None:
+        """[B, T] bool: the tokens this edit applies to; None for all of them."""
+        edit, here = self.edit, None if tokens.all_real else tokens.real
+        positions = edit.positions
+        if not isinstance(positions, str):
+            here = _both(here, _positions_mask(positions, tokens))
+        elif positions != "all" and not tokens.all_are(positions):
+            here = _both(here, tokens.prompt if positions == "prompt" else ~tokens.prompt)
+        if edit.rows is not None:
+            rows = torch.as_tensor(edit.rows, device=tokens.row.device)
             last = int(tokens.row.max()) if tokens.row.numel() else -1
             if int(rows.max()) > last:
                 raise EditError(
-                    f"{type(self.edit).__name__} names row {int(rows.max())}, but this batch has "
+                    f"{type(edit).__name__} names row {int(rows.max())}, but this batch has "
                     f"rows 0 to {last}."
                 )
-            here = here & torch.isin(tokens.row, rows)[:, None]
-        if self.edit.when is not None:
+            chosen = torch.isin(tokens.row, rows)[:, None]
+            here = _both(here, chosen.expand(tokens.position.shape))
+        if edit.when is not None:
             assert features is not None
             feature, least = self._when()
-            here = here & (features.select(feature) > least).to(here.device)
-        if isinstance(self.edit, Patch):
-            here = here & (tokens.position < self.edit.source.shape[-1])
+            active = features.select(feature) > least
+            here = _both(here, active if here is None else active.to(here.device))
+        if isinstance(edit, Patch):
+            here = _both(here, tokens.position < edit.source.shape[-1])
         return here
 
     def change(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor:
-        """[B, T, d] or [d], before the scope is applied."""
+        """[B, T, d] or [1, 1, d], before the scope is applied."""
         edit = self.edit
         if isinstance(edit, Steer):
-            along = (self._amounts(edit.strength)[:, None] * self.rows).sum(0)
-            return along.expand(*tokens.position.shape, -1)
+            return self._along if self._along is not None else self._steered(edit.strength)
         assert features is not None
         if isinstance(edit, Patch):
             source = _aligned(edit.source.to(features.device, features.dtype), tokens)
             if edit.features is None:
                 return self.sae.decode_delta(source) - self.sae.decode_delta(features)
-            wanted = source.select(self.ids) - features.select(self.ids)
+            wanted = source.select(self._ids) - features.select(self._ids)
         elif isinstance(edit, Clamp):
-            wanted = self._amounts(edit.value) - features.select(self.ids)
+            value = self._value if self._value is not None else self._amounts(edit.value)
+            wanted = value - features.select(self._ids)
         else:
             factor = edit.factor if isinstance(edit, Scale) else 0.0
             factor = factor.to(features.device) if isinstance(factor, Tensor) else factor
-            wanted = (factor - 1) * features.select(self.ids)
+            wanted = (factor - 1) * features.select(self._ids)
         return wanted.to(self.rows.dtype) @ self.rows
+
+    def _steered(self, strength: float | Tensor) -> Tensor:
+        """[1, 1, d]."""
+        return (self._amounts(strength)[None, :, None] * self.rows).sum(1, keepdim=True)
+
+
+def _both(some: Tensor | None, others: Tensor) -> Tensor:
+    return others if some is None else some & others
 
 
 def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: Unit) -> Tensor:

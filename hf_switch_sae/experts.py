@@ -133,7 +133,6 @@ class Experts(nn.ModuleList):
         x: Tensor,
         expert_ids: Tensor,
         gates: Tensor | None,
-        center: Tensor | None,
         input_scale: Tensor,
         in_order: bool = False,
     ) -> Tensor:
@@ -145,7 +144,7 @@ class Experts(nn.ModuleList):
         """
         threshold = torch.where(candidates, 0.0, torch.inf)
         acts, ids = self.encode(
-            x, expert_ids, gates, k, threshold, False, center, input_scale, in_order
+            x, expert_ids, gates, k, threshold, False, None, input_scale, in_order
         )
         return self.decode(acts, ids)
 

@@ -134,11 +134,10 @@ class SparseFeatures:
         """
         if not isinstance(feature_ids, Tensor) and hasattr(feature_ids, "__index__"):
             return self.select([int(feature_ids)])[..., 0]
-        wanted = check_feature_ids(feature_ids, self.num_features).to(self.device)
-        columns = [
-            torch.where(self.ids == feature, self.acts, torch.zeros_like(self.acts)).sum(-1)
-            for feature in wanted
-        ]
+        wanted = _checked_ints(feature_ids, self.num_features)
+        columns = [torch.where(self.ids == feature, self.acts, 0).sum(-1) for feature in wanted]
+        if len(columns) == 1:
+            return columns[0][..., None]
         return torch.stack(columns, -1) if columns else self.acts.new_zeros(*self.shape, 0)
 
     def topk(self, n: int) -> SparseFeatures:
@@ -171,6 +170,16 @@ class SparseFeatures:
             (acts.shape[0], self.num_features),
             check_invariants=True,
         )
+
+
+def _checked_ints(feature_ids: Sequence[int] | Tensor, num_features: int) -> Sequence[int]:
+    """As `check_feature_ids`, without a tensor where plain ints are given."""
+    if isinstance(feature_ids, list | tuple) and all(
+        type(feature) is int and 0 <= feature < num_features for feature in feature_ids
+    ):
+        return feature_ids
+    ids: list[int] = check_feature_ids(feature_ids, num_features).tolist()
+    return ids
 
 
 def check_feature_ids(feature_ids: int | Sequence[int] | Tensor, num_features: int) -> Tensor:

@@ -8,14 +8,18 @@ came before). Both follow from the call: attention mask, position ids, length of
 Positions count real tokens from 0 in each row, so they do not depend on padding, caching or the
 number of tokens a step has; padding stands at -1 and is never edited.
 
-Beware A cache grows while the blocks run: its length is read before the first of them.
+How    Most steps of a running model ask for nothing of this, and each tensor operator costs a good
+       part of what the SAE itself does: what `Tokens` says is worked out when it is asked for.
+Beware A cache grows while the blocks run: its length is read before the first of them. A mask is
+       read late, so until then it must not change in the columns of its call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +39,8 @@ class Generation:
     """Whether the first forward may have drafted tokens after the prompt."""
     seen: int = 0
     """Columns run so far, for caches that don't know their length."""
-    padding: Tensor | None = None
-    """[B] columns of padding so far, for models that get no mask once they have a cache."""
+    mask: _Mask | None = None
+    """The last that told of all columns so far, for models that get none once they have a cache."""
 
 
 @dataclass
@@ -77,71 +81,133 @@ class Call:
         )
 
 
-@dataclass(frozen=True)
+class _Mask(NamedTuple):
+    """Which of a call's columns hold real tokens."""
+
+    width: int
+    """Columns it tells of: those of the call, or also all before them."""
+    read: Callable[[], Tensor]
+    """[B, width] bool."""
+
+    def padding(self) -> Tensor:
+        """[B] columns of padding."""
+        return self.width - self.read().sum(-1)
+
+    def now(self) -> _Mask:
+        """The same, read: what it is read from may be large, [B, heads, T, T]."""
+        real = self.read().clone()
+        return _Mask(self.width, lambda: real)
+
+
 class Tokens:
-    """Rows and positions of the B x T tokens of one residual stream, on its device."""
+    """Rows and positions of the B x T tokens of one residual stream, on its device.
 
-    position: Tensor
-    """[B, T] int64, absolute; -1 for padding."""
-    prompt: Tensor
-    """[B, T] bool: given by the user, not generated."""
-    row: Tensor
-    """[B] int64: the user's row."""
+    Args:
+        x: [B, T, d], the stream; only shape and device are read.
+        call: what the stack's owner was called with, or None if the blocks were run by themselves.
+        generation: the `generate` call this forward belongs to, if any; it notes the tokens.
+        decoding: whether `generate` extends this stack's sequence (an encoder's is all prompt).
+        lanes: vectors that one token has, one after another; T counts them all.
+    """
 
-    @property
+    def __init__(
+        self,
+        x: Tensor,
+        call: Call | None,
+        generation: Generation | None,
+        decoding: bool,
+        lanes: int = 1,
+    ) -> None:
+        self._batch, self._length, self._lanes = x.shape[0], x.shape[1] // lanes, lanes
+        self._device, self._call = x.device, call or Call()
+        self._past = _past(self._call, generation, self._length)
+        self._mask = _mask(self._call, self._batch, self._past, self._length)
+        self._rows = self._batch if generation is None else generation.rows or self._batch
+        self._before: _Mask | None = None
+        self._prompt_columns: int | None = None  # all are
+        if generation is not None and decoding:
+            self._before = generation.mask if self._past else None
+            if self._mask is not None and self._mask.width == self._end:
+                generation.mask = self._mask if _is_flat(self._call.mask) else self._mask.now()
+            if generation.columns is None or not (generation.seen or generation.drafted):
+                # more than the user gave, if PEFT put virtual tokens in front
+                generation.columns = max(generation.columns or 0, self._end)
+            self._prompt_columns = generation.columns
+
+    @classmethod
+    def at(cls, position: Tensor, prompt: Tensor, row: Tensor) -> Tokens:
+        """Tokens that stand where they are said to; arguments as the attributes."""
+        tokens = cls(position[..., None], None, None, True)
+        tokens.__dict__.update(position=position, prompt=prompt, row=row, all_real=False)
+        return tokens
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[B, T] int64, absolute; -1 for padding."""
+        call, mask, columns = self._call, self._mask, self._columns
+        padding = None if self._before is None else self._before.padding().to(self._device)
+        if padding is not None and len(padding) == self._batch:
+            position = _given(call, columns - padding[:, None])
+        else:
+            position = _given(call, columns)
+        if mask is not None:
+            real = mask.read().to(self._device)
+            counted = real.long().cumsum(-1)[:, -self._length :] - 1
+            if mask.width == self._end and _is_flat(call.mask):
+                position = counted
+            elif call.position_ids is None and padding is None:
+                # a 4-D mask tells what is real in this call, not how much of the past was
+                position = counted + (0 if mask.width == self._end else self._past)
+            position = torch.where(real[:, -self._length :], position, -1)
+        return self._for_lanes(position)
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """[B, T] bool: given by the user, not generated."""
+        columns, given = self._columns, self._prompt_columns
+        return self._for_lanes(
+            torch.ones_like(columns, dtype=torch.bool) if given is None else columns < given
+        )
+
+    @cached_property
+    def row(self) -> Tensor:
+        """[B] int64: the user's row."""
+        return torch.arange(self._batch, device=self._device) // max(1, self._batch // self._rows)
+
+    @cached_property
     def real(self) -> Tensor:
         """[B, T] bool: not padding."""
         return self.position >= 0
 
-    def lanes(self, count: int) -> Tokens:
-        """The same where each token has `count` vectors, one after another: [B, T * count]."""
-        if count == 1:
-            return self
-        position = self.position.repeat_interleave(count, 1)
-        return Tokens(position, self.prompt.repeat_interleave(count, 1), self.row)
+    @cached_property
+    def all_real(self) -> bool:
+        """Whether none is padding; False too where that would cost more than to go by `real`."""
+        call, mask = self._call, self._mask
+        if mask is None:
+            return self._before is None and call.position_ids is None
+        if mask.width != self._end or not _is_flat(call.mask) or call.mask.device.type != "cpu":
+            return False
+        return bool(call.mask[:, self._past : self._end].all())
 
-    @classmethod
-    def of(
-        cls, x: Tensor, call: Call | None, generation: Generation | None, decoding: bool
-    ) -> Tokens:
-        """Place the tokens of a residual stream x [B, T, d].
+    def all_are(self, part: Literal["prompt", "generated"]) -> bool:
+        """Whether all tokens belong to a part; False too where only `prompt` tells."""
+        given = self._prompt_columns
+        if part == "prompt":
+            return given is None or self._end <= given
+        return given is not None and self._past >= given
 
-        Args:
-            x: the stream; only shape and device are read.
-            call: what the stack's owner was called with, or None if the blocks were run by
-                themselves.
-            generation: the `generate` call this forward belongs to, if any.
-            decoding: whether `generate` extends this stack's sequence (an encoder's is all prompt).
-        """
-        (batch, length), device = x.shape[:2], x.device
-        call = call or Call()
-        past = _past(call, generation, length)
-        real = _real(call, batch, past, length)
-        columns = past + torch.arange(length, device=device).expand(batch, length)
-        known = None if generation is None or not decoding or not past else generation.padding
-        if known is not None and len(known) == batch:
-            position = _given(call, columns - known.to(device)[:, None])
-        else:
-            position = _given(call, columns)
-        if real is not None:
-            real = real.to(device)
-            counted = real.long().cumsum(-1)[:, -length:] - 1
-            if real.shape[1] == past + length and generation is not None and decoding:
-                generation.padding = columns[:, -1] - counted[:, -1]
-            if real.shape[1] == past + length and _is_flat(call.mask):
-                position = counted
-            elif call.position_ids is None and known is None:
-                # a 4-D mask tells what is real in this call, not how much of the past was
-                position = counted + (0 if real.shape[1] == past + length else past)
-            position = torch.where(real[:, -length:], position, -1)
-        if generation is None or not decoding:
-            prompt = torch.ones_like(columns, dtype=torch.bool)
-        else:
-            if generation.columns is None or not (generation.seen or generation.drafted):
-                # more than the user gave, if PEFT put virtual tokens in front
-                generation.columns = max(generation.columns or 0, past + length)
-            prompt = columns < generation.columns
-        return cls(position, prompt, _rows(batch, generation, device))
+    @property
+    def _end(self) -> int:
+        """Columns up to the last of this call."""
+        return self._past + self._length
+
+    @property
+    def _columns(self) -> Tensor:
+        columns = torch.arange(self._past, self._end, device=self._device)
+        return columns.expand(self._batch, self._length)
+
+    def _for_lanes(self, tokens: Tensor) -> Tensor:
+        return tokens if self._lanes == 1 else tokens.repeat_interleave(self._lanes, 1)
 
 
 def _is_flat(mask: Any) -> bool:
@@ -155,11 +221,6 @@ def _given(call: Call, default: Tensor) -> Tensor:
     return ids.to(default.device).expand_as(default)
 
 
-def _rows(batch: int, generation: Generation | None, device: torch.device) -> Tensor:
-    rows = generation.rows if generation is not None and generation.rows else batch
-    return torch.arange(batch, device=device) // max(1, batch // rows)
-
-
 def _past(call: Call, generation: Generation | None, length: int) -> int:
     if call.past is not None:
         return int(call.past)
@@ -168,8 +229,8 @@ def _past(call: Call, generation: Generation | None, length: int) -> int:
     return generation.seen if call.has_cache and generation is not None else 0
 
 
-def _real(call: Call, batch: int, past: int, length: int) -> Tensor | None:
-    """[B, W] bool, W = past + length or length; None if the mask does not tell."""
+def _mask(call: Call, batch: int, past: int, length: int) -> _Mask | None:
+    """Of past + length columns, or of length; None if the call's mask does not tell."""
     mask = call.mask
     if isinstance(mask, Mapping):  # one 4-D mask for each kind of attention
         mask = mask.get(
@@ -177,16 +238,20 @@ def _real(call: Call, batch: int, past: int, length: int) -> Tensor | None:
         )
     if not isinstance(mask, Tensor) or mask.shape[0] not in (1, batch):
         return None
-    if mask.ndim == 2 and mask.shape[1] in (length, past + length):
-        return (mask != 0).expand(batch, -1)
-    if mask.ndim == 2 and mask.shape[1] > past + length:  # padded to the size of a static cache
-        return (mask[:, : past + length] != 0).expand(batch, -1)
+    if mask.ndim == 2 and mask.shape[1] >= past + length:  # padded, of a static cache
+        return _Mask(past + length, lambda: (mask[:, : past + length] != 0).expand(batch, -1))
+    if mask.ndim == 2 and mask.shape[1] == length:
+        return _Mask(length, lambda: (mask != 0).expand(batch, -1))
     if call.has_cache and call.past is None:
         return None  # a 4-D mask of a paged cache, with the requests' own blocks in no order
     if mask.ndim == 4 and mask.shape[-2] == length and mask.shape[-1] >= past + length:
-        open_ = mask if mask.dtype == torch.bool else mask == 0
-        # A real token always sees itself; padding is hidden from everyone, itself included.
-        return open_[:, 0].diagonal(past, -2, -1)[:, :length].expand(batch, -1)
+
+        def read() -> Tensor:
+            open_ = mask if mask.dtype == torch.bool else mask == 0
+            # A real token always sees itself; padding is hidden from everyone, itself included.
+            return open_[:, 0].diagonal(past, -2, -1)[:, :length].expand(batch, -1)
+
+        return _Mask(length, read)
     return None
 
 

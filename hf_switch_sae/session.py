@@ -56,8 +56,9 @@ class Passed:
         if found is None or (live and not found.acts.requires_grad):
             with torch.set_grad_enabled(live):
                 found = self._sae.encode(self.stream)
-                real = self.tokens.real.to(found.device)[..., None]
-                found = SparseFeatures(found.acts.where(real, 0), found.ids, found.num_features)
+                if not self.tokens.all_real:
+                    acts = found.acts.where(self.tokens.real.to(found.device)[..., None], 0)
+                    found = SparseFeatures(acts, found.ids, found.num_features)
             self._features = found
         return found
 
@@ -67,6 +68,7 @@ class Tap:
 
     def __init__(self, sae: SwitchSAE, place: Hookpoint, splice: bool) -> None:
         self.sae, self.place, self.splice = sae, place, splice
+        self.width: int = sae.config.hidden_size
         self.edits = PreparedEdits(sae, ())
         self.last: Passed | None = None
         self.recorder: LiveRecorder | None = None
@@ -77,26 +79,31 @@ class Tap:
             passed = self.last
             self.recorder.add(passed.features().detach(), passed.tokens.position, token_ids)
 
-    def pass_by(self, x: Tensor, tokens: Tokens, read_only: bool) -> tuple[Tensor, Tensor] | None:
-        """Note a stream x [B, T, d]; delta [B, T, d] and edited [B, T], or None: leave it alone."""
+    def pass_by(
+        self, x: Tensor, tokens: Tokens, read_only: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Note a stream x [B, T, d]; None to leave it alone, or what to change.
+
+        Returns:
+            delta [B, T, d], or as it is broadcast to that, and edited [B, T] bool, or None for all.
+        """
         self._check(x, tokens)
         passed = self.last = Passed(self.sae, x, tokens)
         edits = self.edits  # looked up once, as another thread may set new ones meanwhile
         if read_only or not (edits or self.splice):
             return None
         features = passed.features() if self.splice or edits.needs_features else None
-        delta, edited = (
-            edits.delta(features, tokens) if edits else (None, torch.zeros_like(tokens.real))
-        )
-        if self.splice:
-            assert features is not None
-            inputs = tokens.real & ~self.sae.is_outlier(x)
-            spliced = self.sae.decode(features).float() - x.to(self.sae.device).float()
-            spliced = spliced.where(inputs.to(spliced.device)[..., None], 0)
-            delta = spliced if delta is None else delta.float() + spliced
-            edited = edited | inputs
-        assert delta is not None
-        return delta, edited
+        change = edits.delta(features, tokens) if edits else None
+        if not self.splice:
+            return change
+        assert features is not None
+        inputs = tokens.real & ~self.sae.is_outlier(x)
+        spliced = self.sae.decode(features).float() - x.to(self.sae.device).float()
+        spliced = spliced.where(inputs.to(spliced.device)[..., None], 0)
+        if change is None:
+            return spliced, inputs
+        delta, edited = change
+        return delta.float() + spliced, None if edited is None else edited | inputs
 
     def last_passed(self) -> Passed:
         """The last stream, or HookpointError if there was none."""
@@ -108,12 +115,13 @@ class Tap:
         return self.last
 
     def _check(self, x: Tensor, tokens: Tokens) -> None:
-        if x.shape[-1] != self.sae.config.hidden_size:
+        if x.shape[-1] != self.width:
             raise WidthError(
                 f"the residual stream at {self.place.name} is {x.shape[-1]} wide; "
-                f"the SAE reads {self.sae.config.hidden_size}."
+                f"the SAE reads {self.width}."
             )
-        if not torch.isfinite(x).all():
+        # a sum over all is one operator; it may overflow where every number is finite
+        if not math.isfinite(x.detach().sum()) and not torch.isfinite(x).all():
             wrong = (~torch.isfinite(x)).any(-1) & tokens.real
             if wrong.any():
                 row, at = (int(i) for i in wrong.nonzero()[0])

@@ -55,7 +55,7 @@ def steering_vector(recipe: Recipe, sae: SwitchSAE) -> Tensor:
                     f"fixed vector to all; leave {name} out to export it."
                 )
     one = torch.zeros(1, 1, dtype=torch.int64, device=sae.device)
-    token = Tokens(position=one, prompt=one == 0, row=one[0])
+    token = Tokens.at(one, one == 0, one[0])
     delta, _ = PreparedEdits(sae, recipe.edits).delta(None, token)
     vector: Tensor = delta[0, 0].detach().float().cpu()
     return vector

@@ -27,7 +27,7 @@ def tokens(batch: int = 2, length: int = 6, prompt: int = 4) -> Tokens:
     position[-1] -= 2  # the last row has two tokens of padding
     position[position < 0] = -1
     given = torch.arange(length).expand(batch, -1) < prompt
-    return Tokens(position, given, torch.arange(batch))
+    return Tokens.at(position, given, torch.arange(batch))
 
 
 # What is accepted
