@@ -20,6 +20,7 @@ from hf_switch_sae.training import (
     ActivationSettings,
     CachedActivations,
     SwitchSAETrainer,
+    SwitchSAETrainingArguments,
     cache_activations,
 )
 from hf_switch_sae.training.arguments import PRESETS, read_options
@@ -66,21 +67,7 @@ def train(
         raise ConfigError(
             "LM and DATASET come first: hf-switch-sae train LM DATASET --layer 15 ..."
         )
-    here = {name: value for name, value in context.params.items() if name in _OWN}
-    run_told, sae_told, rows_told, own = split_options(
-        read_options(config) if config is not None else {}, _OWN
-    )
-    own |= {name: value for name, value in here.items() if value not in (None, [], ())}
-    run_said, sae_said, rows_said, _ = split_options(pairs_of(context.args), _OWN)
-    name = str(own.get("preset", "default"))
-    if name not in PRESETS:
-        raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
-    args = run_arguments(PRESETS[name], run_told, run_said)
-    settings = ActivationSettings(
-        **{name: typed(name, value) for name, value in {**rows_told, **rows_said}.items()},
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-    )
-    sae_said = {name: typed(name, value) for name, value in {**sae_told, **sae_said}.items()}
+    args, settings, sae_said, own = _told(context, config)
     places = _places(own.get("layer"), sae_said.pop("hookpoint", None))
     SwitchSAEConfig(**sae_said)  # numbers that contradict each other are told before the LM loads
     model, tokenizer = load_lm(
@@ -114,11 +101,27 @@ def train(
     if held_out is not None:
         trainer.evaluate()
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        for at in names:
-            print(f"{args.output_dir}/{at}: {trainer.state.num_input_tokens_seen:,} tokens")
-        figures = trainer.held_out or {}
-        print(json.dumps(figures or _last(trainer.state.log_history), indent=2))
+    _report(trainer)
+
+
+def _told(
+    context: typer.Context, config: Path | None
+) -> tuple[SwitchSAETrainingArguments, ActivationSettings, dict[str, Any], dict[str, Any]]:
+    """The run's arguments, the rows' settings, the SAE's fields and the command's own options."""
+    run, sae, rows, own = split_options(read_options(config) if config is not None else {}, _OWN)
+    here = {name: value for name, value in context.params.items() if name in _OWN}
+    own |= {name: value for name, value in here.items() if value not in (None, [], ())}
+    run_said, sae_said, rows_said, _ = split_options(pairs_of(context.args), _OWN)
+    name = str(own.get("preset", "default"))
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
+    args = run_arguments(PRESETS[name], run, run_said)
+    settings = ActivationSettings(
+        **{name: typed(name, value) for name, value in {**rows, **rows_said}.items()},
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+    sae = {name: typed(name, value) for name, value in {**sae, **sae_said}.items()}
+    return args, settings, sae, own
 
 
 def _places(layers: Any, hookpoint: Any) -> list[int | str]:
@@ -175,6 +178,14 @@ def _config(model: torch.nn.Module, at: str, told: dict[str, Any]) -> SwitchSAEC
     """The config of an SAE for a place of the model."""
     with torch.device("meta"):  # its weights are made later, from the seed
         return SwitchSAE.for_lm(model, at, **told).config
+
+
+def _report(trainer: SwitchSAETrainer) -> None:
+    if trainer.is_world_process_zero():
+        for name in trainer.saes:
+            folder, tokens = trainer.args.output_dir, trainer.state.num_input_tokens_seen
+            print(f"{folder}/{name}: {tokens:,} tokens")
+        print(json.dumps(trainer.held_out or _last(trainer.state.log_history), indent=2))
 
 
 def _last(history: list[dict[str, Any]]) -> dict[str, Any]:

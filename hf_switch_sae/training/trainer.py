@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from hf_switch_sae.errors import NonFiniteError, TrainingError
 from hf_switch_sae.losses import WholeBatch
 from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.optim import SwitchSAEAdam
 from hf_switch_sae.training.activations import Activations
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
 from hf_switch_sae.training.callbacks import UnitRows
@@ -37,12 +34,13 @@ from hf_switch_sae.training.saving import Saving
 from hf_switch_sae.training.setup import Given, activations_for, build_saes
 from hf_switch_sae.training.sharded import gathered
 from hf_switch_sae.training.start import is_fresh, start_from
+from hf_switch_sae.training.stepping import Stepping
 from hf_switch_sae.training.together import SAEsTogether
 
 logger = logging.get_logger(__name__)
 
 
-class SwitchSAETrainer(Saving, Trainer):
+class SwitchSAETrainer(Saving, Stepping):
     """Trains one Switch SAE, or several at once, on a language model's residual streams.
 
         trainer = SwitchSAETrainer(
@@ -350,57 +348,6 @@ class SwitchSAETrainer(Saving, Trainer):
             features = c.features_per_expert * c.num_experts_per_token + c.num_experts
             total += 6 * len(inputs[str(c.hookpoint)]) * c.hidden_size * 2 * features
         return total
-
-    # --- optimizer --------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """`SwitchSAEAdam`, with the learning rate of each SAE."""
-        if self.optimizer is None:
-            args, saes = self.args, list(self.saes.values())
-            self.optimizer = SwitchSAEAdam(
-                saes,
-                lr=[args.rate_for(sae.config) for sae in saes],
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                max_grad_norm=args.max_grad_norm or None,
-            )
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `Trainer.create_scheduler`; the default falls to 0 over the last `decay_share`."""
-        args, optimizer = self.args, optimizer or self.optimizer
-        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-            if self.lr_scheduler is None:
-                decay = num_training_steps - int((1 - args.decay_share) * num_training_steps)
-                warm = min(args.get_warmup_steps(num_training_steps), num_training_steps - decay)
-                self.lr_scheduler = get_scheduler(
-                    args.lr_scheduler_type,
-                    optimizer,
-                    num_warmup_steps=warm,
-                    num_training_steps=num_training_steps,
-                    scheduler_specific_kwargs={
-                        **{"num_decay_steps": decay, "decay_type": "linear"},
-                        **(args.lr_scheduler_kwargs or {}),  # type: ignore[dict-item]
-                    },
-                )
-                self._created_lr_scheduler = True
-            return self.lr_scheduler
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    @property
-    def _own_optimizer(self) -> SwitchSAEAdam | None:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner if isinstance(inner, SwitchSAEAdam) else None
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        if self._own_optimizer is not None:
-            return None
-        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if self._own_optimizer is not None:  # known once it has stepped
-            return None
-        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     # --- what is logged ---------------------------------------------------------------------------
 
