@@ -124,6 +124,7 @@ def start(folder: pathlib.Path, options: dict[str, Any], processes: int = 1) -> 
 
 
 def _child(folder: str, options: dict[str, Any], environment: dict[str, str]) -> None:
+    (pathlib.Path(folder) / "began").touch()
     os.environ.update(environment)
     name = multiprocessing.current_process().name
     with (pathlib.Path(folder) / name).open("w") as said:
@@ -132,7 +133,12 @@ def _child(folder: str, options: dict[str, Any], environment: dict[str, str]) ->
         main(folder, options)
 
 
-# each run is forked from a server that has imported everything once and done nothing else
+# each run is forked from a server that has imported everything once and done nothing else; its
+# path is not this process's before Python 3.13, only its environment is
+_HERE = pathlib.Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(_HERE.parent), str(_HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["trained"])
 
