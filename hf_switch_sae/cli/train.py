@@ -56,12 +56,10 @@ def train(
 ) -> None:
     """Train an SAE, or one at each of several layers, and save it in --output_dir.
 
-    LM and DATASET come first. Every field of transformers.TrainingArguments is an option
-    (--output_dir, --num_train_tokens, --per_device_train_batch_size in tokens, --learning_rate,
-    --report_to, --resume_from_checkpoint true, --push_to_hub, ...), and so is every one of
-    SwitchSAEConfig (--num_features, --num_experts, --k, --activation, ...) and of
-    ActivationSettings (--context, --boundary, --buffer_bytes, ...). Options of the command line go
-    before those of --config.
+    LM and DATASET come first. Options are also all fields of transformers.TrainingArguments
+    (--output_dir, --num_train_tokens, --learning_rate, --resume_from_checkpoint true, ...), of
+    SwitchSAEConfig (--num_features, --num_experts, --k, ...) and of ActivationSettings (--context,
+    --buffer_bytes, ...). The command line goes before --config.
     """
     if lm.startswith("--") or dataset.startswith("--"):
         raise ConfigError(
