@@ -129,10 +129,7 @@ class SwitchSAEAdam(Adam):
         """What a group's gradients are to be multiplied by, 0-d; None if they stay as they are."""
         if self.max_grad_norm is None:
             return None
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in group["params"] if p.grad is not None]
-        )
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = _total_norm([p.grad for p in group["params"] if p.grad is not None])
         self.grad_norms.append(norm)
         scale = self.max_grad_norm / (norm + 1e-6)  # as clip_grad_norm_ has it
         if scale.device.type == "cpu" and scale >= 1:
@@ -152,9 +149,8 @@ class SwitchSAEAdam(Adam):
     ) -> None:
         if not weight.numel():
             return
+        divisor = None if scale is None else scale.to(weight.device).reciprocal()
         for w, g, m, v in zip(*map(row_blocks, (weight, grad, mean, square)), strict=True):
-            if scale is not None:
-                g.mul_(scale.to(g.device))
             if is_decoder:
                 g.addcmul_(w, (g * w).sum(-1, keepdim=True), value=-1)
             torch._fused_adam_(
@@ -171,9 +167,20 @@ class SwitchSAEAdam(Adam):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=group["maximize"],
+                grad_scale=divisor,  # which it divides by, in `.grad` too
             )
             if is_decoder:
                 normalize_rows(w)
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """As `get_total_norm`, 0-d; on a CPU by dot products, which read twice as fast."""
+    plain = (g.device.type == "cpu" and g.dtype == torch.float32 for g in grads)
+    if grads and all(plain) and not any(isinstance(grad, DTensor) for grad in grads):
+        flat = [grad.view(-1) for grad in grads]
+        return torch.stack([torch.dot(grad, grad) for grad in flat]).sum().sqrt()
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _held_here(tensor: Tensor) -> Tensor:

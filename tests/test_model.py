@@ -509,11 +509,14 @@ def test_the_fvu_is_its_formula_in_value_and_gradient():
     for counts in (None, torch.rand(1500) > 0.3, torch.zeros(1500, dtype=torch.bool)):
         x = torch.randn(1500, 700, requires_grad=True)  # several blocks
         x_hat = torch.randn(1500, 700, requires_grad=True)
-        mine, wanted = losses.fvu_of(x, x_hat, counts), losses.fvu_formula(x, x_hat, counts)
+        bias = torch.randn(700, requires_grad=True)
+        given = (x - bias.detach(), x_hat, counts, None, bias)  # a bias that x_hat is without
+        mine, wanted = losses.fvu_of(*given), losses.fvu_formula(x, x_hat + bias, counts)
         torch.testing.assert_close(mine, wanted, equal_nan=True)
+        torch.testing.assert_close(losses.fvu_formula(*given), wanted, equal_nan=True)
         if not mine.isnan():
-            torch.testing.assert_close(
-                torch.autograd.grad(mine, (x, x_hat)), torch.autograd.grad(wanted, (x, x_hat))
-            )
+            inputs = (x, x_hat, bias)
+            theirs = torch.autograd.grad(wanted, inputs)
+            torch.testing.assert_close(torch.autograd.grad(mine, inputs), theirs)
     for n in (0, 1):
         assert losses.fvu_of(torch.randn(n, 3), torch.randn(n, 3), None).isnan()

@@ -123,8 +123,7 @@ def scatter_sum(
     d = x.shape[1]
     # half the bytes to sort; a feature's id is far below 2**31
     flat, order = ids.flatten().to(torch.int32).sort(stable=True)
-    bounds = torch.arange(num_rows + 1, dtype=torch.int32, device=ids.device)
-    offsets = torch.searchsorted(flat, bounds)
+    offsets = _starts(flat, num_rows)
     tokens, weights = order // ids.shape[1], coefs.to(x.dtype).flatten()[order]
 
     def bags(start: int, end: int, features: slice) -> Tensor:
@@ -149,3 +148,12 @@ def scatter_sum(
         else:
             total[features] = bags(start, end, features)
     return total
+
+
+def _starts(ids: Tensor, num_rows: int) -> Tensor:
+    """Where each row's share of rising ids [p] begins, and their end: [num_rows + 1] int64."""
+    if ids.device.type != "cpu":  # where counting would wait for the device
+        return torch.searchsorted(
+            ids, torch.arange(num_rows + 1, dtype=ids.dtype, device=ids.device)
+        )
+    return torch.nn.functional.pad(torch.bincount(ids, minlength=num_rows).cumsum(0), (1, 0))
