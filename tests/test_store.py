@@ -74,10 +74,18 @@ def test_a_shard_of_many_row_groups_reads_whole_and_in_part(tmp_path):
 
 
 def read_postings(store: FeatureStore) -> list[tuple[int, float, int, int]]:
-    found = []
-    for path in sorted((store.path / "index").glob("*/postings-*.parquet")):
-        table = pq.read_table(path)
-        found += zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
+    """(feature, act, document, position) of every rank of every feature, as queries read them."""
+    store, found = FeatureStore(store.path), []
+    files = sorted((store.path / "index").glob("*/postings-*.parquet"))
+    sizes = {pq.read_metadata(path).row_group(0).num_rows for path in files if path.stat().st_size}
+    with pytest.MonkeyPatch.context() as patch:
+        # of the files that a test wrote with smaller row groups
+        patch.setattr("hf_switch_sae.store.postings.ROW_GROUP", 64 if max(sizes) <= 64 else 65_536)
+        for feature in np.flatnonzero(store._index.counts).tolist():
+            acts, places = store._index.ranked(feature, 0, 1 << 40)
+            for act, (shard, row) in zip(acts.tolist(), places, strict=True):
+                document, position, _ = store._reader.tokens(shard, row, row + 1)
+                found.append((feature, act, int(document[0]), int(position[0])))
     return found
 
 
@@ -711,6 +719,8 @@ def test_an_index_interrupted_at_any_step_goes_on_without_doing_it_again(tmp_pat
         except Stop:
             continue
         break
+    else:
+        pytest.fail("it never came to an end")
 
     assert len(written) >= 10
     assert len(set(written)) == len(written), "something was done twice"
