@@ -191,6 +191,80 @@ def test_top_tokens_are_those_of_a_plain_search_with_their_context(indexed):
             assert hit.at == hit.position - low
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Features of some hundred tokens each, so that most ranks lie in levels."""
+    store, rows = stores.make(tmp_path_factory.mktemp("d") / "s", [[2000, 9], [3000], [1500]])
+    store.index()
+    return store, stores.postings(rows)
+
+
+def found(hits) -> list[tuple[int, float, int, int]]:
+    return [(hit.feature, hit.act, hit.document, hit.position) for hit in hits]
+
+
+@pytest.mark.parametrize("n", [3, 64, 65, 100, 129, 300, 100_000])
+def test_however_many_are_asked_for_they_are_those_of_a_plain_search(dense, n):
+    store, plain = dense
+    for feature in (0, 17, 63):
+        want = [each for each in plain if each[0] == feature]
+        assert len(want) > 300
+        assert found(store.top_tokens(feature, n, context=0)) == want[:n]
+
+
+@pytest.mark.parametrize("n", [1, 4, 16, 90])
+def test_a_sample_is_those_nearest_in_rank_at_whatever_quantile(dense, n):
+    store, plain = dense
+    quantiles = (1.0, 0.97, 0.75, 0.6, 0.5, 0.31, 0.25, 0.02, 0.0)
+    for feature in (5, 40):
+        ranked = [each for each in plain if each[0] == feature]
+        sample = store.sample(feature, quantiles, n, context=0)
+        for quantile in quantiles:
+            start = round((1 - quantile) * (len(ranked) - 1)) - n // 2
+            start = max(0, min(start, len(ranked) - n))
+            assert found(sample[quantile]) == ranked[start : start + n]
+
+
+def test_the_strongest_and_the_quartiles_are_answered_without_reading_levels(dense, monkeypatch):
+    store, _ = dense
+    monkeypatch.setattr("hf_switch_sae.store.postings.Index._level", None)
+    for feature in (5, 40):
+        assert len(store.top_tokens(feature, 64)) == 64
+        for n in (1, 4, 15, 16):
+            assert all(len(hits) == n for hits in store.sample(feature, n=n).values())
+    with pytest.raises(TypeError):
+        store.top_tokens(5, 65)
+
+
+def test_coactivation_looks_at_tokens_spread_evenly_over_the_levels(dense):
+    store, plain = dense
+    for feature in (5, 40):
+        rank = {each[2:]: at for at, each in enumerate(e for e in plain if e[0] == feature)}
+        count = len(rank)
+        ranks = np.linspace(0, count - 1, 50).astype(np.int64)
+        places = [
+            tuple(int(part[0]) for part in store._reader.tokens(shard, row, row + 1)[:2])
+            for shard, row in store._index.spread(feature, ranks)
+        ]
+        assert len(set(places)) == 50
+        farther = np.abs(np.sort([rank[place] for place in places]) - ranks)
+        assert farther.max() <= max(64, count // 8)
+
+
+def test_acts_that_the_shards_no_longer_have_are_an_error(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[3000]])
+    store.index()
+    half = replace(rows, acts=(rows.acts / 2).astype(np.float16))
+    index_folder = store._index_folder
+    shutil.copytree(index_folder, tmp_path / "kept")
+    store.append(0, 0, half)
+    store.refresh()
+    shutil.copytree(tmp_path / "kept", store._index_folder)  # as if the shard were as large
+
+    with pytest.raises(StoreError, match=r"does not fit the shards.*call store\.index"):
+        FeatureStore(store.path).top_tokens(0, 200)
+
+
 def test_density_maxima_and_counts_are_those_of_a_plain_search(indexed):
     store, rows = indexed
     dense = rows.features(64).to_dense()

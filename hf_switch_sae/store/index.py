@@ -4,8 +4,8 @@ Room   shards -> index/<generation>/: postings-<n>.parquet, features.parquet, in
 How    An external sort in two steps, each of bounded memory and made of files that appear whole, so
        that a killed build goes on where it was. Runs: some shards' postings, grouped by feature.
        Parts: a range of features of all runs, sorted, each feature's ranks then put into its
-       levels. index.json comes last; without it there is no index. The generation's name follows from the shards' names and sizes, so an index of other
-       shards is never taken for this one's.
+       levels. index.json comes last; without it there is no index. The generation's name follows
+       from the shards' names and sizes, so an index of other shards is never taken for this one's.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Levels:
         return np.delete(ranks, self.pinned[low:high] - ranks[0])
 
     def stored_at(self, ranks: Array) -> Array:
-        """Where tokens of about these ranks lie, [n]: just these where pinned, else of its level."""
+        """Where tokens of about these ranks lie, [n]: of just these if pinned, else of the level."""
         before = np.searchsorted(self.pinned, ranks)
         is_pinned = np.isin(ranks, self.pinned)
         return np.where(is_pinned, before, len(self.pinned) + ranks - self.start - before)

@@ -160,9 +160,7 @@ class Index:
             raise self._unfit("its features.parquet")
         return acts, rows
 
-    def _level(
-        self, feature: int, part: int, levels: Levels, level: int
-    ) -> tuple[Array, Array]:
+    def _level(self, feature: int, part: int, levels: Levels, level: int) -> tuple[Array, Array]:
         """Acts and token rows of a level, in exact order."""
         floors, rows = self._rows(feature, part, levels, *levels.begins[level].tolist())
         rows = np.sort(rows)
@@ -215,6 +213,5 @@ def read_listing(folder: Path) -> dict[str, Any]:
 def damaged(folder: Path, err: Exception) -> StoreError:
     """What to raise of an index.json that lacks something."""
     return StoreError(
-        f"{folder / 'index.json'} is damaged ({err}): delete {folder} and call "
-        "store.index() again."
+        f"{folder / 'index.json'} is damaged ({err}): delete {folder} and call store.index() again."
     )
