@@ -38,8 +38,8 @@ class Levels:
         pinned = _pinned(count)
         self.pinned = pinned[(pinned >= self.start) & (pinned < self.stop)]
         """Ranks, rising; the first that are stored."""
-        edges = [each for each in _edges(count) if self.start < each < self.stop]
-        edges = np.array([self.start, *edges, self.stop], np.int64)
+        inner = [each for each in _edges(count) if self.start < each < self.stop]
+        edges = np.array([self.start, *inner, self.stop], np.int64)
         begins = len(self.pinned) + edges - self.start - np.searchsorted(self.pinned, edges)
         filled = np.diff(begins) > 0
         self.edges = np.stack([edges[:-1], edges[1:]], 1)[filled]
@@ -54,7 +54,7 @@ class Levels:
         return np.delete(ranks, self.pinned[low:high] - ranks[0])
 
     def stored_at(self, ranks: Array) -> Array:
-        """Where tokens of about these ranks lie, [n]: of just these if pinned, else of the level."""
+        """Where tokens of about these ranks lie, [n]: just these if pinned, else of their level."""
         before = np.searchsorted(self.pinned, ranks)
         is_pinned = np.isin(ranks, self.pinned)
         return np.where(is_pinned, before, len(self.pinned) + ranks - self.start - before)

@@ -107,7 +107,8 @@ class Index:
                 columns = self._rows(feature, part, levels, int(at[0]), int(at[-1]) + 1)
                 found.append(columns)
                 order.append(pinned)
-            for level in np.flatnonzero((levels.edges[:, 0] < high) & (levels.edges[:, 1] > low)):
+            overlaps = (levels.edges[:, 0] < high) & (levels.edges[:, 1] > low)
+            for level in np.flatnonzero(overlaps).tolist():
                 members = levels.members(level)
                 inside = (members >= low) & (members < high)
                 if inside.any():
@@ -146,7 +147,7 @@ class Index:
 
     def _begin(self, feature: int, part: int) -> int:
         """Where a feature begins in a file."""
-        return max(0, int(self.starts[feature]) - self._begins[part])
+        return max(0, int(self.starts[feature] - self._begins[part]))
 
     def _rows(
         self, feature: int, part: int, levels: Levels, start: int, stop: int

@@ -42,7 +42,8 @@ class IndexV1(Index):
         self, feature: int, start: int, stop: int
     ) -> tuple[Array, list[tuple[int, int]]]:
         """act, and (document, position)."""
-        acts, named = [np.empty(0, np.float16)], []
+        acts = [np.empty(0, np.float16)]
+        named: list[tuple[int, int]] = []
         for part, levels in self._segments(feature, start, stop):
             begin = int(self.starts[feature]) - self._begins[part]
             low, high = max(start, levels.start), min(stop, levels.stop)
