@@ -824,6 +824,17 @@ def test_an_interrupted_index_can_go_on_with_another_memory(tmp_path, monkeypatc
         assert [(hit.act, hit.document, hit.position) for hit in hits] == want
 
 
+def test_an_unfinished_index_of_version_1_is_begun_anew(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[300], [200]])
+    run = store._index_folder / "runs" / "run-000000.bin"
+    run.parent.mkdir(parents=True)
+    head = {"base": 0, "stop": [2, 0], "limit": (1 << 30) // index._BYTES_A_POSTING, "tokens": 500}
+    run.write_bytes(json.dumps(head).encode() + b"\n" + bytes(8 * 129))
+    store.index()
+
+    assert read_postings(store) == stores.postings(rows)
+
+
 def test_a_shard_replaced_by_one_of_equal_size_is_not_answered_for_by_the_old_index(tmp_path):
     store, rows = stores.make(tmp_path / "s", [[30], [20]])
     store.index()

@@ -67,26 +67,28 @@ class Levels:
         Returns:
             [ranks] bool: whether the act there is that row's own.
         """
-        exact = np.ones(len(rows), bool)
-        pinned = self.pinned - self.start
-        new_acts, new_rows = [acts[pinned]], [rows[pinned]]
-        for level in range(len(self.edges)):
-            ranks = self.members(level) - self.start
-            sorted_rows = np.sort(rows[ranks])
-            new_rows.append(sorted_rows[::-1] if level % 2 else sorted_rows)
-            new_acts.append(np.repeat(acts[ranks[-1:]], len(ranks)))
-        acts[:], rows[:] = np.concatenate(new_acts), np.concatenate(new_rows)
-        exact[len(pinned) :] = False
+        exact = np.zeros(len(rows), bool)
+        exact[self.pinned - self.start] = True
+        here = len(self.pinned)
+        new_rows = np.concatenate([rows[exact], rows[~exact]])
+        new_acts = np.concatenate([acts[exact], acts[~exact]])
+        for level, (low, high) in enumerate(self.begins.tolist()):
+            some = new_rows[low:high]
+            some.sort()
+            if level % 2:
+                some[:] = some[::-1].copy()
+            new_acts[low:high] = new_acts[high - 1]
+        acts[:], rows[:] = new_acts, new_rows
+        exact[:here], exact[here:] = True, False
         return exact
 
 
 def _pinned(count: int) -> Array:
-    parts = [np.arange(min(_TOP, count))]
+    ranks = {*range(min(_TOP, count))}
     for quantile in _QUANTILES:
-        start = min(rank_at(quantile, count) - _AROUND, count - 2 * _AROUND)
-        parts.append(np.arange(max(0, start), max(0, start) + 2 * _AROUND))
-    pinned = np.unique(np.concatenate(parts))
-    return pinned[pinned < count]
+        start = max(0, min(rank_at(quantile, count) - _AROUND, count - 2 * _AROUND))
+        ranks.update(range(start, min(count, start + 2 * _AROUND)))
+    return np.array(sorted(ranks), np.int64)
 
 
 def _edges(count: int) -> list[int]:
