@@ -45,11 +45,11 @@ def test_pinned_are_the_strongest_and_those_of_a_sample_at_the_quartiles(count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_levels_grow_with_the_rank_up_to_an_eighth_of_all(count):
+def test_levels_grow_with_the_rank_up_to_a_quarter_of_all(count):
     edges = Levels(count).edges
     lengths = np.diff(edges)[:, 0]
-    assert (lengths <= np.maximum(64, np.minimum(edges[:, 0], count // 8))).all()
-    assert len(lengths) <= 8 + np.log2(count)
+    assert (lengths <= np.maximum(64, np.minimum(edges[:, 0], count // 4))).all()
+    assert len(lengths) <= 4 + np.log2(count)
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -6,7 +6,7 @@ Why    Sorted by act alone, each row number is news to the last one. Sorted by r
        similar acts, only the small gaps between them need be written, and one act a level.
 Format Ranks count from 0, the largest act; of equal acts, the earlier row's. Pinned are the first
        64, and 16 around each quartile and at the end: stored first, by rank. Then the levels:
-       from rank 64 on, each of as many ranks as are before it, but at most an eighth of all and at
+       from rank 64 on, each of as many ranks as are before it, but at most a quarter of all and at
        least 64. The pinned ranks left out, a level's rows are stored by row: rising in its first
        level, falling in the next, and so on, so that the gap between two levels is small too.
 """
@@ -22,7 +22,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _TOP = 64
 _AROUND = 8
 _QUANTILES = (0.75, 0.5, 0.25, 0.0)
-_SHARE = 8
+_SHARE = 4
 
 
 def rank_at(quantile: float, count: int) -> int:
