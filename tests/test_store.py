@@ -74,10 +74,18 @@ def test_a_shard_of_many_row_groups_reads_whole_and_in_part(tmp_path):
 
 
 def read_postings(store: FeatureStore) -> list[tuple[int, float, int, int]]:
-    found = []
-    for path in sorted((store.path / "index").glob("*/postings-*.parquet")):
-        table = pq.read_table(path)
-        found += zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
+    """(feature, act, document, position) of every rank of every feature, as queries read them."""
+    store, found = FeatureStore(store.path), []
+    files = sorted((store.path / "index").glob("*/postings-*.parquet"))
+    sizes = {pq.read_metadata(path).row_group(0).num_rows for path in files if path.stat().st_size}
+    with pytest.MonkeyPatch.context() as patch:
+        # of the files that a test wrote with smaller row groups
+        patch.setattr("hf_switch_sae.store.postings.ROW_GROUP", 64 if max(sizes) <= 64 else 65_536)
+        for feature in np.flatnonzero(store._index.counts).tolist():
+            acts, places = store._index.ranked(feature, 0, 1 << 40)
+            for act, (shard, row) in zip(acts.tolist(), places, strict=True):
+                document, position, _ = store._reader.tokens(shard, row, row + 1)
+                found.append((feature, act, int(document[0]), int(position[0])))
     return found
 
 
@@ -181,6 +189,80 @@ def test_top_tokens_are_those_of_a_plain_search_with_their_context(indexed):
             low = max(0, hit.position - 2)
             assert hit.tokens == tuple(rows.token[here][low : hit.position + 4])
             assert hit.at == hit.position - low
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Features of some hundred tokens each, so that most ranks lie in levels."""
+    store, rows = stores.make(tmp_path_factory.mktemp("d") / "s", [[2000, 9], [3000], [1500]])
+    store.index()
+    return store, stores.postings(rows)
+
+
+def found(hits) -> list[tuple[int, float, int, int]]:
+    return [(hit.feature, hit.act, hit.document, hit.position) for hit in hits]
+
+
+@pytest.mark.parametrize("n", [3, 64, 65, 100, 129, 300, 100_000])
+def test_however_many_are_asked_for_they_are_those_of_a_plain_search(dense, n):
+    store, plain = dense
+    for feature in (0, 17, 63):
+        want = [each for each in plain if each[0] == feature]
+        assert len(want) > 300
+        assert found(store.top_tokens(feature, n, context=0)) == want[:n]
+
+
+@pytest.mark.parametrize("n", [1, 4, 16, 90])
+def test_a_sample_is_those_nearest_in_rank_at_whatever_quantile(dense, n):
+    store, plain = dense
+    quantiles = (1.0, 0.97, 0.75, 0.6, 0.5, 0.31, 0.25, 0.02, 0.0)
+    for feature in (5, 40):
+        ranked = [each for each in plain if each[0] == feature]
+        sample = store.sample(feature, quantiles, n, context=0)
+        for quantile in quantiles:
+            start = round((1 - quantile) * (len(ranked) - 1)) - n // 2
+            start = max(0, min(start, len(ranked) - n))
+            assert found(sample[quantile]) == ranked[start : start + n]
+
+
+def test_the_strongest_and_the_quartiles_are_answered_without_reading_levels(dense, monkeypatch):
+    store, _ = dense
+    monkeypatch.setattr("hf_switch_sae.store.postings.Index._level", None)
+    for feature in (5, 40):
+        assert len(store.top_tokens(feature, 64)) == 64
+        for n in (1, 4, 15, 16):
+            assert all(len(hits) == n for hits in store.sample(feature, n=n).values())
+    with pytest.raises(TypeError):
+        store.top_tokens(5, 65)
+
+
+def test_coactivation_looks_at_tokens_spread_evenly_over_the_levels(dense):
+    store, plain = dense
+    for feature in (5, 40):
+        rank = {each[2:]: at for at, each in enumerate(e for e in plain if e[0] == feature)}
+        count = len(rank)
+        ranks = np.linspace(0, count - 1, 50).astype(np.int64)
+        places = [
+            tuple(int(part[0]) for part in store._reader.tokens(shard, row, row + 1)[:2])
+            for shard, row in store._index.spread(feature, ranks)
+        ]
+        assert len(set(places)) == 50
+        farther = np.abs(np.sort([rank[place] for place in places]) - ranks)
+        assert farther.max() <= max(64, count // 4)
+
+
+def test_acts_that_the_shards_no_longer_have_are_an_error(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[3000]])
+    store.index()
+    half = replace(rows, acts=(rows.acts / 2).astype(np.float16))
+    index_folder = store._index_folder
+    shutil.copytree(index_folder, tmp_path / "kept")
+    store.append(0, 0, half)
+    store.refresh()
+    shutil.copytree(tmp_path / "kept", store._index_folder)  # as if the shard were as large
+
+    with pytest.raises(StoreError, match=r"does not fit the shards.*call store\.index"):
+        FeatureStore(store.path).top_tokens(0, 200)
 
 
 def test_density_maxima_and_counts_are_those_of_a_plain_search(indexed):
@@ -711,6 +793,8 @@ def test_an_index_interrupted_at_any_step_goes_on_without_doing_it_again(tmp_pat
         except Stop:
             continue
         break
+    else:
+        pytest.fail("it never came to an end")
 
     assert len(written) >= 10
     assert len(set(written)) == len(written), "something was done twice"
@@ -738,6 +822,17 @@ def test_an_interrupted_index_can_go_on_with_another_memory(tmp_path, monkeypatc
         want = [each[1:] for each in stores.postings(rows) if each[0] == feature]
         hits = FeatureStore(store.path).top_tokens(feature, 10_000, context=0)
         assert [(hit.act, hit.document, hit.position) for hit in hits] == want
+
+
+def test_an_unfinished_index_of_version_1_is_begun_anew(tmp_path):
+    store, rows = stores.make(tmp_path / "s", [[300], [200]])
+    run = store._index_folder / "runs" / "run-000000.bin"
+    run.parent.mkdir(parents=True)
+    head = {"base": 0, "stop": [2, 0], "limit": (1 << 30) // index._BYTES_A_POSTING, "tokens": 500}
+    run.write_bytes(json.dumps(head).encode() + b"\n" + bytes(8 * 129))
+    store.index()
+
+    assert read_postings(store) == stores.postings(rows)
 
 
 def test_a_shard_replaced_by_one_of_equal_size_is_not_answered_for_by_the_old_index(tmp_path):

@@ -4,7 +4,8 @@ A store is a folder:
     store.json      what it was made from (`provenance`)
     README.md       a data set card, so that `load_dataset(folder, "tokens")` works
     tokens/         one row a token (`shards`)
-    index/          one row an active feature of a token, by feature and act (`index`, `postings`)
+    index/          one row an active feature of a token, by feature and act (`index`, `postings`,
+                    `levels`; `postings_v1` for those of older stores)
 All are written whole or not at all, and checked when they are read (`files`).
 """
 

@@ -66,12 +66,12 @@ def hits(
 ) -> list[Hit]:
     """A feature's tokens of some ranks by act, strongest first, with the tokens around them."""
     found = []
-    for act, document, position in zip(*index.read(feature, *ranks), strict=True):
-        shard, row = reader.find(int(document), int(position))
+    for act, (shard, row) in zip(*index.ranked(feature, *ranks), strict=True):
         start, stop = window(reader, shard, row, context)
-        tokens = tuple(reader.tokens(shard, start, stop)[2].tolist())
-        place = int(document), int(position)
-        found.append(Hit(feature, float(act), *place, tokens, row - start))
+        documents, positions, tokens = reader.tokens(shard, start, stop)
+        at = row - start
+        place = int(documents[at]), int(positions[at])
+        found.append(Hit(feature, float(act), *place, tuple(tokens.tolist()), at))
     return found
 
 

@@ -36,6 +36,9 @@ from hf_switch_sae.store.answers import (
     window,
 )
 from hf_switch_sae.store.files import check_body, locked, remove_leftovers
+from hf_switch_sae.store.levels import rank_at
+from hf_switch_sae.store.postings import Index
+from hf_switch_sae.store.postings_v1 import open_index
 from hf_switch_sae.store.provenance import Provenance
 from hf_switch_sae.store.shards import (
     FOLDER,
@@ -127,14 +130,14 @@ class FeatureStore:
         return self.path / postings.FOLDER / indexing.generation(self.shards)
 
     @cached_property
-    def _index(self) -> postings.Index:
+    def _index(self) -> Index:
         if not self.is_indexed:
             old = (self.path / postings.FOLDER).is_dir()
             raise StoreError(
                 f"{self.path} has {'an index, but of other shards' if old else 'no index'}: "
                 "call store.index() first."
             )
-        return postings.Index(self._index_folder, self.num_features)
+        return open_index(self._index_folder, self._reader)
 
     def disk_usage(self) -> dict[str, int]:
         """Bytes on disk: of `tokens`, and of `index`."""
@@ -211,13 +214,12 @@ class FeatureStore:
         """Build the index that queries about a feature need; goes on where it was interrupted.
 
         Args:
-            memory: bytes to sort in; the process needs some 300 MB besides.
+            memory: bytes to sort in, besides what Python and its packages take.
             progress: whether to show a bar on stderr; by default if that is a terminal.
 
         Raises:
-            StoreError: nothing recorded, a damaged shard, no room on the disk (it needs some 16
-                bytes for each active feature of each token, of which a third stays), or another
-                process is at it.
+            StoreError: nothing recorded, a damaged shard, no room on the disk (while it is built,
+                all postings lie there unsorted besides), or another process is at it.
         """
         self.refresh()
         if not self.shards:
@@ -275,7 +277,8 @@ class FeatureStore:
         Args:
             feature: its id.
             quantiles: 0 (its weakest act) to 1 (its strongest).
-            n: tokens a quantile: those nearest to it in rank.
+            n: tokens a quantile: those nearest to it in rank. Up to 16 at the quantiles named by
+                default take milliseconds; others may take the reading of thousands of row groups.
             context: tokens to show before and after; a pair if they differ.
 
         Returns:
@@ -291,7 +294,7 @@ class FeatureStore:
         count = int(self._index.counts[feature])
         found = {}
         for quantile in quantiles:
-            start = round((1 - quantile) * (count - 1)) - n // 2
+            start = rank_at(quantile, count) - n // 2
             start = max(0, min(start, count - n))
             found[float(quantile)] = hits(
                 self._reader, self._index, feature, (start, start + n), context
@@ -320,8 +323,9 @@ class FeatureStore:
         Args:
             feature: its id.
             n: how many, at most.
-            tokens: of the feature's tokens, how many to look at: spread evenly over its acts, the
-                same ones every time. All of them where it has fewer.
+            tokens: of the feature's tokens, how many to look at: spread evenly over its acts (over
+                the levels of the index, see `levels`), the same ones every time. All of them where
+                it has fewer.
 
         Raises:
             FeatureIdError, StoreError: as of `top_tokens`.
@@ -329,8 +333,7 @@ class FeatureStore:
         feature = self._checked(feature)
         count = int(self._index.counts[feature])
         ranks = np.unique(np.linspace(0, count - 1, min(tokens, count)).astype(np.int64))
-        places = self._places(feature, ranks)
-        found = companions(self._reader, [self._reader.find(*place) for place in places])
+        found = companions(self._reader, self._index.spread(feature, ranks))
         return [each for each in found if each.feature != feature][:n]
 
     # --- questions about tokens ------------------------------------------------------------------
@@ -426,14 +429,3 @@ class FeatureStore:
 
     def _checked(self, feature: int) -> int:
         return int(check_feature_ids([feature], self.num_features)[0])
-
-    def _places(self, feature: int, ranks: Array) -> list[tuple[int, int]]:
-        """document and position of a feature's tokens by rank; ranks rising."""
-        found: list[tuple[int, int]] = []
-        for block in np.split(ranks, np.flatnonzero(np.diff(ranks // postings.ROW_GROUP)) + 1):
-            if len(block):
-                start = int(block[0])
-                _, document, position = self._index.read(feature, start, int(block[-1]) + 1)
-                at = block - start
-                found += zip(document[at].tolist(), position[at].tolist(), strict=True)
-        return found

@@ -3,9 +3,9 @@
 Room   shards -> index/<generation>/: postings-<n>.parquet, features.parquet, index.json.
 How    An external sort in two steps, each of bounded memory and made of files that appear whole, so
        that a killed build goes on where it was. Runs: some shards' postings, grouped by feature.
-       Parts: a range of features of all runs, sorted. index.json comes last; without it there is no
-       index. The generation's name follows from the shards' names and sizes, so an index of other
-       shards is never taken for this one's.
+       Parts: a range of features of all runs, sorted, each feature's ranks then put into its
+       levels. index.json comes last; without it there is no index. The generation's name follows
+       from the shards' names and sizes, so an index of other shards is never taken for this one's.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from hf_switch_sae.store.files import (
     write_parquet,
     written_whole,
 )
+from hf_switch_sae.store.levels import Levels
 from hf_switch_sae.store.postings import FEATURES, FOLDER, POSTINGS, ROW_GROUP, VERSION
 from hf_switch_sae.store.shards import Array, Shard, ShardReader, TokenRows
 
@@ -39,8 +40,7 @@ _MAX_SPAN = 1 << 16  # features of one part: 16 bits of its sort key
 _ENCODINGS = {
     "feature": "DELTA_BINARY_PACKED",
     "act": "PLAIN",
-    "document": "DELTA_BINARY_PACKED",
-    "position": "DELTA_BINARY_PACKED",
+    "token_row": "DELTA_BINARY_PACKED",
 }
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +59,7 @@ def build(store: Path, reader: ShardReader, memory: int, progress: Progress) -> 
     Args:
         store: the store's folder.
         reader: of its shards.
-        memory: bytes to sort in; the process needs some 300 MB besides.
+        memory: bytes to sort in, besides what Python and its packages take.
         progress: told how far it is.
 
     Raises:
@@ -72,7 +72,7 @@ def build(store: Path, reader: ShardReader, memory: int, progress: Progress) -> 
                 _remove_unfinished(other)
         if not (folder / "index.json").exists():
             limit = max(ROW_GROUP, memory // _BYTES_A_POSTING)
-            _remove_if_of_another_limit(folder, limit)
+            _remove_if_made_otherwise(folder, limit)
             remove_leftovers(folder)
             runs = _write_runs(folder, reader, limit, progress)
             _write_parts(folder, reader, runs, limit, progress)
@@ -103,12 +103,13 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _remove_if_of_another_limit(folder: Path, limit: int) -> None:
+def _remove_if_made_otherwise(folder: Path, limit: int) -> None:
     """Parts of one limit end elsewhere than those of another, so they can't be mixed."""
     run = folder / "runs" / "run-000000.bin"
     if run.exists():
         with run.open("rb") as file:
-            if json.loads(file.readline())["limit"] == limit:
+            head = json.loads(file.readline())
+            if (head.get("version"), head["limit"]) == (VERSION, limit):
                 return
     if folder.exists():
         shutil.rmtree(folder)
@@ -122,7 +123,7 @@ class _Run:
     """Postings of some consecutive rows, grouped by feature, rows in order within each.
 
     A file is a line of JSON, then offsets int64 [F + 1], sums float64 [F], then act (float16 bits)
-    uint16, document (less `base`) uint32 and position uint32, each [postings].
+    uint16 and row of the token (less `base`, that of the run's first) uint32, each [postings].
     """
 
     path: Path
@@ -133,6 +134,7 @@ class _Run:
     stop: tuple[int, int]
     limit: int
     tokens: int
+    version: int
 
     @classmethod
     def open(cls, path: Path, num_features: int) -> _Run:
@@ -142,13 +144,13 @@ class _Run:
             sums = np.fromfile(file, np.float64, num_features)
             return cls(path, file.tell(), offsets, sums, **{**head, "stop": tuple(head["stop"])})
 
-    def read(self, first: int, last: int) -> tuple[Array, Array, Array, Array]:
-        """feature, act bits, document, position of the postings of features first to last."""
+    def read(self, first: int, last: int) -> tuple[Array, Array, Array]:
+        """feature, act bits, token row of the postings of features first to last."""
         low, high, total = (int(self.offsets[i]) for i in (first, last + 1, -1))
         with self.path.open("rb") as file:
             columns = []
             at = self.start
-            for dtype in (np.uint16, np.uint32, np.uint32):
+            for dtype in (np.uint16, np.uint32):
                 size = np.dtype(dtype).itemsize
                 file.seek(at + low * size)
                 columns.append(np.fromfile(file, dtype, high - low))
@@ -156,8 +158,8 @@ class _Run:
         feature = np.repeat(
             np.arange(first, last + 1), np.diff(self.offsets[first : last + 2])
         ).astype(np.uint32)
-        bits, document, position = columns
-        return feature, bits, document.astype(np.int64) + self.base, position.astype(np.int32)
+        bits, row = columns
+        return feature, bits, row.astype(np.int64) + self.base
 
 
 def _write_runs(folder: Path, reader: ShardReader, limit: int, progress: Progress) -> list[_Run]:
@@ -172,7 +174,8 @@ def _write_runs(folder: Path, reader: ShardReader, limit: int, progress: Progres
         run = _Run.open(path, num_features) if path.exists() else None
         if run is None:
             blocks, cursor = _gather(reader, cursor, limit)
-            _write_run(path, blocks, cursor, limit, num_features)
+            head = {"base": sum(run.tokens for run in runs), "stop": cursor, "limit": limit}
+            _write_run(path, blocks, head, num_features)
             del blocks
             run = _Run.open(path, num_features)
         runs.append(run)
@@ -199,7 +202,7 @@ def _gather(
 
 
 def _write_run(
-    path: Path, blocks: list[TokenRows], stop: tuple[int, int], limit: int, num_features: int
+    path: Path, blocks: list[TokenRows], head: dict[str, Any], num_features: int
 ) -> None:
     ids = np.concatenate([block.ids for block in blocks] or [np.empty(0, np.int64)])
     counts = np.bincount(ids, minlength=num_features)
@@ -217,23 +220,15 @@ def _write_run(
     filled = counts > 0
     if filled.any():
         sums[filled] = np.add.reduceat(acts, offsets[:-1][filled], dtype=np.float64)
-    tokens = sum(map(len, blocks))
-    base = int(blocks[0].document[0]) if tokens else 0
-    head = {"base": base, "stop": stop, "limit": limit, "tokens": tokens}
+    lengths = np.concatenate([np.diff(block.offsets) for block in blocks] or [counts[:0]])
+    if len(lengths) >= 1 << 32:
+        raise StoreError(f"{path}: too many tokens without features for one run.")
+    row = np.repeat(np.arange(len(lengths), dtype=np.uint32), lengths)[order]
+    head = {**head, "tokens": len(lengths), "version": VERSION}
     with written_whole(path) as file:
         file.write(f"{json.dumps(head)}\n".encode())
-        for part in (offsets, sums, acts.view(np.uint16)):
+        for part in (offsets, sums, acts.view(np.uint16), row):
             file.write(part.tobytes())
-        del acts
-        for name in ("document", "position"):
-            values = [
-                np.repeat(getattr(block, name), np.diff(block.offsets)) - (base * (name[0] == "d"))
-                for block in blocks
-            ]
-            joined = np.concatenate(values or [np.empty(0, np.int64)])
-            if len(joined) and joined.max() >= 1 << 32:
-                raise StoreError(f"{path}: the documents of these shards lie too far apart.")
-            file.write(joined.astype(np.uint32)[order].tobytes())
 
 
 # --- parts --------------------------------------------------------------------------------------
@@ -247,26 +242,32 @@ class _Part:
     last: int
     low: int = 0
     high: int = 0xFFFF
+    rank: int = 0
+    """Of its first posting in its first feature."""
 
 
 def _write_parts(
     folder: Path, reader: ShardReader, runs: list[_Run], limit: int, progress: Progress
 ) -> None:
     parts = _plan(runs, reader.layout.num_features, limit)
+    counts, sums = _totals(runs, reader.layout.num_features)
     listed = []
     for number, part in enumerate(parts):
         path = folder / f"postings-{number:06}.parquet"
         if not path.exists():
-            write_parquet(path, POSTINGS, _sorted(runs, part), ROW_GROUP, _ENCODINGS, [])
+            write_parquet(path, POSTINGS, _sorted(runs, part, counts), ROW_GROUP, _ENCODINGS, [])
         listed.append([path.name, read_footer(path).num_rows])
         progress("sorting features", number + 1, len(parts))
-    counts, sums = _totals(runs, reader.layout.num_features)
-    _write_features(folder, counts, sums, listed)
+    if not (folder / "features.parquet").exists():
+        _write_features(folder, counts, sums, listed)
     index = {
         "version": VERSION,
         "num_tokens": sum(run.tokens for run in runs),
         "num_postings": int(counts.sum()),
-        "shards": [[shard.path.name, shard.size] for shard in reader.shards],
+        "shards": [
+            [shard.path.name, shard.size, reader.num_rows(at)]
+            for at, shard in enumerate(reader.shards)
+        ],
         "parts": listed,
     }
     with written_whole(folder / "index.json") as file:
@@ -307,16 +308,16 @@ def _split(runs: list[_Run], feature: int, limit: int) -> list[_Part]:
     histogram = np.zeros(1 << 16, np.int64)
     for run in runs:
         histogram += np.bincount(run.read(feature, feature)[1], minlength=1 << 16)
-    parts, high, total = [], 0xFFFF, 0
+    parts, high, total, rank = [], 0xFFFF, 0, 0
     for bits in np.flatnonzero(histogram)[::-1].tolist():
         if total and total + histogram[bits] > limit:
-            parts.append(_Part(feature, feature, bits + 1, high))
-            high, total = bits, 0
+            parts.append(_Part(feature, feature, bits + 1, high, rank))
+            high, total, rank = bits, 0, rank + total
         total += int(histogram[bits])
-    return [*parts, _Part(feature, feature, 0, high)]
+    return [*parts, _Part(feature, feature, 0, high, rank)]
 
 
-def _sorted(runs: list[_Run], part: _Part) -> Iterator[pa.Table]:
+def _sorted(runs: list[_Run], part: _Part, counts: Array) -> Iterator[pa.Table]:
     """The postings of a part in their order, some row groups at a time."""
     pieces = []
     for run in runs:
@@ -325,25 +326,32 @@ def _sorted(runs: list[_Run], part: _Part) -> Iterator[pa.Table]:
             inside = (columns[1] >= part.low) & (columns[1] <= part.high)
             columns = tuple(column[inside] for column in columns)  # type: ignore[assignment]
         pieces.append(columns)
-    feature, bits, document, position = (
-        np.concatenate([piece[i] for piece in pieces]) for i in range(4)
-    )
+    feature, bits, row = (np.concatenate([piece[i] for piece in pieces]) for i in range(3))
     del pieces
     key = (feature - np.uint32(part.first)).astype(np.uint64) << np.uint64(48)
     key |= (np.uint16(0xFFFF) - bits).astype(np.uint64) << np.uint64(32)
-    # the place in the runs breaks ties by document and position, as runs are in their order
+    # the place in the runs breaks ties by row, as runs are in order of rows
     key |= np.arange(len(key), dtype=np.uint64)
     del feature, bits
     key.sort()
-    for at in range(0, len(key), 16 * ROW_GROUP):
-        some = key[at : at + 16 * ROW_GROUP]
-        order = (some & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        acts = np.uint16(0xFFFF) - ((some >> np.uint64(32)) & np.uint64(0xFFFF)).astype(np.uint16)
+    row = row[(key & np.uint64(0xFFFFFFFF)).astype(np.uint32)]
+    bits = np.uint16(0xFFFF) - (key >> np.uint64(32)).astype(np.uint16)
+    feature = (key >> np.uint64(48)).astype(np.int32) + part.first
+    del key
+    exact = np.ones(len(row), bool)
+    here = np.bincount(feature - part.first, minlength=part.last - part.first + 1)
+    stops = np.cumsum(here)
+    for i in np.flatnonzero(here).tolist():
+        segment = slice(int(stops[i] - here[i]), int(stops[i]))
+        levels = Levels(int(counts[part.first + i]), part.rank, part.rank + int(here[i]))
+        exact[segment] = levels.arrange(bits[segment], row[segment])
+    for at in range(0, len(row), 16 * ROW_GROUP):
+        some = slice(at, at + 16 * ROW_GROUP)
         table = {
-            "feature": ((some >> np.uint64(48)).astype(np.int32) + part.first).astype(np.int32),
-            "act": acts.view(np.float16),
-            "document": document[order],
-            "position": position[order],
+            "feature": feature[some].astype(np.int32),
+            "act": bits[some].view(np.float16),
+            "exact": exact[some],
+            "token_row": row[some],
         }
         yield pa.table({k: pa.array(v) for k, v in table.items()}, schema=POSTINGS)
 

@@ -1,35 +1,45 @@
 """The finished index, as it lies on disk and as queries read it.
 
-Room   a feature and a range of ranks -> acts, documents, positions, from a few row groups.
-Format postings: feature int32, act float16, document int64, position int32; by feature, then act
-       descending, then document and position; over all files, in the order of their names. Row
-       groups have 65 536 rows.
+Room   a feature and a range of ranks -> acts and places (shard, row), from a few row groups.
+Format postings: feature int32; act float16; exact bool, whether that is the token's own act, or the
+       smallest of its level; token_row int64, the token's row in the store, its shards read one
+       after the other, from 0. By feature, then in the order of `levels`, over all files, in the
+       order of their names; a feature that two files share lies in each as if the other were not
+       there. Row groups have 65 536 rows.
        features: feature int32, count int64, max_act float32, mean_act float32; one row a feature.
+       index.json: version, counts, [name, bytes, tokens] of the shards, [name, rows] of the files.
+Beware Acts that are not exact are read from the shards, for a whole level at a time.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from hf_switch_sae.errors import StoreError
 from hf_switch_sae.store.files import read_footer, read_row_groups
-from hf_switch_sae.store.shards import Array
+from hf_switch_sae.store.levels import Levels
+from hf_switch_sae.store.shards import Array, ShardReader
+
+Place = tuple[int, int]
+"""Number of a shard, and row in it."""
 
 FOLDER = "index"
-VERSION = 1
+VERSION = 2
 ROW_GROUP = 65_536
 POSTINGS = pa.schema(
     [
         ("feature", pa.int32()),
         ("act", pa.float16()),
-        ("document", pa.int64()),
-        ("position", pa.int32()),
+        ("exact", pa.bool_()),
+        ("token_row", pa.int64()),
     ]
 )
 FEATURES = pa.schema(
@@ -45,63 +55,164 @@ FEATURES = pa.schema(
 class Index:
     """A finished index: counts of all features in memory, postings read where they are asked for.
 
+    Args:
+        folder: where it lies.
+        reader: of the shards it was built from.
+
     Raises:
         StoreError: it is damaged, or of another version.
     """
 
-    def __init__(self, folder: Path, num_features: int) -> None:
-        self.folder = folder
+    version = VERSION
+    schema = POSTINGS
+
+    def __init__(self, folder: Path, reader: ShardReader) -> None:
+        self.folder, self._reader = folder, reader
+        index = read_listing(folder)
         try:
-            index = json.loads((folder / "index.json").read_bytes())
-            version, self.num_tokens = index["version"], int(index["num_tokens"])
+            self.num_tokens = int(index["num_tokens"])
             self.num_postings = int(index["num_postings"])
             parts = [(str(name), int(rows)) for name, rows in index["parts"]]
-        except (OSError, ValueError, KeyError, TypeError) as err:
-            raise StoreError(
-                f"{folder / 'index.json'} is damaged ({err}): delete {folder} and call "
-                "store.index() again."
-            ) from err
-        if version != VERSION:
-            raise StoreError(
-                f"{folder} is an index of version {version}, and this package reads {VERSION}: "
-                "delete it and call store.index() again."
-            )
+            self._read_shards(index["shards"])
+        except (ValueError, KeyError, TypeError) as err:
+            raise damaged(folder, err) from err
         path = folder / "features.parquet"
         footer = read_footer(path)
         names = ["count", "max_act", "mean_act"]
         table = read_row_groups(path, footer, list(range(footer.num_row_groups)), names)
         self.counts, self.max_act, self.mean_act = (table[name].to_numpy() for name in names)
-        if len(self.counts) != num_features or int(self.counts.sum()) != self.num_postings:
+        fits = len(self.counts) == reader.layout.num_features
+        if not fits or int(self.counts.sum()) != self.num_postings:
             raise StoreError(f"{path} does not fit its index: delete {folder} and build it again.")
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._parts = [name for name, _ in parts]
         self._begins = np.concatenate([[0], np.cumsum([rows for _, rows in parts])]).tolist()
         self._footer = lru_cache(maxsize=256)(lambda part: read_footer(folder / self._parts[part]))
 
-    def read(self, feature: int, start: int, stop: int) -> tuple[Array, Array, Array]:
-        """act, document, position of a feature's tokens of ranks start to stop, strongest first.
+    def _read_shards(self, shards: list[Any]) -> None:
+        self._shard_starts = np.concatenate([[0], np.cumsum([rows for _, _, rows in shards])])
 
-        Ranks beyond the feature's last are left out.
+    def ranked(self, feature: int, start: int, stop: int) -> tuple[Array, list[Place]]:
+        """Acts and places of a feature's tokens of ranks start to stop, strongest first.
+
+        Of equal acts the earlier token comes first. Ranks beyond the last are left out.
         """
-        begin = int(self.starts[feature])
-        low, high = begin + start, begin + min(stop, int(self.counts[feature]))
-        tables = []
+        acts, rows = [np.empty(0, np.float16)], [np.empty(0, np.int64)]
+        for part, levels in self._segments(feature, start, stop):
+            low, high = max(start, levels.start), min(stop, levels.stop)
+            found, order = [], []
+            pinned = levels.pinned[(levels.pinned >= low) & (levels.pinned < high)]
+            if len(pinned):
+                at = levels.stored_at(pinned)
+                columns = self._rows(feature, part, levels, int(at[0]), int(at[-1]) + 1)
+                found.append(columns)
+                order.append(pinned)
+            overlaps = (levels.edges[:, 0] < high) & (levels.edges[:, 1] > low)
+            for level in np.flatnonzero(overlaps).tolist():
+                members = levels.members(level)
+                inside = (members >= low) & (members < high)
+                if inside.any():
+                    columns = self._level(feature, part, levels, level)
+                    found.append((columns[0][inside], columns[1][inside]))
+                    order.append(members[inside])
+            by_rank = np.argsort(np.concatenate(order))
+            acts.append(np.concatenate([each[0] for each in found])[by_rank])
+            rows.append(np.concatenate([each[1] for each in found])[by_rank])
+        return np.concatenate(acts), self._places(np.concatenate(rows))
+
+    def spread(self, feature: int, ranks: Array) -> list[Place]:
+        """Places of a feature's tokens of about these ranks, [n] rising: of their levels."""
+        rows = [np.empty(0, np.int64)]
+        for part, levels in self._segments(feature, 0, int(self.counts[feature])):
+            mine = ranks[(ranks >= levels.start) & (ranks < levels.stop)]
+            at = np.sort(levels.stored_at(mine))
+            # a row group at a time
+            begin = self._begin(feature, part)
+            for block in np.split(at, np.flatnonzero(np.diff((begin + at) // ROW_GROUP)) + 1):
+                if len(block):
+                    low, high = int(block[0]), int(block[-1]) + 1
+                    rows.append(self._rows(feature, part, levels, low, high)[1][block - low])
+        return self._places(np.concatenate(rows))
+
+    def _segments(self, feature: int, start: int, stop: int) -> Iterator[tuple[int, Levels]]:
+        """The files with some of these ranks, and how the feature lies in each."""
+        begin, count = int(self.starts[feature]), int(self.counts[feature])
+        low, high = begin + start, begin + min(stop, count)
         while low < high:
             part = bisect_right(self._begins, low) - 1
-            end = min(high, self._begins[part + 1])
-            tables.append(self._read(part, low - self._begins[part], end - self._begins[part]))
-            low = end
-        table = pa.concat_tables(tables) if tables else POSTINGS.empty_table()
-        if len(table) and not (table["feature"].to_numpy() == feature).all():
-            raise StoreError(
-                f"{self.folder} does not fit its features.parquet: delete it and call "
-                "store.index() again."
-            )
-        names = ("act", "document", "position")
-        return tuple(table[name].to_numpy() for name in names)
+            first = max(begin, self._begins[part])
+            last = min(begin + count, self._begins[part + 1])
+            yield part, Levels(count, first - begin, last - begin)
+            low = last
+
+    def _begin(self, feature: int, part: int) -> int:
+        """Where a feature begins in a file."""
+        return max(0, int(self.starts[feature] - self._begins[part]))
+
+    def _rows(
+        self, feature: int, part: int, levels: Levels, start: int, stop: int
+    ) -> tuple[Array, Array]:
+        """Acts and token rows that a file has of a feature, from `start` to `stop` as stored."""
+        begin = self._begin(feature, part)
+        table = self._read(part, begin + start, begin + stop)
+        acts, rows, exact = (table[name].to_numpy() for name in ("act", "token_row", "exact"))
+        pinned = np.arange(start, stop) < len(levels.pinned)
+        if not (table["feature"].to_numpy() == feature).all() or (exact != pinned).any():
+            raise self._unfit("its features.parquet")
+        return acts, rows
+
+    def _level(self, feature: int, part: int, levels: Levels, level: int) -> tuple[Array, Array]:
+        """Acts and token rows of a level, in exact order."""
+        floors, rows = self._rows(feature, part, levels, *levels.begins[level].tolist())
+        rows = np.sort(rows)
+        acts = np.empty(len(rows), np.float16)
+        for shard, inside in self._by_shard(rows):
+            here = rows[inside] - self._shard_starts[shard]
+            acts[inside] = self._reader.acts_of(shard, here, feature)
+        if acts.min() != floors[0]:
+            raise self._unfit("the shards")
+        order = np.lexsort((rows, -acts))
+        return acts[order], rows[order]
+
+    def _by_shard(self, rows: Array) -> Iterator[tuple[int, slice]]:
+        """The shards that rows, rising, lie in, and which of them."""
+        cuts = np.searchsorted(rows, self._shard_starts)
+        for shard in np.flatnonzero(np.diff(cuts)).tolist():
+            yield shard, slice(int(cuts[shard]), int(cuts[shard + 1]))
+
+    def _places(self, rows: Array) -> list[Place]:
+        shards = np.searchsorted(self._shard_starts, rows, side="right") - 1
+        within = rows - self._shard_starts[shards]
+        return list(zip(shards.tolist(), within.tolist(), strict=True))
 
     def _read(self, part: int, start: int, stop: int) -> pa.Table:
         groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
         path = self.folder / self._parts[part]
-        table = read_row_groups(path, self._footer(part), list(groups), POSTINGS.names)
+        table = read_row_groups(path, self._footer(part), list(groups), self.schema.names)
         return table.slice(start - groups.start * ROW_GROUP, stop - start)
+
+    def _unfit(self, what: str) -> StoreError:
+        return StoreError(
+            f"{self.folder} does not fit {what}: delete it and call store.index() again."
+        )
+
+
+def read_listing(folder: Path) -> dict[str, Any]:
+    """What an index's index.json says.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+        index["version"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise damaged(folder, err) from err
+    return dict(index)
+
+
+def damaged(folder: Path, err: Exception) -> StoreError:
+    """What to raise of an index.json that lacks something."""
+    return StoreError(
+        f"{folder / 'index.json'} is damaged ({err}): delete {folder} and call store.index() again."
+    )

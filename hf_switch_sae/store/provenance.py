@@ -39,7 +39,8 @@ Sparse activations of a Switch SAE, token by token, written by
 hf_switch_sae. `store.json` says of which SAE, language
 model and text. `ids` count within the token's `expert` where there is such a column: the feature is
 `expert * {features_per_expert} + id`. `load_dataset(folder, "tokens")` reads the tokens, and
-`load_dataset(folder, "postings")` the inverted index.
+`load_dataset(folder, "postings")` the inverted index, in which `token_row` is the row in `tokens`.
+`act` is that row's own where `exact` is true, else the smallest of some tokens with acts alike.
 """
 # What a thing is called or where it lay tells nothing if the thing itself is the same.
 _NAMES = {"sae": ("name", "revision"), "lm": ("name", "revision"), "tokenizer": ("name",)}
