@@ -30,6 +30,7 @@ from hf_switch_sae.convert import llama_scope
 from hf_switch_sae.convert.registry import weight_folders
 from hf_switch_sae.convert.source import check_inside, open_source
 from hf_switch_sae.errors import HubError
+from hf_switch_sae.files import written_beside
 from hf_switch_sae.hub_errors import plain_hub_errors
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.recipe import Recipe
@@ -269,9 +270,8 @@ def _write_card(folder: Path, repo_id: str) -> None:
     card, readme = render_card(folder, repo_id), folder / "README.md"
     if readme.exists() and readme.read_text(encoding="utf-8") == card:
         return
-    beside = folder / ".README.md.partial"
-    beside.write_text(card, encoding="utf-8")
-    beside.replace(readme)
+    with written_beside(readme) as beside:
+        beside.write_text(card, encoding="utf-8")
 
 
 def _validate(readme: Path, repo_id: str) -> None:

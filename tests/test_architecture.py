@@ -16,6 +16,7 @@ EACH_MODULE = pytest.mark.parametrize("module", MODULES, ids=NAMES)
 FLOOR = {
     "errors": 0,
     "precision": 0,
+    "files": 0,
     "features": 1,
     "losses": 1,
     "ops": 1,

@@ -19,6 +19,7 @@ from hf_switch_sae import (
     SwitchSAE,
     convert,
     export,
+    fingerprint,
     inspect,
     load_all,
 )
@@ -579,3 +580,15 @@ def test_parity_is_not_fooled_by_a_conversion_in_which_nothing_fires(tmp_path):
     change(folder / "params.npz", lambda t: t.update(threshold=t["threshold"] + 100))
     done = convert(folder)
     assert done.parity.l0 >= 0.5  # the vectors were made long enough
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("gpt2", "transformer.h.2"), ("llama", "model.layers.2"), ("t5", None), (None, None)],
+)
+def test_saelens_is_told_the_module_where_the_language_model_tells_it(tmp_path, kind, name):
+    more = {} if kind is None else {"base_model_fingerprint": fingerprint(getattr(tiny, kind)())}
+    export(make("plain_topk", hookpoint="layers.2.resid_post", **more), tmp_path / "s", "saelens")
+    metadata = json.loads((tmp_path / "s" / "cfg.json").read_text())["metadata"]
+    assert metadata.get("hf_hook_name") == name
+    assert SwitchSAE.from_pretrained(tmp_path / "s").config.hookpoint == "layers.2.resid_post"

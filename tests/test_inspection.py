@@ -149,7 +149,7 @@ def test_a_front_matter_that_is_no_yaml_is_an_error(release, tmp_path):
 
 
 def test_hidden_files_are_not_part_of_a_release(tmp_path):
-    for name in (".env", ".cache/key", "sae/.config.json.partial", "sae/config.json"):
+    for name in (".env", ".cache/key", "sae/.tmp-host-1-0123abcd", "sae/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / ".gitattributes").write_text("")

@@ -111,14 +111,13 @@ class DenseWeights:
 
 
 def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write .safetensors, .pt and .json files, each beside its place and renamed into it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write .safetensors, .pt and .json files into a new folder."""
+    folder.mkdir(parents=True)
     for name, content in files.items():
-        beside = folder / f".{name}.partial"
+        file = folder / name
         if name.endswith(".safetensors"):
-            save_file({key: value.contiguous() for key, value in content.items()}, beside)
+            save_file({key: value.contiguous() for key, value in content.items()}, file)
         elif name.endswith(".pt"):
-            torch.save(dict(content), beside)
+            torch.save(dict(content), file)
         else:
-            beside.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
-        beside.replace(folder / name)
+            file.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")

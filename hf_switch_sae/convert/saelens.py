@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
+from hf_switch_sae.base_model import block_path
+from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.convert.dense import DenseWeights, keep_above, keep_topk, write_checkpoint
 from hf_switch_sae.convert.foreign import Foreign, Given, Plain, described, integer
 from hf_switch_sae.convert.places import (
@@ -212,7 +215,7 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     metadata = {
         "model_name": c.base_model,
         "hook_name": to_transformer_lens(c.hookpoint),
-        "hf_hook_name": _module_of(c.hookpoint),
+        "hf_hook_name": _module_of(c),
         "hf_revision": c.base_model_revision,
     }
     cfg: dict[str, Any] = {
@@ -232,9 +235,19 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     return dense.notes
 
 
-def _module_of(hookpoint: str | None) -> str | None:
-    """The module whose output the SAE reads; None for an input, which SAELens can't name so."""
-    if hookpoint is None or not hookpoint.endswith(".resid_post"):
+def _module_of(config: SwitchSAEConfig) -> str | None:
+    """The module of the language model whose output the SAE reads, where that is known.
+
+    None for an input too, which SAELens can't name so.
+    """
+    hookpoint, print_of = config.hookpoint or "", config.base_model_fingerprint or {}
+    if not hookpoint.endswith(".resid_post"):
         return None
     layer = layer_of(hookpoint)
-    return f"model.layers.{layer[0]}" if layer else hookpoint.removesuffix(".resid_post")
+    if layer is None:
+        return hookpoint.removesuffix(".resid_post")
+    block, kind = block_path(print_of, layer[0]), str(print_of.get("model_type"))
+    if block is None or kind not in CONFIG_MAPPING:
+        return None
+    lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[kind], None)
+    return None if lm is None else f"{lm.base_model_prefix}.{block}"
