@@ -147,6 +147,8 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Where these weights were taken from: `repo` or `folder`, `revision` (the commit), `path`.
 
     And, of a checkpoint that was converted, its `format` and what its files said of its origin.
+    Once that is published and loaded from its new place, this is the new place, and all that was
+    here is `taken_from` in it.
     """
 
     metrics: dict[str, Any] | None = None

@@ -93,9 +93,7 @@ def push(
     if not saes_in(folder):
         raise HubError(f"there is no SAE in {folder}: no config.json of one in it or below.")
     api = HfApi(token=token)
-    if "/" not in repo_id:
-        with plain_hub_errors(repo_id, "find out whose"):
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
+    repo_id = _with_owner(api, repo_id)
     for name, recipe in (recipes or {}).items():
         (folder / "recipes").mkdir(exist_ok=True)
         recipe.save(folder / _recipe_path(name))
@@ -211,12 +209,13 @@ def push_recipe(recipe: Recipe, repo_id: str, name: str, token: str | None = Non
     Raises:
         HubError: a name that is no file name, or the Hub refuses or can't be reached.
     """
-    path = _recipe_path(name)
+    path, api = _recipe_path(name), HfApi(token=token)
+    repo_id = _with_owner(api, repo_id)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.json"
         recipe.save(file)
         with plain_hub_errors(repo_id, "push to"):
-            done = HfApi(token=token).upload_file(
+            done = api.upload_file(
                 path_or_fileobj=file,
                 path_in_repo=path,
                 repo_id=repo_id,
@@ -244,6 +243,14 @@ def check_outside(name: str) -> bool:
     """Whether a file's name in a repository leads out of the folder it is written to."""
     parts = name.replace("\\", "/").split("/")
     return name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "" in parts
+
+
+def _with_owner(api: HfApi, repo_id: str) -> str:
+    """A repository's name; without an owner it is the user's own."""
+    if "/" in repo_id:
+        return repo_id
+    with plain_hub_errors(repo_id, "find out whose"):
+        return f"{api.whoami()['name']}/{repo_id}"
 
 
 def _recipe_path(name: str) -> str:

@@ -250,9 +250,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         own, so that the map can spread them over devices, CPU and disk; only the routed ones are
         then brought in.
 
-        A checkpoint of another project (`convert.FORMATS`) is told by its files and converted;
-        `config.source` says from what. What its files don't tell is passed too: `k`, `layer`,
-        `hookpoint` and the other fields of `convert.Given`; `subfolder` may name a single file.
+        A checkpoint of another project is told by its files and converted; `config.source` says
+        from what. What its files don't tell is passed too: `k`, `layer`, `hookpoint` and what else
+        `from hf_switch_sae.convert import Given` has; `subfolder` may name a single file.
 
         Raises:
             OSError: there is no SAE at that address, or it can't be reached.

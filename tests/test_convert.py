@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from hf_switch_sae.convert.foreign import Given
 from hf_switch_sae.convert.parity import compare
 from hf_switch_sae.convert.source import open_source
 from hf_switch_sae.convert.sparsify import read as read_sparsify
+from hf_switch_sae.convert.tensors import read_tensors
 
 EACH_LAYOUT = pytest.mark.parametrize("name", LAYOUTS)
 
@@ -368,6 +370,24 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, name):
     torch.save({**torch.load(file, weights_only=True), "x": Malicious(marker)}, file)
     assert_refused(tmp_path, folder, options, "nothing was executed")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["openai", "gemma_scope"])
+def test_whatever_is_damaged_in_a_file_is_an_error_of_ours(tmp_path, name):
+    file = stored_in(LAYOUTS[name](tmp_path)[0])
+    whole, chance = file.read_bytes(), random.Random(0)
+    starts = [whole.find(b"pre_bias"), 0, len(whole) - 400]  # the pickle, the head, the listing
+    refused = 0
+    for _ in range(300):
+        data, start = bytearray(whole), max(0, chance.choice(starts) - 40)
+        for _ in range(3):
+            data[min(len(data) - 1, start + chance.randrange(200))] = chance.randrange(256)
+        file.write_bytes(data)
+        try:
+            read_tensors(file)
+        except ConversionError:
+            refused += 1
+    assert refused > 100
 
 
 def test_pickled_code_in_an_npz_is_refused_and_not_run(tmp_path):

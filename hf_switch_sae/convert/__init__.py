@@ -4,9 +4,15 @@
     convert("google/gemma-scope-2b-pt-res", "folder", subfolder="layer_20/width_16k/average_l0_71")
     export(sae, "folder", format="saelens")
 
+Beside these two, `from hf_switch_sae.convert import FORMATS, EXPORTS, Given` tells what can be
+read, written and passed.
+
 A conversion is exact or refused. Nothing is guessed: what the files don't tell is an error that
 names the argument to pass. Every conversion can be held against its format's own arithmetic,
 written out by hand on the file's own tensors (`parity`).
+
+Beware `hf_switch_sae.convert` is the function, and hides this package: `hf_switch_sae.convert.X`
+       is an AttributeError where `from hf_switch_sae.convert import X` works.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_me
 def recognizes(source: Source) -> bool:
     """By the only .pt file, with a `pre_bias` in it."""
     files = source.weight_files(".pt")
-    return len(files) == 1 and "pre_bias" in source.tensors(files[0])
+    return len(files) == 1 and "pre_bias" in source.names(files[0])
 
 
 def read(source: Source, given: Given) -> Foreign:

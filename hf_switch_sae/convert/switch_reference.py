@@ -40,7 +40,7 @@ def recognizes(source: Source) -> bool:
     return (
         kind in ("SwitchAutoEncoder", "MoEAutoEncoder")
         or "switch" in str(kind).lower()
-        or (kind is None and "decoder" in source.tensors(WEIGHTS))
+        or (kind is None and "decoder" in source.names(WEIGHTS))
     )
 
 
