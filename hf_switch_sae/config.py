@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from hf_switch_sae.errors import ConfigError
+from hf_switch_sae.input_norm import InputNorm
 
 Activation = Literal["topk", "batch_topk", "jumprelu", "relu"]
 
@@ -110,6 +111,12 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     batch_topk: in training the k * num_tokens largest of the batch, else those above `threshold`.
     jumprelu: those above their own `threshold`; of them at most k, if k is given.
     relu: all that are positive; of them at most k, if k is given.
+    """
+
+    input_norm: InputNorm = "none"
+    """How each token is normalized before the router and the encoder see it; see `input_norm.py`.
+
+    layer_norm: less its own mean, over its own standard deviation. constant_norm: to one length.
     """
 
     encoder_bias: bool = False

@@ -47,9 +47,10 @@ class SAESummary:
         if not c:
             return f"{self.path or '.'}: {self.format}"
         k = "" if c.get("k") is None else f", k = {c['k']}"
+        norm = "" if c.get("input_norm", "none") == "none" else f", {c['input_norm']}"
         lines = [
             f"{self.path or '.'}: {c.get('num_features')} features in {c.get('num_experts')} "
-            f"expert(s), {c.get('activation')}{k}, at {c.get('hookpoint')}",
+            f"expert(s), {c.get('activation')}{k}{norm}, at {c.get('hookpoint')}",
             f"  base model: {c.get('base_model')} {c.get('base_model_revision') or ''}".rstrip(),
         ]
         source = dict(c.get("source") or {})

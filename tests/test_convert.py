@@ -40,7 +40,7 @@ def vectors(n: int = 64) -> torch.Tensor:
 
 def reconstruct(sae: SwitchSAE, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return sae.decode(sae.encode(x))
+        return sae.decode(sae.encode(x), x)
 
 
 @EACH_LAYOUT
@@ -233,7 +233,7 @@ def test_one_of_many_files_is_named_as_subfolder(tmp_path):
         ("sparsify", "cfg.json", {"signed": True}, "signed"),
         ("saelens_topk", "cfg.json", {"architecture": "temporal"}, "'temporal'"),
         ("saelens_topk", "cfg.json", {"architecture": "transcoder"}, "'transcoder'"),
-        ("saelens_standard", "cfg.json", {"normalize_activations": "layer_norm"}, "layer_norm"),
+        ("saelens_standard", "cfg.json", {"normalize_activations": "covariance_whitening"}, "whit"),
         ("saelens_standard", "cfg.json", {"normalize_activations": "nonsense"}, "nonsense"),
         ("switch_sae", "config.json", {"dict_class": "MoEAutoEncoder"}, "mixture of experts"),
         ("switch_sae", "config.json", {"trainer_class": "Switch1onTrainer"}, "always on"),
@@ -255,12 +255,21 @@ def test_a_kind_that_is_no_switch_sae_is_refused_by_name(tmp_path, name, file, c
     assert_refused(tmp_path, folder, options, words)
 
 
-def test_a_topk_model_of_openai_is_refused_with_the_reason(tmp_path):
-    folder, _, _ = LAYOUTS["openai"](tmp_path)
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"activation": "Identity"}, "'Identity'"),
+        ({"activation_state_dict": {"k": K, "postact_fn": "Identity"}}, "postact_fn"),
+        ({"activation_state_dict": {"postact_fn": "ReLU"}}, "pass k="),
+        ({"activation_state_dict": {"k": 2.5, "postact_fn": "ReLU"}}, "no whole number"),
+        ({"activation_state_dict": [K]}, "activation_state_dict"),
+    ],
+)
+def test_another_activation_of_openai_is_refused_by_name(tmp_path, changed, words):
+    folder, _, _ = LAYOUTS["openai_topk"](tmp_path)
     stored = torch.load(folder / "8.pt", weights_only=True)
-    other = {"activation": "TopK", "activation_state_dict": {"k": 32}}
-    torch.save({**stored, **other}, folder / "8.pt")
-    assert_refused(tmp_path, folder, {}, "normalise every token")
+    torch.save({**stored, **changed}, folder / "8.pt")
+    assert_refused(tmp_path, folder, {}, words)
 
 
 @pytest.mark.parametrize("file", ["latest_ckpt.safetensors", "config.yaml"])
