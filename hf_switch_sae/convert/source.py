@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from huggingface_hub import HfApi, HfFileSystem, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 
+from hf_switch_sae.convert.remote import RemoteFile
 from hf_switch_sae.convert.tensors import Tensors, read_tensors, strings_in
 from hf_switch_sae.errors import ConversionError, HubError
 from hf_switch_sae.hub_errors import plain_hub_errors
@@ -77,12 +78,12 @@ class Source:
             with self.path(file).open("rb") as stream:
                 yield stream
             return
-        path = "/".join(part for part in (self.name, self.subfolder, file) if part)
-        with plain_hub_errors(self.name, "read"):
-            files = HfFileSystem(token=self.hub.get("token"), skip_instance_cache=True)
-            # without a cache of blocks only the bytes that are read are asked for
-            with files.open(path, "rb", revision=self.revision, cache_type="none") as stream:
-                yield cast(BinaryIO, stream)
+        inside = f"{self.subfolder}/{file}" if self.subfolder else file
+        with (
+            plain_hub_errors(self.name, f"read {inside} of"),
+            RemoteFile(self.name, inside, self.revision, self.hub.get("token")) as stream,
+        ):
+            yield cast(BinaryIO, stream)
 
     def within(self, folder: str) -> Source:
         """A folder of this source as a source of its own, of the same commit; lists nothing."""
