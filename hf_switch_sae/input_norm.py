@@ -40,7 +40,7 @@ def unit_of(x: Tensor, norm: InputNorm) -> Unit:
     if norm == "layer_norm":
         return Unit(x.std(dim=-1, keepdim=True), x.mean(dim=-1, keepdim=True))
     size = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-    return Unit(size, torch.zeros_like(size))
+    return Unit(size, size.new_zeros(size.shape))
 
 
 def normalized(x: Tensor, norm: InputNorm) -> tuple[Tensor, Unit]:
