@@ -90,6 +90,20 @@ def check_base_model(lm: nn.Module, name: str | None, expected: dict[str, Any] |
     )
 
 
+def block_path(print_of: dict[str, Any] | None, layer: int) -> str | None:
+    """Where a block lies in its base model, e.g. `h.8`; None if a fingerprint does not tell.
+
+    Of several lists of blocks it is the one that is as long as the config says, if only one is.
+    """
+    known = print_of or {}
+    number, lasts = known.get("num_hidden_layers"), dict[str, int]()
+    for name in known.get("weights", {}):
+        if found := re.match(r"(.+?)\.(\d+)\.", name):
+            lasts[found[1]] = max(int(found[2]), lasts.get(found[1], 0))
+    fitting = [path for path, last in lasts.items() if len(lasts) == 1 or last + 1 == number]
+    return f"{fitting[0]}.{layer}" if len(fitting) == 1 else None
+
+
 def _difference(model: nn.Module, expected: dict[str, Any]) -> str | None:
     """What tells model from fingerprint: "" if nothing, None if no weight could be compared."""
     config = _text_config(model)

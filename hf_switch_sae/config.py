@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from hf_switch_sae.errors import ConfigError
+from hf_switch_sae.input_norm import InputNorm
 
 Activation = Literal["topk", "batch_topk", "jumprelu", "relu"]
 
@@ -112,6 +113,12 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     relu: all that are positive; of them at most k, if k is given.
     """
 
+    input_norm: InputNorm = "none"
+    """How each token is normalized before the router and the encoder see it; see `input_norm.py`.
+
+    layer_norm: less its own mean, over its own standard deviation. constant_norm: to one length.
+    """
+
     encoder_bias: bool = False
     """Whether there is a `b_enc` [num_experts, features_per_expert]; the paper has none."""
 
@@ -147,6 +154,8 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Where these weights were taken from: `repo` or `folder`, `revision` (the commit), `path`.
 
     And, of a checkpoint that was converted, its `format` and what its files said of its origin.
+    Once that is published and loaded from its new place, this is the new place, and all that was
+    here is `taken_from` in it.
     """
 
     metrics: dict[str, Any] | None = None

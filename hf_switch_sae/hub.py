@@ -30,6 +30,7 @@ from hf_switch_sae.convert import llama_scope
 from hf_switch_sae.convert.registry import weight_folders
 from hf_switch_sae.convert.source import check_inside, open_source
 from hf_switch_sae.errors import HubError
+from hf_switch_sae.files import written_beside
 from hf_switch_sae.hub_errors import plain_hub_errors
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.recipe import Recipe
@@ -92,9 +93,7 @@ def push(
     if not saes_in(folder):
         raise HubError(f"there is no SAE in {folder}: no config.json of one in it or below.")
     api = HfApi(token=token)
-    if "/" not in repo_id:
-        with plain_hub_errors(repo_id, "find out whose"):
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
+    repo_id = _with_owner(api, repo_id)
     for name, recipe in (recipes or {}).items():
         (folder / "recipes").mkdir(exist_ok=True)
         recipe.save(folder / _recipe_path(name))
@@ -210,12 +209,13 @@ def push_recipe(recipe: Recipe, repo_id: str, name: str, token: str | None = Non
     Raises:
         HubError: a name that is no file name, or the Hub refuses or can't be reached.
     """
-    path = _recipe_path(name)
+    path, api = _recipe_path(name), HfApi(token=token)
+    repo_id = _with_owner(api, repo_id)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.json"
         recipe.save(file)
         with plain_hub_errors(repo_id, "push to"):
-            done = HfApi(token=token).upload_file(
+            done = api.upload_file(
                 path_or_fileobj=file,
                 path_in_repo=path,
                 repo_id=repo_id,
@@ -245,6 +245,14 @@ def check_outside(name: str) -> bool:
     return name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "" in parts
 
 
+def _with_owner(api: HfApi, repo_id: str) -> str:
+    """A repository's name; without an owner it is the user's own."""
+    if "/" in repo_id:
+        return repo_id
+    with plain_hub_errors(repo_id, "find out whose"):
+        return f"{api.whoami()['name']}/{repo_id}"
+
+
 def _recipe_path(name: str) -> str:
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise HubError(f"{name!r} is no name for a recipe: letters, digits, '-', '_' and '.' only.")
@@ -269,9 +277,8 @@ def _write_card(folder: Path, repo_id: str) -> None:
     card, readme = render_card(folder, repo_id), folder / "README.md"
     if readme.exists() and readme.read_text(encoding="utf-8") == card:
         return
-    beside = folder / ".README.md.partial"
-    beside.write_text(card, encoding="utf-8")
-    beside.replace(readme)
+    with written_beside(readme) as beside:
+        beside.write_text(card, encoding="utf-8")
 
 
 def _validate(readme: Path, repo_id: str) -> None:

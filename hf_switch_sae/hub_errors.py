@@ -1,11 +1,16 @@
 """What the Hub client raises -> one sentence that says what was refused and what to do.
 
 Beware A private repository and one that does not exist look alike to a stranger, and a gated one
-       is a RepositoryNotFoundError to the client: the order of the cases matters.
+       is a RepositoryNotFoundError to the client: the order of the cases matters. What breaks on
+       the way to the Hub is no OSError to the client's HTTP library, and what breaks on this
+       machine's disk is one.
 """
 
 from __future__ import annotations
 
+import errno
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +20,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -22,6 +28,11 @@ from huggingface_hub.errors import (
 
 from hf_switch_sae.errors import HubError
 
+_ON_THE_WAY: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the client's HTTP library raises: its base class, under whatever name it is installed."""
+_NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror, ssl.SSLError)
+_NO_WAY = {errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _STATUS = {
     400: "the Hub calls the request wrong",
     401: "the Hub wants a token: log in with `hf auth login`, or pass token=",
@@ -40,7 +51,7 @@ def plain_hub_errors(repo_id: str, what: str) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError, RuntimeError) as err:
+    except (_ON_THE_WAY, HFValidationError, EntryNotFoundError, OSError, RuntimeError) as err:
         # the client wraps what stopped an upload in a RuntimeError of its own
         cause = err.__cause__ if isinstance(err, RuntimeError) else err
         if not isinstance(cause, Exception):
@@ -72,7 +83,17 @@ def _reason(err: Exception) -> str:
         return f"{what or 'the Hub refused'}, HTTP {status}{said}."
     if isinstance(err, HFValidationError):
         return f"that is no name of a repository: {err}"
+    if isinstance(err, LocalTokenNotFoundError):
+        return _STATUS[401] + "."
+    if isinstance(err, OSError) and _is_of_this_machine(err):
+        what = "the disk is full; make room" if err.errno in _FULL else "check it"
+        return f"{err.filename or 'a file on this machine'}: {err.strerror}: {what} and try again."
     return f"the Hub can't be reached or the connection was lost ({_last_line(err)})."
+
+
+def _is_of_this_machine(err: OSError) -> bool:
+    """Whether it is about a file rather than the network: those have error numbers too."""
+    return not (isinstance(err, _NETWORK) or err.errno is None or err.errno in _NO_WAY)
 
 
 def _last_line(err: Exception) -> str:

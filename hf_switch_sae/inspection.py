@@ -1,27 +1,26 @@
 """A folder or a repository -> what is in it, without reading the weights.
 
-Of a safetensors file only the header and the small tensors of statistics are read; of one on the
-Hub only those bytes are asked for. Foreign checkpoints are named by their format.
+Of a safetensors file only the header and the small tensors of statistics are read, of a .pt only
+the names in it; of a file on the Hub only those bytes are asked for. Foreign checkpoints are named
+by their format.
+
+Beware A .pt from before torch 1.6 has its tensors among its names, so it is read whole.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import HfFileSystem
 
 from hf_switch_sae.convert import llama_scope
 from hf_switch_sae.convert.registry import recognize, weight_folders
 from hf_switch_sae.convert.source import Source, open_source
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.hub_errors import plain_hub_errors
 
 _NUMBERS = ("input_scale", "residual_norm", "outlier_norm", "statistics_tokens")
 _PER_FEATURE = ("feature_max", "feature_rate")
@@ -48,9 +47,10 @@ class SAESummary:
         if not c:
             return f"{self.path or '.'}: {self.format}"
         k = "" if c.get("k") is None else f", k = {c['k']}"
+        norm = "" if c.get("input_norm", "none") == "none" else f", {c['input_norm']}"
         lines = [
             f"{self.path or '.'}: {c.get('num_features')} features in {c.get('num_experts')} "
-            f"expert(s), {c.get('activation')}{k}, at {c.get('hookpoint')}",
+            f"expert(s), {c.get('activation')}{k}{norm}, at {c.get('hookpoint')}",
             f"  base model: {c.get('base_model')} {c.get('base_model_revision') or ''}".rstrip(),
         ]
         source = dict(c.get("source") or {})
@@ -103,15 +103,15 @@ def inspect(name: str | Path, subfolder: str = "", **where: Any) -> Inspection:
     deeper = llama_scope.WEIGHTS in source.files
     if deeper or source.weight_files(*_ENDS):
         within = ["", *within]
-    folders = [f"{subfolder}/{folder}".strip("/") for folder in within]
-    found = (_summary(open_source(name, folder, **where), folder, where) for folder in folders)
+    found = (_summary(source.within(folder)) for folder in within)
     return Inspection(str(name), source.revision, tuple(s for s in found if s is not None))
 
 
 _ENDS = (".safetensors", ".pt", ".pth", ".npz")
 
 
-def _summary(source: Source, path: str, where: dict[str, Any]) -> SAESummary | None:
+def _summary(source: Source) -> SAESummary | None:
+    path = source.subfolder
     config = source.json("config.json")
     if config.get("model_type") != "switch_sae":
         found = recognize(source)
@@ -120,54 +120,51 @@ def _summary(source: Source, path: str, where: dict[str, Any]) -> SAESummary | N
     tensors: dict[str, tuple[str, list[int]]] = {}
     numbers: dict[str, float] = {}
     for file in sorted(source.weight_files(".safetensors")):
-        with _opened(source, file, where) as stream:
+        with source.opened(file) as stream:
             shapes, statistics = _read_header(stream, file)
         tensors |= shapes
         numbers |= statistics
     return SAESummary(path, "hf_switch_sae", config, tensors, numbers)
 
 
-@contextmanager
-def _opened(source: Source, file: str, where: dict[str, Any]) -> Iterator[BinaryIO]:
-    if source.hub is None or source.hub.get("local_files_only"):
-        with source.path(file).open("rb") as stream:
-            yield stream
-        return
-    path = "/".join(part for part in (source.name, source.subfolder, file) if part)
-    with plain_hub_errors(source.name, "read"):
-        files = HfFileSystem(token=where.get("token"), skip_instance_cache=True)
-        # without a cache of blocks only the bytes that are read are asked for
-        with files.open(path, "rb", revision=source.revision, cache_type="none") as stream:
-            yield cast(BinaryIO, stream)
-
-
 def _read_header(
     stream: BinaryIO, file: str
 ) -> tuple[dict[str, tuple[str, list[int]]], dict[str, float]]:
-    """Name -> (dtype, shape), and the statistics."""
+    """Name -> (dtype, shape), and the statistics.
+
+    Raises:
+        ConversionError: no safetensors file, or a damaged one.
+    """
     try:
         (size,) = struct.unpack("<Q", stream.read(8))
-        if size > _MOST_HEADER:
-            raise ValueError(f"a header of {size} bytes")
-        header = json.loads(stream.read(size))
-        header.pop("__metadata__", None)
-        shapes = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
-        values = {
-            name: _tensor(stream, 8 + size, header[name])
-            for name in (*_NUMBERS, *_PER_FEATURE)
-            if name in header and header[name]["dtype"] in _DTYPES
-        }
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as err:
+        header = json.loads(stream.read(size)) if size <= _MOST_HEADER else None
+    except (struct.error, ValueError) as err:
         raise ConversionError(f"{file} is no safetensors file: {err}") from None
+    if not isinstance(header, dict):
+        raise ConversionError(f"{file} is no safetensors file: it has no list of tensors.")
+    header.pop("__metadata__", None)
+    shapes = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+            raise ConversionError(f"{file} is no safetensors file: {name!r} has no shape or place.")
+        shapes[name] = (str(entry["dtype"]), entry["shape"])
+    values = {
+        name: _tensor(stream, 8 + size, header[name], f"{name!r} in {file}")
+        for name in (*_NUMBERS, *_PER_FEATURE)
+        if name in header and shapes[name][0] in _DTYPES
+    }
     numbers = {name: float(values[name]) for name in _NUMBERS if name in values}
-    if numbers.get("statistics_tokens") and "feature_rate" in values:
+    if numbers.get("statistics_tokens") and set(_PER_FEATURE) <= values.keys():
         numbers["dead_share"] = float((values["feature_rate"] == 0).float().mean())
         numbers["largest feature_max"] = float(values["feature_max"].max())
     return shapes, numbers
 
 
-def _tensor(stream: BinaryIO, start: int, entry: dict[str, Any]) -> torch.Tensor:
-    first, last = entry["data_offsets"]
-    stream.seek(start + first)
-    data = bytearray(stream.read(last - first))
-    return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+def _tensor(stream: BinaryIO, start: int, entry: dict[str, Any], what: str) -> torch.Tensor:
+    try:
+        first, last = entry["data_offsets"]
+        stream.seek(start + first)
+        data = bytearray(stream.read(last - first))
+        return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (ValueError, TypeError, RuntimeError) as err:  # cut short, or a shape that does not fit
+        raise ConversionError(f"{what} is damaged, so that is no safetensors file: {err}") from None

@@ -8,6 +8,10 @@
 training is well conditioned, while `x`, `acts` and `x_hat` are in the language model's own. So an
 activation is exactly what is added along its decoder row, and no weight needs folding.
 
+With `input_norm` all of this happens to the normalized token, and what leaves is in the language
+model's units again: acts times the token's unit, x_hat times it plus what was taken away. So acts
+mean what they always do, and a reconstruction needs the token for its unit.
+
 In memory the experts lie in groups (`experts.py`); in the checkpoint `W_enc` and `W_dec` are one
 tensor each, however many groups there are.
 
@@ -43,6 +47,7 @@ from hf_switch_sae.experts import (
 )
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
+from hf_switch_sae.input_norm import Unit, normalized, unit_of
 from hf_switch_sae.losses import WholeBatch, balance_of, batch_sums, fvu_of, router_z_loss_of
 from hf_switch_sae.precision import wide, wide_dtype
 from hf_switch_sae.statistics import RunningStatistics, count_since_fired
@@ -120,6 +125,8 @@ class _Encoded(NamedTuple):
     """[n] bool, as the tokens came; None if it is known that there is none."""
     visits: _Visits | None
     """In order; None of a single token."""
+    unit: Unit | None = None
+    """Of each token, as they came: x and acts are in it; None without input_norm."""
 
 
 class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -252,9 +259,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         own, so that the map can spread them over devices, CPU and disk; only the routed ones are
         then brought in.
 
-        A checkpoint of another project (`convert.FORMATS`) is told by its files and converted;
-        `config.source` says from what. What its files don't tell is passed too: `k`, `layer`,
-        `hookpoint` and the other fields of `convert.Given`; `subfolder` may name a single file.
+        A checkpoint of another project is told by its files and converted; `config.source` says
+        from what. What its files don't tell is passed too: `k`, `layer`, `hookpoint` and what else
+        `from hf_switch_sae.convert import Given` has; `subfolder` may name a single file.
 
         Raises:
             OSError: there is no SAE at that address, or it can't be reached.
@@ -382,19 +389,35 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             ConfigError: a batch_topk SAE without a threshold, outside training.
         """
         code = self._encode(hidden_states)
-        if len(code.acts) == 1:  # one token: nothing to put in order
+        if len(code.acts) == 1 and code.unit is None:  # one token: nothing to put in order
             shape = (*hidden_states.shape[:-1], code.acts.shape[1])
             return SparseFeatures(
                 code.acts.view(shape), code.ids.view(shape), vars(self.config)["num_features"]
             )
         return self._features(code, hidden_states.shape)
 
-    def decode(self, features: SparseFeatures) -> Tensor:
+    def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
         """Reconstruction [..., hidden_size] of features: linear in the activations, plus `b_dec`.
 
         In the SAE's dtype and on its device.
+
+        Args:
+            features: [...].
+            hidden_states: [..., hidden_size] the features are of, for their units; only an SAE with
+                `input_norm` needs them.
+
+        Raises:
+            ConfigError: it needs them, and they are not given.
         """
         delta, bias = self.decode_delta(features), self._bias()
+        norm = self.config.input_norm
+        if norm != "none":
+            if hidden_states is None:
+                raise ConfigError(
+                    f"with input_norm={norm!r} a reconstruction depends on the token's own unit: "
+                    "pass the stream too, decode(features, hidden_states)."
+                )
+            bias = unit_of(hidden_states.to(delta.device), norm).back(bias)
         return delta + bias.to(delta.dtype)
 
     def decode_delta(self, features: SparseFeatures) -> Tensor:
@@ -438,7 +461,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             counts = mask if counts is None else counts & mask
         y = self.experts.decode(code.acts, code.ids)
         in_order = counts if counts is None or code.order is None else counts[code.order]
-        fvu = fvu_of(code.z, y, in_order, whole_batch, code.bias)
+        reconstruction = _with_bias(y, code.bias, code.order)
+        if code.unit is None:
+            fvu = fvu_of(code.z, y, in_order, whole_batch, code.bias)
+        else:  # the error is the language model's, whatever the SAE reads
+            reconstruction = code.unit.back(reconstruction)
+            x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
+            fvu = fvu_of(x, reconstruction, counts, whole_batch)
         logits, balance = None, torch.zeros_like(fvu)
         z_loss, auxk = balance, balance
         if code.router is not None:
@@ -459,9 +488,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             + c.router_aux_loss_coef * balance
             + c.router_z_loss_coef * z_loss
             + c.auxk_loss_coef * auxk,
-            reconstruction=_with_bias(y, code.bias, code.order)
-            .reshape(hidden_states.shape)
-            .to(hidden_states.device, hidden_states.dtype),
+            reconstruction=reconstruction.reshape(hidden_states.shape).to(
+                hidden_states.device, hidden_states.dtype
+            ),
             features=self._features(code, hidden_states.shape),
             router_logits=logits,
             fvu=fvu,
@@ -477,8 +506,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         x = hidden_states.reshape(-1, len(self.b_dec)).to(self.device)
         outlier, expert_ids, e = self._outliers_among(x), None, self.config.num_experts
         if e > 1:
-            t = self.config.num_experts_per_token
-            expert_ids = self.router(x, self.b_router, self.input_scale, t)[2]
+            t, norm = self.config.num_experts_per_token, self.config.input_norm
+            seen = x if norm == "none" else normalized(x, norm)[0]
+            expert_ids = self.router(seen, self.b_router, self.input_scale, t)[2]
         return batch_sums(x, None if outlier is None else ~outlier, expert_ids, e)
 
     def _auxk_loss(self, code: _Encoded, y: Tensor, counts: Tensor | None) -> Tensor:
@@ -540,8 +570,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if len(x) == 1 and self._takes_single_tokens():
             return self._encode_token(x)
         config = self.config
-        bias, outlier = self._bias(), self._outliers_among(x)
+        bias, unit = self._bias(), None
         fixed, centered = bias.detach(), config.subtract_b_dec
+        outlier = self._outliers_among(x)
+        if config.input_norm != "none":
+            x, unit = normalized(x, config.input_norm)
         if outlier is not None:  # encoded as nothing, or one would take from a batch_topk's budget
             x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
         router, order, gates = None, None, None
@@ -574,7 +607,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if outlier is not None:  # a bias may still have made it active
             acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
         visits = _Visits(x, expert_ids, gates)
-        return _Encoded(z, bias, acts, ids, order, router, outlier, visits)
+        return _Encoded(z, bias, acts, ids, order, router, outlier, visits, unit)
 
     def _takes_single_tokens(self) -> bool:
         """Whether `_encode_token` applies: as in `generate` on a CPU."""
@@ -584,6 +617,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         groups = self.experts
         return (
             config["activation"] == "topk"
+            and config["input_norm"] == "none"
             and config["num_experts_per_token"] == 1
             and len(groups) == 1
             and self.b_dec.device.type == "cpu"
@@ -618,6 +652,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""
         acts, ids = _as_they_came(code.acts, code.order), _as_they_came(code.ids, code.order)
+        if code.unit is not None:
+            acts = (acts * code.unit.scale).to(acts.dtype)
         return SparseFeatures(acts, ids, self.config.num_features).reshape(*shape[:-1])
 
     def _outliers_among(self, x: Tensor) -> Tensor | None:
@@ -701,7 +737,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         borders = []
         with self._in_mode(training=True):
             for batch in batches:
-                acts = self.encode(batch).acts
+                acts = self._encode(batch).acts
                 if (acts > 0).any():
                     borders.append(acts[acts > 0].amin().float() * self.input_scale)
         if borders:

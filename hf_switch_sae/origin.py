@@ -92,9 +92,10 @@ def weights_hash(sae: SwitchSAE) -> str:
 
     It does not depend on expert groups and devices; it does on dtype, as acts do.
     """
-    digest = hashlib.sha256(
-        json.dumps({name: getattr(sae.config, name) for name in _RULES}).encode()
-    )
+    rules = {name: getattr(sae.config, name) for name in _RULES}
+    if sae.config.input_norm != "none":  # left out otherwise, as hashes of before it was known
+        rules["input_norm"] = sae.config.input_norm
+    digest = hashlib.sha256(json.dumps(rules).encode())
     for name, tensor in _tensors(sae):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         whole = tensor.detach().contiguous().reshape(-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.edits import Edit, edit_from_dict
 from hf_switch_sae.errors import EditError
+from hf_switch_sae.files import written_beside
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,9 @@ class Recipe:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON beside `path` and rename it into place."""
-        path = Path(path)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(json.dumps(self.to_dict(), indent=2) + "\n")
-        Path(file.name).replace(path)
+        """Write the JSON; a file that is there already is replaced."""
+        with written_beside(Path(path)) as beside:
+            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:

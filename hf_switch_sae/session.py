@@ -98,7 +98,7 @@ class Tap:
             return change
         assert features is not None
         inputs = tokens.real & ~self.sae.is_outlier(x)
-        spliced = self.sae.decode(features).float() - x.to(self.sae.device).float()
+        spliced = self.sae.decode(features, x).float() - x.to(self.sae.device).float()
         spliced = spliced.where(inputs.to(spliced.device)[..., None], 0)
         if change is None:
             return spliced, inputs
@@ -400,7 +400,7 @@ class Session:
             )
         x = x[ordinary]
         features = tap.sae.encode(x)
-        error = x - tap.sae.decode(features).to(x.device).float()
+        error = x - tap.sae.decode(features, x).to(x.device).float()
         fvu = error.square().sum() / (x - x.mean(0)).square().sum()
         card = tap.sae.config.metrics or {}
         return Preflight(

@@ -8,8 +8,8 @@ All of them add one fixed vector to every token, so only a recipe that does the 
 `Steer` without scope. The vector is the very delta that an attached session adds.
 
 Beware llama.cpp adds `direction.<i>` to what block i puts out, from 0, and has none for block 0.
-       lm-eval names a module of the base model, and of several rows of a CSV at one place it keeps
-       only the last.
+       lm-eval names a module of the base model (`h.8` in GPT-2), and of several rows of a CSV at
+       one place it keeps only the last.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import csv
 import importlib.util
 import os
 import re
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_switch_sae.base_model import block_path
+from hf_switch_sae.config import SwitchSAEConfig
+from hf_switch_sae.convert.places import from_base_module, layer_of
 from hf_switch_sae.deltas import PreparedEdits
 from hf_switch_sae.edits import Steer
 from hf_switch_sae.errors import EditError
+from hf_switch_sae.files import written_beside
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.positions import Tokens
 from hf_switch_sae.recipe import Recipe
@@ -67,6 +70,7 @@ def export_recipe(
     path: str | os.PathLike[str],
     sparse_model: str | None = None,
     sae_id: str | None = None,
+    module: str | None = None,
 ) -> None:
     """Write a steering file; its ending says which: .pt, .csv (both lm-eval) or .gguf (llama.cpp).
 
@@ -77,6 +81,8 @@ def export_recipe(
         sparse_model: of a .csv: the repository or folder that sparsify loads the SAE from, its
             hookpoint's folder left out; or with `sae_id` the release that SAELens does.
         sae_id: of a .csv: the SAE's id in a SAELens release.
+        module: of a .pt or .csv: the module of the base model whose output the place is, e.g.
+            `h.8`; by default as the SAE's fingerprint of its language model has it.
 
     Raises:
         EditError: edits, a place or a file name that can't be exported; nothing is written then.
@@ -85,24 +91,51 @@ def export_recipe(
     path = Path(path)
     place = recipe.hookpoint or sae.config.hookpoint
     if path.suffix in (".pt", ".pth"):
-        module = _module(place)
-        _beside(path, lambda file: _write_pt(file, module, steering_vector(recipe, sae)))
+        vector, at = steering_vector(recipe, sae), module or _module(place, sae.config)
+        with written_beside(path) as beside:
+            _write_pt(beside, at, vector)
     elif path.suffix == ".csv":
-        row = _csv_row(recipe, sae, _module(place), sparse_model, sae_id)
-        _beside(path, lambda file: _write_csv(file, row))
+        row = _csv_row(recipe, sae, module, sparse_model, sae_id)
+        with written_beside(path) as beside:
+            _write_csv(beside, row)
     elif path.suffix == ".gguf":
         block, vector = _block_after(place), steering_vector(recipe, sae)
         hint = str((sae.config.base_model_fingerprint or {}).get("model_type") or "")
-        _beside(path, lambda file: _write_gguf(file, block, vector, hint))
+        with written_beside(path) as beside:
+            _write_gguf(beside, block, vector, hint)
     else:
         raise EditError(f"{path.name}: a steering file ends in .pt, .csv or .gguf.")
 
 
-def _module(place: str | None) -> str:
+def _module(place: str | None, config: SwitchSAEConfig) -> str:
     """What lm-eval looks for: a module of the base model whose output is the place."""
     if place is None or not place.endswith(".resid_post"):
-        raise EditError(f"lm-eval adds to what a module puts out; {place} is not such a place.")
-    return place.removesuffix(".resid_post")
+        raise EditError(
+            f"lm-eval adds to what a module puts out, and {place} is no such place: pass module=, "
+            "one of the base model whose output it is."
+        )
+    path, layer = place.removesuffix(".resid_post"), layer_of(place)
+    block = block_path(config.base_model_fingerprint, layer[0] if layer else 0)
+    if block is not None and layer is not None:
+        return block
+    if block is not None:  # a path from the whole model on: what is before the blocks goes
+        blocks = re.escape(block.removesuffix(".0"))
+        if found := re.search(rf"(?:^|\.)({blocks}\.\d+(?:\..*)?)$", path):
+            return found[1]
+    origin = _origin(config)  # sparsify names its folders so
+    name = str(origin.get("path") or origin.get("folder")).rpartition("/")[2]
+    if origin.get("format") == "sparsify" and from_base_module(name) == place:
+        return name
+    raise EditError(
+        f"the SAE's config does not tell what {path} is called within the base model: pass "
+        "module=, e.g. module='h.8' (GPT-2) or 'layers.8' (Llama)."
+    )
+
+
+def _origin(config: SwitchSAEConfig) -> dict[str, Any]:
+    source = config.source or {}
+    origin: dict[str, Any] = source.get("taken_from") or source
+    return origin
 
 
 def _block_after(place: str | None) -> int:
@@ -118,18 +151,21 @@ def _block_after(place: str | None) -> int:
 
 
 def _csv_row(
-    recipe: Recipe, sae: SwitchSAE, module: str, sparse_model: str | None, sae_id: str | None
+    recipe: Recipe,
+    sae: SwitchSAE,
+    module: str | None,
+    sparse_model: str | None,
+    sae_id: str | None,
 ) -> dict[str, object]:
     vector, edits = steering_vector(recipe, sae), recipe.edits
     if len(edits) != 1 or len(edits[0].features or ()) != 1:  # type: ignore[arg-type]
         raise EditError(
             "lm-eval's CSV has one feature a place; this recipe has several. Write a .pt instead."
         )
-    source = sae.config.source or {}
-    source = source.get("taken_from") or source  # ours is no repository that sparsify can load
-    if sparse_model is None and source.get("format") == "sparsify" and source.get("repo"):
-        sparse_model = str(source["repo"])
-        module = str(source.get("path") or module)
+    origin = _origin(sae.config)  # ours is no repository that sparsify can load
+    if sparse_model is None and origin.get("format") == "sparsify" and origin.get("repo"):
+        sparse_model = str(origin["repo"])
+        module = module or origin.get("path")
     if sparse_model is None:
         raise EditError(
             "lm-eval's CSV names an SAE that sparsify or SAELens loads: export this one with "
@@ -142,7 +178,7 @@ def _csv_row(
         "loader": "sae_lens" if sae_id else "sparsify",
         "action": "add",
         "sparse_model": sparse_model,
-        "hookpoint": module,
+        "hookpoint": module or _module(recipe.hookpoint or sae.config.hookpoint, sae.config),
         "feature_index": feature,
         "steering_coefficient": coefficient,
         "sae_id": sae_id or "",
@@ -159,7 +195,8 @@ def _write_csv(file: Path, row: dict[str, object]) -> None:
 
 def _write_pt(file: Path, module: str, vector: Tensor) -> None:
     steer = {"steering_vector": vector, "steering_coefficient": 1.0, "action": "add", "bias": None}
-    torch.save({module: steer}, file)
+    with file.open("wb") as out:  # by its path torch would name what is inside after the file
+        torch.save({module: steer}, out)
 
 
 def _write_gguf(file: Path, block: int, vector: Tensor, hint: str) -> None:
@@ -175,9 +212,3 @@ def _write_gguf(file: Path, block: int, vector: Tensor, hint: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _beside(path: Path, write: Callable[[Path], None]) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        write(Path(folder) / path.name)
-        (Path(folder) / path.name).replace(path)

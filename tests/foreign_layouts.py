@@ -56,6 +56,12 @@ def jump(pre: Tensor, threshold: Any) -> Tensor:
     return torch.where(pre > threshold, pre.clamp(min=0), torch.zeros(()))
 
 
+def layer_normed(x: Tensor, computed: Callable[[Tensor], Tensor]) -> Tensor:
+    mean = x.mean(1, keepdim=True)
+    std = (x - mean).std(1, keepdim=True)
+    return computed((x - mean) / (std + 1e-5)) * std + mean
+
+
 def sparsify(tmp: Path) -> Layout:
     t = numbers(W_enc=(F, D), b_enc=(F,), W_dec=(F, D), b_dec=(D,))
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
@@ -77,6 +83,8 @@ SAELENS = {
     "batchtopk_by_norm": {"k": K, "rescale_acts_by_decoder_norm": True},
     "jumprelu": {},
     "jumprelu_scaled": {"normalize_activations": "expected_average_only_in"},
+    "topk_layer_norm": {"k": K, "normalize_activations": "layer_norm"},
+    "batchtopk_constant_norm": {"k": K, "normalize_activations": "constant_norm_rescale"},
     "gated": {},
 }
 
@@ -105,6 +113,14 @@ def saelens(kind: str) -> Callable[[Path], Layout]:
         norm = t["W_dec"].norm(dim=1) if "by_norm" in kind else torch.ones(F)
 
         def expected(x: Tensor) -> Tensor:
+            if "layer_norm" in kind:
+                return layer_normed(x, computed)
+            if "constant_norm" in kind:
+                factor = math.sqrt(D) / x.norm(dim=1, keepdim=True)
+                return computed(x * factor) / factor
+            return computed(x)
+
+        def computed(x: Tensor) -> Tensor:
             linear = (s * x - t["b_dec"] * sub) @ t["W_enc"]
             pre = (linear + t["b_enc"]) * norm
             if architecture == "gated":
@@ -317,7 +333,20 @@ def llama_scope_r1(tmp: Path) -> Layout:
     return folder, expected, {"input_scale": 0.5}
 
 
-def openai(tmp: Path) -> Layout:
+def openai_topk(tmp: Path) -> Layout:
+    folder, _, _ = openai(tmp, "v5_32k")
+    t = torch.load(folder / "8.pt", weights_only=True)
+    state = {"k": K, "postact_fn": "ReLU"}
+    torch.save({**t, "activation": "TopK", "activation_state_dict": state}, folder / "8.pt")
+
+    def computed(h: Tensor) -> Tensor:
+        acts = topk((h - t["pre_bias"]) @ t["encoder.weight"].T + t["latent_bias"])
+        return acts @ t["decoder.weight"].T + t["pre_bias"]
+
+    return folder, lambda x: layer_normed(x, computed), {}
+
+
+def openai(tmp: Path, version: str = "v4") -> Layout:
     t = numbers(W_enc=(F, D), W_dec=(D, F), b_enc=(F,), b_dec=(D,))
     stored = {
         **{"pre_bias": t["b_dec"], "latent_bias": t["b_enc"], "activation": "ReLU"},
@@ -325,7 +354,7 @@ def openai(tmp: Path) -> Layout:
         "stats_last_nonzero": torch.zeros(F, dtype=torch.int64),
         **{"latents_activation_frequency": torch.zeros(F), "latents_mean_square": torch.zeros(F)},
     }
-    folder = tmp / "gpt2-small/resid_post_mlp_v4/autoencoders"
+    folder = tmp / f"gpt2-small/resid_post_mlp_{version}/autoencoders"
     torch.save(stored, write(folder) / "8.pt")
 
     def expected(x: Tensor) -> Tensor:
@@ -403,6 +432,7 @@ LAYOUTS: dict[str, Callable[[Path], Layout]] = {
     "llama_scope": llama_scope,
     "llama_scope_r1": llama_scope_r1,
     "openai": openai,
+    "openai_topk": openai_topk,
     "goodfire": goodfire,
     "qwen_scope": qwen_scope,
 }

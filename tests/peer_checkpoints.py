@@ -49,6 +49,12 @@ def saelens_saes() -> dict[str, Any]:
             settings(sl.TopKSAEConfig, k=K, rescale_acts_by_decoder_norm=True)
         ),
         "jumprelu": sl.JumpReLUSAE(settings(sl.JumpReLUSAEConfig, apply_b_dec_to_input=False)),
+        "topk_layer_norm": sl.TopKSAE(
+            settings(sl.TopKSAEConfig, k=K, normalize_activations="layer_norm")
+        ),
+        "jumprelu_constant_norm": sl.JumpReLUSAE(
+            settings(sl.JumpReLUSAEConfig, normalize_activations="constant_norm_rescale")
+        ),
         "gated": sl.GatedSAE(settings(sl.GatedSAEConfig)),
     }
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 import urllib.request
@@ -192,14 +193,23 @@ class Steps:
     def inspect_remote(self) -> Any:
         faults()
         found = inspect(REPO, revision=self.commits["first"], **WITH)
-        asked = [line for line in faults() if "cdn" in line or "model.safetensors" in line]
+        lines = faults()
+        asked = [line for line in lines if "cdn" in line or "model.safetensors" in line]
+        listed = [line for line in lines if re.match(r"GET /api/models/.*/(revision|tree)/", line)]
         there = inspect(self.folder / "pulled_first")
         return {
             "text": str(found),
+            "listed": listed,
             "asked": asked,
             "same": [s.tensors for s in found.saes] == [s.tensors for s in there.saes],
             "revision": found.revision,
         }
+
+    def inspect_pickled(self) -> Any:
+        faults()
+        found = inspect("org/pickled")
+        asked = [line for line in faults() if "cdn" in line or "ae.pt" in line]
+        return {"formats": [(sae.path, sae.format) for sae in found.saes], "asked": asked}
 
     def keep_first(self) -> Any:
         pull(REPO, self.folder / "pulled_first", revision=self.commits["first"], **WITH)
@@ -241,7 +251,7 @@ class Steps:
         into = self.folder / "never"
         one = {A: saes()[A]}
 
-        def failing(status: int) -> str:
+        def failing(status: int | str) -> str:
             faults(("GET /api/models/.*", status))
             return outcome(lambda: pull(REPO, into, **WITH))
 
@@ -255,7 +265,7 @@ class Steps:
             "push_no_token": outcome(lambda: push(one, "org/x")),
             "push_read_token": outcome(lambda: push(one, "org/x", token=READ)),
             "nothing_to_push": outcome(lambda: push(self.folder / "mirror" / "recipes", REPO)),
-            **{str(status): failing(status) for status in (401, 403, 404, 429, 500)},
+            **{str(status): failing(status) for status in (401, 403, 404, 429, 500, "drop")},
             "load_429": self._while_loading(429),
             "written": into.exists() and files(into),
         }
@@ -336,6 +346,7 @@ ONLINE = [
     "download_goes_on",
     "keep_first",
     "inspect_remote",
+    "inspect_pickled",
     "foreign",
     "foreign_with_an_argument",
     "foreign_nothing_there",

@@ -31,6 +31,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain_jumprelu": {"num_experts": 1, "activation": "jumprelu", "k": None},
     "plain_relu": {"num_experts": 1, "activation": "relu", "k": None, "encoder_bias": True},
 }
+NORMED: dict[str, dict[str, Any]] = {
+    "layer_norm": {"input_norm": "layer_norm", "encoder_bias": True},
+    "layer_norm_two_experts": {"input_norm": "layer_norm", "num_experts_per_token": 2},
+    "layer_norm_jumprelu": {"input_norm": "layer_norm", **KINDS["jumprelu"]},
+    "plain_layer_norm": {"input_norm": "layer_norm", **KINDS["plain_topk"]},
+    "constant_norm": {"input_norm": "constant_norm", "subtract_b_dec": False},
+    "constant_norm_batch_topk": {"input_norm": "constant_norm", **KINDS["batch_topk"]},
+}
+"""Kinds whose acts and reconstruction depend on each token's own unit."""
 
 
 def config(**fields: Any) -> SwitchSAEConfig:
@@ -42,7 +51,7 @@ def config(**fields: Any) -> SwitchSAEConfig:
 def make(kind: str = "switch", groups: Any = 1, scale: float = 0.6, **fields: Any) -> SwitchSAE:
     """An SAE whose every parameter and buffer has a value of its own; the same for any `groups`."""
     torch.manual_seed(5)
-    settings = config(**{**KINDS[kind], **fields})
+    settings = config(**{**KINDS, **NORMED}[kind] | fields)
     sae = SwitchSAE(settings).eval()
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
@@ -100,6 +109,7 @@ class Definition:
 def definition(sae: SwitchSAE, x: Tensor) -> Definition:
     """The header of `model.py` written out over all features, in scaled units until the end."""
     c, s, n = sae.config, sae.input_scale, len(x)
+    raw, (x, size, shift) = x, _normed(x, c.input_norm)
     experts, gate = torch.zeros(n, c.num_experts), torch.ones(n, c.num_experts)
     balance = torch.zeros(())
     if c.num_experts > 1:
@@ -120,9 +130,22 @@ def definition(sae: SwitchSAE, x: Tensor) -> Definition:
         pre = pre + sae.b_enc
     acts = ((gate * experts)[..., None] * pre.relu()).reshape(n, -1)
     acts = acts * _kept(sae, acts.detach())
-    x_hat = (acts @ sae.W_dec.reshape(-1, D) + sae.b_dec) / s
-    fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-    return Definition(acts / s, x_hat, fvu, balance)
+    x_hat = (acts @ sae.W_dec.reshape(-1, D) + sae.b_dec) / s * size + shift
+    fvu = (raw - x_hat).square().sum() / (raw - raw.mean(0)).square().sum()
+    return Definition(acts / s * size, x_hat, fvu, balance)
+
+
+def _normed(x: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, size, shift) with x = size * h + shift, but for layer_norm's 1e-5."""
+    nothing = torch.zeros(len(x), 1)
+    if norm == "none":
+        return x, nothing + 1, nothing
+    if norm == "constant_norm":
+        size = (x.square().sum(1, keepdim=True) / D).sqrt()
+        return x / size, size, nothing
+    mean = x.sum(1, keepdim=True) / D
+    size = ((x - mean).square().sum(1, keepdim=True) / (D - 1)).sqrt()
+    return (x - mean) / (size + 1e-5), size, mean
 
 
 def _kept(sae: SwitchSAE, acts: Tensor) -> Tensor:

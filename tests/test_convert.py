@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hf_switch_sae import (
     SwitchSAE,
     convert,
     export,
+    fingerprint,
     inspect,
     load_all,
 )
@@ -27,6 +29,7 @@ from hf_switch_sae.convert.foreign import Given
 from hf_switch_sae.convert.parity import compare
 from hf_switch_sae.convert.source import open_source
 from hf_switch_sae.convert.sparsify import read as read_sparsify
+from hf_switch_sae.convert.tensors import read_tensors
 
 EACH_LAYOUT = pytest.mark.parametrize("name", LAYOUTS)
 
@@ -37,7 +40,7 @@ def vectors(n: int = 64) -> torch.Tensor:
 
 def reconstruct(sae: SwitchSAE, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return sae.decode(sae.encode(x))
+        return sae.decode(sae.encode(x), x)
 
 
 @EACH_LAYOUT
@@ -230,7 +233,7 @@ def test_one_of_many_files_is_named_as_subfolder(tmp_path):
         ("sparsify", "cfg.json", {"signed": True}, "signed"),
         ("saelens_topk", "cfg.json", {"architecture": "temporal"}, "'temporal'"),
         ("saelens_topk", "cfg.json", {"architecture": "transcoder"}, "'transcoder'"),
-        ("saelens_standard", "cfg.json", {"normalize_activations": "layer_norm"}, "layer_norm"),
+        ("saelens_standard", "cfg.json", {"normalize_activations": "covariance_whitening"}, "whit"),
         ("saelens_standard", "cfg.json", {"normalize_activations": "nonsense"}, "nonsense"),
         ("switch_sae", "config.json", {"dict_class": "MoEAutoEncoder"}, "mixture of experts"),
         ("switch_sae", "config.json", {"trainer_class": "Switch1onTrainer"}, "always on"),
@@ -252,12 +255,21 @@ def test_a_kind_that_is_no_switch_sae_is_refused_by_name(tmp_path, name, file, c
     assert_refused(tmp_path, folder, options, words)
 
 
-def test_a_topk_model_of_openai_is_refused_with_the_reason(tmp_path):
-    folder, _, _ = LAYOUTS["openai"](tmp_path)
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"activation": "Identity"}, "'Identity'"),
+        ({"activation_state_dict": {"k": K, "postact_fn": "Identity"}}, "postact_fn"),
+        ({"activation_state_dict": {"postact_fn": "ReLU"}}, "pass k="),
+        ({"activation_state_dict": {"k": 2.5, "postact_fn": "ReLU"}}, "no whole number"),
+        ({"activation_state_dict": [K]}, "activation_state_dict"),
+    ],
+)
+def test_another_activation_of_openai_is_refused_by_name(tmp_path, changed, words):
+    folder, _, _ = LAYOUTS["openai_topk"](tmp_path)
     stored = torch.load(folder / "8.pt", weights_only=True)
-    other = {"activation": "TopK", "activation_state_dict": {"k": 32}}
-    torch.save({**stored, **other}, folder / "8.pt")
-    assert_refused(tmp_path, folder, {}, "normalise every token")
+    torch.save({**stored, **changed}, folder / "8.pt")
+    assert_refused(tmp_path, folder, {}, words)
 
 
 @pytest.mark.parametrize("file", ["latest_ckpt.safetensors", "config.yaml"])
@@ -367,6 +379,24 @@ def test_pickled_code_is_refused_and_not_run(tmp_path, name):
     torch.save({**torch.load(file, weights_only=True), "x": Malicious(marker)}, file)
     assert_refused(tmp_path, folder, options, "nothing was executed")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["openai", "gemma_scope"])
+def test_whatever_is_damaged_in_a_file_is_an_error_of_ours(tmp_path, name):
+    file = stored_in(LAYOUTS[name](tmp_path)[0])
+    whole, chance = file.read_bytes(), random.Random(0)
+    starts = [whole.find(b"pre_bias"), 0, len(whole) - 400]  # the pickle, the head, the listing
+    refused = 0
+    for _ in range(300):
+        data, start = bytearray(whole), max(0, chance.choice(starts) - 40)
+        for _ in range(3):
+            data[min(len(data) - 1, start + chance.randrange(200))] = chance.randrange(256)
+        file.write_bytes(data)
+        try:
+            read_tensors(file)
+        except ConversionError:
+            refused += 1
+    assert refused > 100
 
 
 def test_pickled_code_in_an_npz_is_refused_and_not_run(tmp_path):
@@ -579,3 +609,15 @@ def test_parity_is_not_fooled_by_a_conversion_in_which_nothing_fires(tmp_path):
     change(folder / "params.npz", lambda t: t.update(threshold=t["threshold"] + 100))
     done = convert(folder)
     assert done.parity.l0 >= 0.5  # the vectors were made long enough
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("gpt2", "transformer.h.2"), ("llama", "model.layers.2"), ("t5", None), (None, None)],
+)
+def test_saelens_is_told_the_module_where_the_language_model_tells_it(tmp_path, kind, name):
+    more = {} if kind is None else {"base_model_fingerprint": fingerprint(getattr(tiny, kind)())}
+    export(make("plain_topk", hookpoint="layers.2.resid_post", **more), tmp_path / "s", "saelens")
+    metadata = json.loads((tmp_path / "s" / "cfg.json").read_text())["metadata"]
+    assert metadata.get("hf_hook_name") == name
+    assert SwitchSAE.from_pretrained(tmp_path / "s").config.hookpoint == "layers.2.resid_post"

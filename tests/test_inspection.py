@@ -1,6 +1,7 @@
 """Looking into a folder reads headers and statistics; cards keep what a person wrote."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -65,7 +66,52 @@ def test_a_foreign_checkpoint_is_named_by_its_format(tmp_path):
     assert inspect(tmp_path / "org" / "layers.10").saes[0].format == "sparsify"
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"])
+@pytest.mark.parametrize(
+    "name", ["goodfire", "openai", "scale_sae", "switch_sae", "dictionary_learning_BatchTopKSAE"]
+)
+def test_a_pickled_checkpoint_is_named_without_reading_its_tensors(tmp_path, name, monkeypatch):
+    folder = LAYOUTS[name](tmp_path / "in")[0]
+    monkeypatch.setattr(torch, "load", None)
+    (summary,) = inspect(folder).saes
+    assert name.startswith(summary.format)
+    (file,) = [path for path in folder.iterdir() if path.suffix in (".pt", ".pth")]
+    for config in folder.glob("config.json"):  # then the names in the file are all there is
+        config.unlink()
+    assert inspect(folder).saes == (summary,)
+    # even where the tensors are not there any more
+    with zipfile.ZipFile(file) as held:
+        (pickled,) = [each for each in held.infolist() if each.filename.endswith("data.pkl")]
+        data = held.read(pickled)
+    with zipfile.ZipFile(file, "w") as held:
+        held.writestr(pickled, data)
+    assert inspect(folder).saes == (summary,)
+
+
+def test_a_pickled_checkpoint_of_old_is_read_and_named(tmp_path):
+    folder = LAYOUTS["goodfire"](tmp_path)[0]
+    (file,) = folder.iterdir()
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    assert inspect(folder).saes[0].format == "goodfire"
+
+
+def header_of(**tensors) -> bytes:
+    header = json.dumps(tensors).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 64,
+        b"\x02" + b"\0" * 7 + b"[]",
+        header_of(W_enc=[1]),
+        header_of(W_enc={"dtype": "F32"}),
+        header_of(input_scale={"dtype": "F32", "shape": [], "data_offsets": [0, 4]}),
+        header_of(input_scale={"dtype": "F32", "shape": [], "data_offsets": 4}),
+        header_of(input_scale={"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}) + b"\0" * 4,
+    ],
+)
 def test_a_damaged_file_is_an_error(release, data):
     (release / A / "model.safetensors").write_bytes(data)
     with pytest.raises(ConversionError, match="no safetensors file"):
@@ -149,7 +195,7 @@ def test_a_front_matter_that_is_no_yaml_is_an_error(release, tmp_path):
 
 
 def test_hidden_files_are_not_part_of_a_release(tmp_path):
-    for name in (".env", ".cache/key", "sae/.config.json.partial", "sae/config.json"):
+    for name in (".env", ".cache/key", "sae/.tmp-host-1-0123abcd", "sae/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / ".gitattributes").write_text("")

@@ -44,7 +44,7 @@ def peer(action: str, package: str, folder: pathlib.Path) -> None:
 
 def reconstruct(sae: SwitchSAE, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return sae.decode(sae.encode(x))
+        return sae.decode(sae.encode(x), x)
 
 
 @EACH_PACKAGE
@@ -65,6 +65,8 @@ def test_what_is_exported_loads_in_the_package_and_agrees(tmp_path, package):
     kinds = ["plain_topk"]
     if package != "sparsify":
         kinds += ["plain_relu", "plain_jumprelu", "plain_batch_topk"]
+    if package == "sae_lens":
+        kinds.append("plain_layer_norm")
     x, saes = 2.0 * torch.randn(64, 16), {}
     for kind in kinds:
         saes[kind] = sae = make(kind)

@@ -54,6 +54,8 @@ def done(tmp_path_factory):
     with Hub() as hub:
         hub.tag("org/foreign", "v1", hub.upload("org/foreign", foreign))
         hub.upload("org/foreign", {"layers.10/cfg.json": b"{}"})  # what v1 is not
+        scale = LAYOUTS["scale_sae"](tmp)[0]
+        hub.upload("org/pickled", {f"a/{path.name}": path.read_bytes() for path in scale.iterdir()})
         hub.upload("org/evil", {"../evil.txt": b"x", "config.json": b"{}"})
         hub.upload("org/big", {"big.bin": BIG, "whole.bin": BIG[:5000]})
         hub.create("org/gated", gated=True)
@@ -168,13 +170,25 @@ def test_a_repository_is_inspected_without_reading_its_weights(done):
     assert outcome["revision"] == done["push_saes"]
     for words in ("24 features in 4 expert(s), jumprelu", "fvu 0.2", "W_enc: F32 [4, 6, 16]"):
         assert words in outcome["text"]
-    ranges = [re.search(r"bytes=(\d+)-(\d+)", line) for line in outcome["asked"]]
+    assert max(asked_for(outcome)) < 1500  # the header; W_enc alone has 1536
+    assert len(outcome["listed"]) == 1
+
+
+def test_a_pickled_checkpoint_is_named_without_fetching_its_tensors(done):
+    outcome = done["inspect_pickled"]
+    assert outcome["formats"] == [["a", "scale_sae"]]
+    repo = done["hub"].repos["org/pickled"]
+    whole = len(repo.commits[repo.refs["main"]]["a/ae.pt"])
+    assert sum(asked_for(outcome)) < whole / 3
+
+
+def asked_for(outcome) -> list[int]:
+    """Bytes of each request; a HEAD has none."""
+    lines = [line for line in outcome["asked"] if not line.startswith("HEAD ")]
+    ranges = [re.search(r"bytes=(\d+)-(\d+)", line) for line in lines]
     assert ranges
     assert all(ranges), "a whole file was asked for"
-    got = {
-        line: int(r[2]) - int(r[1]) + 1 for line, r in zip(outcome["asked"], ranges, strict=True)
-    }
-    assert max(got.values()) < 1500  # the header; W_enc alone has 1536
+    return [int(found[2]) - int(found[1]) + 1 for found in ranges]
 
 
 def test_a_foreign_checkpoint_is_converted_at_its_revision(done):
@@ -228,6 +242,7 @@ def test_a_file_that_would_be_written_outside_of_the_folder_stops_everything(don
         ("404", "HTTP 404"),
         ("429", "too many requests"),
         ("500", "the Hub itself failed"),
+        ("drop", "the connection was lost"),
         ("load_429", "too many requests"),
     ],
 )

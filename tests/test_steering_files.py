@@ -17,6 +17,7 @@ from hf_switch_sae import (
     SwitchSAEConfig,
     export_recipe,
 )
+from hf_switch_sae.hookpoints import resolve
 from hf_switch_sae.steering_files import steering_vector
 
 PLACE = "layers.1.resid_post"
@@ -24,7 +25,9 @@ PLACE = "layers.1.resid_post"
 
 @pytest.fixture
 def sae() -> SwitchSAE:
-    made = make("switch", hookpoint=PLACE, base_model="org/lm")
+    names = {f"layers.{layer}.mlp.up_proj.weight": [0.0] for layer in range(4)}
+    print_of = {"model_type": "llama", "num_hidden_layers": 4, "weights": names}
+    made = make("switch", hookpoint=PLACE, base_model="org/lm", base_model_fingerprint=print_of)
     made.calibrate([torch.randn(200, D)])
     return made
 
@@ -97,6 +100,59 @@ def test_the_table_of_lm_eval_names_a_feature_of_an_sae_that_it_can_load(tmp_pat
     sae.config.source = {"repo": "org/ours", "taken_from": sae.config.source}
     export_recipe(one, sae, tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_text() == (tmp_path / "own.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "name"),
+    [
+        ("llama", 2, "layers.2"),
+        ("gpt2", 2, "h.2"),
+        ("bloom", 0, "h.0"),
+        ("gpt_neox", "gpt_neox.layers.1.mlp", "layers.1.mlp"),
+        ("gpt2", "transformer.h.3.mlp", "h.3.mlp"),
+        ("bert", 1, "encoder.layer.1"),
+    ],
+)
+def test_the_module_is_the_one_whose_output_the_sae_reads(tmp_path, kind, at, name):
+    lm = getattr(tiny, kind)()
+    made = SwitchSAE.for_lm(lm, at=at, num_features=32, num_experts=4, k=4)
+    raw = recipe(Steer(5, -2.0, unit="raw"))
+    export_recipe(raw, made, tmp_path / "steer.pt")
+    (found,) = torch.load(tmp_path / "steer.pt", weights_only=True)
+    assert found == name
+    # as lm-eval finds it
+    module = dict(lm.base_model.named_modules())[found]
+    assert module is resolve(lm, made.config.hookpoint).module
+    export_recipe(raw, made, tmp_path / "steer.csv", sparse_model="org/sparsify-sae")
+    assert f",{name},5," in (tmp_path / "steer.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "print_of",
+    [
+        None,
+        {"num_hidden_layers": 4, "weights": {"embed.weight": [0.0]}},
+        {  # an encoder and a decoder alike
+            "num_hidden_layers": 2,
+            "weights": {"encoder.block.1.w": [0.0], "decoder.block.1.w": [0.0]},
+        },
+    ],
+)
+def test_a_module_that_the_config_does_not_tell_is_asked_for(tmp_path, sae, print_of):
+    sae.config.base_model_fingerprint = print_of
+    for name in ("a.pt", "a.csv"):
+        with pytest.raises(EditError, match="module="):
+            export_recipe(recipe(Steer(3)), sae, tmp_path / name, sparse_model="org/sae")
+    assert list(tmp_path.iterdir()) == []
+    export_recipe(recipe(), sae, tmp_path / "a.pt", module="h.1")
+    assert list(torch.load(tmp_path / "a.pt", weights_only=True)) == ["h.1"]
+
+
+def test_the_folder_of_a_sparsify_release_is_the_modules_name(tmp_path, sae):
+    sae.config.base_model_fingerprint = None
+    sae.config.source = {"format": "sparsify", "repo": "org/published", "path": "all/h.1"}
+    export_recipe(recipe(), sae, tmp_path / "a.pt")
+    assert list(torch.load(tmp_path / "a.pt", weights_only=True)) == ["h.1"]
 
 
 @pytest.mark.parametrize(("place", "block"), [(PLACE, 1), ("layers.15.resid_pre", 14)])

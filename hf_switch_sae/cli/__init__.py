@@ -1,6 +1,7 @@
 """The command line: one file a command, each a thin call of one public function.
 
-Exit code 0: done. 1: an error of this package, printed without a traceback. 2: wrong use.
+Exit code 0: done. 1: an error of this package, or of files, disk and network, printed without a
+traceback. 2: wrong use.
 """
 
 from __future__ import annotations
@@ -18,6 +19,6 @@ def main() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         app()
-    except SwitchSAEError as err:
+    except (SwitchSAEError, OSError) as err:
         print(f"hf-switch-sae: {err}", file=sys.stderr)
         sys.exit(1)

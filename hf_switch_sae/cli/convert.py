@@ -10,7 +10,8 @@ import typer
 from hf_switch_sae.convert import EXPORTS, FORMATS
 from hf_switch_sae.convert import convert as convert_checkpoint
 from hf_switch_sae.convert import export as export_sae
-from hf_switch_sae.errors import ConversionError
+from hf_switch_sae.convert.source import open_source
+from hf_switch_sae.errors import ConversionError, HubError, TextError
 from hf_switch_sae.model import SwitchSAE
 
 
@@ -53,22 +54,44 @@ def convert(
     }
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     if to is not None:
-        known = {name: value for name, value in {**given, **where}.items() if value is not None}
-        for note in export_sae(SwitchSAE.from_pretrained(source, **known), folder, to):
+        with_to = {"--format": format, "--lm": lm, "--text": text}
+        if asked := [option for option, value in with_to.items() if value is not None]:
+            raise typer.BadParameter(f"{', '.join(asked)} can't be had together with --to.")
+        for note in export_sae(_load(source, where, given), folder, to):
             print(note)
         return
-    live = {} if lm is None else _live(lm, text)
+    if (lm is None) != (text is None):
+        raise typer.BadParameter("--lm and --text go together: a model, and ordinary text for it.")
+    live = {} if lm is None or text is None else _live(lm, text)
     print(convert_checkpoint(source, folder, format=format, **live, **where, **given))
 
 
-def _live(lm: str, text: Path | None) -> dict[str, Any]:
+def _load(name: str, where: dict[str, Any], given: dict[str, Any]) -> SwitchSAE:
+    """An SAE of ours, or of another project with what its files don't tell."""
+    known = {option: value for option, value in given.items() if value is not None}
+    if known and open_source(name, **where).json("config.json").get("model_type") == "switch_sae":
+        options = ", ".join(f"--{option.replace('_', '-')}" for option in known)
+        raise typer.BadParameter(f"{name} tells all of this in its config: leave {options} out.")
+    try:
+        return SwitchSAE.from_pretrained(name, **where, **known)
+    except HubError:
+        raise
+    except OSError as err:
+        raise ConversionError(f"no SAE at {name}: {err}") from err
+
+
+def _live(lm: str, text: Path) -> dict[str, Any]:
     """`lm` and `inputs` of `convert`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if text is None:
-        raise ConversionError("--lm needs --text, a file of ordinary text to measure on.")
-    model = AutoModelForCausalLM.from_pretrained(lm)
-    tokenizer = AutoTokenizer.from_pretrained(lm)
-    written = text.read_text(encoding="utf-8")
+    try:
+        written = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise TextError(f"{text} can't be read as text: {err}") from err
+    try:
+        model = AutoModelForCausalLM.from_pretrained(lm)
+        tokenizer = AutoTokenizer.from_pretrained(lm)
+    except OSError as err:
+        raise ConversionError(f"no language model at {lm}: {err}") from err
     inputs = tokenizer(written, return_tensors="pt", truncation=True, max_length=512)
     return {"lm": model, "inputs": inputs}

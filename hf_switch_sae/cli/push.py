@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hf_switch_sae.errors import HubError
 from hf_switch_sae.hub import push as push_release
 from hf_switch_sae.hub import push_recipe
 from hf_switch_sae.recipe import Recipe
@@ -15,7 +16,8 @@ from hf_switch_sae.recipe import Recipe
 def push(
     path: Annotated[Path, typer.Argument(help="Folder of a release, or a recipe's .json file.")],
     repo: Annotated[
-        str | None, typer.Argument(help="Where to; by default the folder's name, as your own.")
+        str | None,
+        typer.Argument(help="Where to; of a folder by default its name, as your own."),
     ] = None,
     private: Annotated[
         bool | None, typer.Option(help="Whether a new repository is private.")
@@ -25,10 +27,25 @@ def push(
     card: Annotated[bool, typer.Option(help="Whether to write a card.")] = True,
 ) -> None:
     """Publish a release, its card and all, in one commit; prints the revision."""
-    repo_id = repo or path.resolve().name
+    if not path.exists():
+        raise HubError(f"there is no folder or file {path} to push.")
     if path.is_file():
-        print(push_recipe(Recipe.load(path), repo_id, path.stem))
+        if repo is None:
+            raise typer.BadParameter(f"say where the recipe goes: push {path} OWNER/REPO")
+        of_a_release = {
+            "--private": private is not None,
+            "--branch": branch != "main",
+            "--message": message is not None,
+            "--no-card": not card,
+        }
+        if given := [option for option, is_given in of_a_release.items() if is_given]:
+            raise typer.BadParameter(
+                f"{', '.join(given)} can't be had with a recipe, which is added to a repository "
+                "that is there: leave it out, or push a folder."
+            )
+        print(push_recipe(Recipe.load(path), repo, path.stem))
         return
+    repo_id = repo or path.resolve().name
     print(
         push_release(
             path, repo_id, private=private, branch=branch, message=message, create_card=card

@@ -4,9 +4,15 @@
     convert("google/gemma-scope-2b-pt-res", "folder", subfolder="layer_20/width_16k/average_l0_71")
     export(sae, "folder", format="saelens")
 
+Beside these two, `from hf_switch_sae.convert import FORMATS, EXPORTS, Given` tells what can be
+read, written and passed.
+
 A conversion is exact or refused. Nothing is guessed: what the files don't tell is an error that
 names the argument to pass. Every conversion can be held against its format's own arithmetic,
 written out by hand on the file's own tensors (`parity`).
+
+Beware `hf_switch_sae.convert` is the function, and hides this package: `hf_switch_sae.convert.X`
+       is an AttributeError where `from hf_switch_sae.convert import X` works.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +42,7 @@ from hf_switch_sae.convert.registry import (
 )
 from hf_switch_sae.convert.source import Source, check_inside, open_source
 from hf_switch_sae.errors import ConversionError, HubError
+from hf_switch_sae.files import written_beside
 from hf_switch_sae.model import SwitchSAE
 
 __all__ = ["EXPORTS", "FORMATS", "Conversion", "Given", "Parity", "convert", "export", "parity"]
@@ -110,7 +117,8 @@ def convert(
         with sae.attach(lm) as session:
             live = session.preflight(inputs)
     if folder is not None:
-        _save(sae, Path(folder))
+        with written_beside(Path(folder)) as beside:
+            sae.save_pretrained(beside)
     return Conversion(sae, found, live)
 
 
@@ -132,21 +140,8 @@ def export(sae: SwitchSAE, folder: str | Path, format: str) -> tuple[str, ...]:
     write, folder = writer_of(format), Path(folder)
     if folder.exists():
         raise ConversionError(f"{folder} is there already; name a folder that is not.")
-    notes: tuple[str, ...] = _beside(folder, lambda place: write(sae, place))
-    return notes
-
-
-def _beside(folder: Path, write: Callable[[Path], Any]) -> Any:
-    """Let `write` fill a folder beside its place, then rename it into it; nothing stays if not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
-        result = write(Path(beside) / "new")
-        (Path(beside) / "new").replace(folder)
-    return result
-
-
-def _save(sae: SwitchSAE, folder: Path) -> None:
-    _beside(folder, sae.save_pretrained)
+    with written_beside(folder) as beside:
+        return write(sae, beside)
 
 
 def _read(name: str | Path, format: str | None, options: Mapping[str, Any]) -> Foreign:

@@ -44,6 +44,18 @@ def lost_bound(sae: SwitchSAE, format: str) -> tuple[str, ...]:
     )
 
 
+def normed_by_hand(x: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(h, size, shift) with x = size * h + shift, as the other projects write it; for formulas."""
+    if how == "layer_norm":
+        mean = x.mean(-1, keepdim=True)
+        std = ((x - mean) ** 2).sum(-1, keepdim=True).div(x.shape[-1] - 1).sqrt()
+        return (x - mean) / (std + 1e-5), std, mean
+    if how == "constant_norm":
+        factor = math.sqrt(x.shape[-1]) / x.norm(dim=-1, keepdim=True)
+        return x * factor, 1 / factor, 0.0
+    return x, torch.ones(len(x), 1), 0.0
+
+
 @dataclass(frozen=True)
 class DenseWeights:
     """A one-expert SAE without its input scale: W_enc, W_dec [F, d], b_enc, threshold [F], b_dec.
@@ -60,13 +72,19 @@ class DenseWeights:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, sae: SwitchSAE, format: str) -> DenseWeights:
+    def of(cls, sae: SwitchSAE, format: str, any_input_norm: bool = False) -> DenseWeights:
         """Lay an SAE out.
 
         Raises:
-            ConversionError: it has several experts, or a k beside a threshold rule.
+            ConversionError: it has several experts, a k beside a threshold rule, or an input_norm
+                where the format has none.
         """
         c = sae.config
+        if c.input_norm != "none" and not any_input_norm:
+            raise ConversionError(
+                f"{format} normalizes no input, so it can't hold an SAE with "
+                f"input_norm={c.input_norm!r}; format='saelens' can."
+            )
         if c.num_experts > 1:
             raise ConversionError(
                 f"{format} has no router, so it can't hold an SAE of {c.num_experts} experts; "
@@ -111,14 +129,13 @@ class DenseWeights:
 
 
 def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write .safetensors, .pt and .json files, each beside its place and renamed into it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write .safetensors, .pt and .json files into a new folder."""
+    folder.mkdir(parents=True)
     for name, content in files.items():
-        beside = folder / f".{name}.partial"
+        file = folder / name
         if name.endswith(".safetensors"):
-            save_file({key: value.contiguous() for key, value in content.items()}, beside)
+            save_file({key: value.contiguous() for key, value in content.items()}, file)
         elif name.endswith(".pt"):
-            torch.save(dict(content), beside)
+            torch.save(dict(content), file)
         else:
-            beside.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
-        beside.replace(folder / name)
+            file.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")

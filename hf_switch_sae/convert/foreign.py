@@ -139,6 +139,7 @@ class Plain:
         k: as in SwitchSAEConfig.
         threshold: [F], or 0-d for all features alike; for jumprelu and batch_topk.
         input_scale: biases and thresholds are in units of x times this.
+        input_norm: as in SwitchSAEConfig.
     """
 
     W_enc: Tensor
@@ -150,6 +151,7 @@ class Plain:
     k: int | None = None
     threshold: Tensor | None = None
     input_scale: float = 1.0
+    input_norm: str = "none"
 
     def foreign(self, format: str, about: Mapping[str, Any], formula: Formula) -> Foreign:
         """With what `described` says of it, and the format's own formula."""
@@ -169,6 +171,7 @@ class Plain:
             "num_experts": 1,
             "encoder_bias": True,
             "activation": self.activation,
+            "input_norm": self.input_norm,
             "k": self.k,
             "subtract_b_dec": self.subtracts,
             **about,

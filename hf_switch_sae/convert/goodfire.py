@@ -20,7 +20,7 @@ NAME = "goodfire"
 def recognizes(source: Source) -> bool:
     """By the only .pt or .pth file, with an `encoder_linear.weight` in it."""
     files = source.weight_files(".pt", ".pth")
-    return len(files) == 1 and "encoder_linear.weight" in source.tensors(files[0])
+    return len(files) == 1 and "encoder_linear.weight" in source.names(files[0])
 
 
 def read(source: Source, given: Given) -> Foreign:

@@ -1,19 +1,25 @@
 """OpenAI's sparse_autoencoder: `<layer>.pt`, of GPT-2 small.
 
     pre = encoder.weight @ (x - pre_bias) + latent_bias          encoder.weight [F, d]
-    x_hat = decoder.weight @ relu(pre) + pre_bias                decoder.weight [d, F]
+    x_hat = decoder.weight @ acts + pre_bias                     decoder.weight [d, F]
 
-Beware Its TopK models normalise every token by its own mean and deviation and undo that on the
-       output, so the bias that is added differs from token to token; a SwitchSAE has one `b_dec`.
+acts is relu(pre) (v1, v4) or the k largest of them (v5). The TopK models read (x - mean) / (std +
+1e-5) of every token in place of x, and put std * x_hat + mean out.
+
+Beware That a model normalizes is told by its activation's name alone.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from hf_switch_sae.convert.foreign import Foreign, Given, Plain, described
+from hf_switch_sae.convert.dense import keep_topk, normed_by_hand
+from hf_switch_sae.convert.foreign import Foreign, Given, Plain, described, integer
 from hf_switch_sae.convert.places import layer_in
 from hf_switch_sae.convert.source import Source
+from hf_switch_sae.convert.tensors import Tensors
 from hf_switch_sae.errors import ConversionError
 
 NAME = "openai"
@@ -23,21 +29,15 @@ _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_me
 def recognizes(source: Source) -> bool:
     """By the only .pt file, with a `pre_bias` in it."""
     files = source.weight_files(".pt")
-    return len(files) == 1 and "pre_bias" in source.tensors(files[0])
+    return len(files) == 1 and "pre_bias" in source.names(files[0])
 
 
 def read(source: Source, given: Given) -> Foreign:
-    """Take over a ReLU autoencoder; raises ConversionError for a TopK one, or what is missing."""
+    """Take over an autoencoder; raises ConversionError for another activation, or what lacks."""
     (file,) = source.weight_files(".pt")
     tensors = source.tensors(file)
-    activation = tensors.plain("activation")
-    tensors.plain("activation_state_dict")
-    if activation != "ReLU":
-        raise ConversionError(
-            f"{source.where} has the activation {activation!r}: OpenAI's TopK models normalise "
-            "every token by its own mean and deviation, which fixed weights can't compute. Its "
-            "ReLU models (v1, v4) can be taken over."
-        )
+    rule, k = _rule(tensors.plain("activation"), tensors, source, given)
+    norm = "none" if rule == "relu" else "layer_norm"
     W_enc = tensors.take("encoder.weight", None, None)
     F, d = W_enc.shape
     W_dec, b_enc = tensors.take("decoder.weight", d, F), tensors.take("latent_bias", F)
@@ -45,8 +45,9 @@ def read(source: Source, given: Given) -> Foreign:
     tensors.finish(_STATISTICS)
 
     def formula(x: Tensor) -> tuple[Tensor, Tensor]:
-        acts = ((x - b_dec.float()) @ W_enc.float().T + b_enc.float()).relu()
-        return acts, acts @ W_dec.float().T + b_dec.float()
+        h, std, mean = normed_by_hand(x, norm)
+        acts = keep_topk((h - b_dec.float()) @ W_enc.float().T + b_enc.float(), k or F)
+        return acts, (acts @ W_dec.float().T + b_dec.float()) * std + mean
 
     layer = layer_in(file, r"^(\d+)\.pt$")
     # its other locations (resid_delta_*, mlp_post_act, resid_post_attn) lie within a block
@@ -54,5 +55,19 @@ def read(source: Source, given: Given) -> Foreign:
     place = f"layers.{layer}.resid_post" if known else None
     model = "openai-community/gpt2" if "gpt2-small" in source.where else None
     about = described(source, given, NAME, place, f"{source.where}/{file}", model)
-    plain = Plain(W_enc, W_dec.T, b_enc, b_dec, "relu", subtracts=True)
+    plain = Plain(W_enc, W_dec.T, b_enc, b_dec, rule, subtracts=True, k=k, input_norm=norm)
     return plain.foreign(NAME, about, formula)
+
+
+def _rule(
+    activation: Any, tensors: Tensors, source: Source, given: Given
+) -> tuple[str, int | None]:
+    state = tensors.plain("activation_state_dict") or {}
+    if activation == "ReLU":
+        return "relu", None
+    if activation != "TopK" or state.get("postact_fn", "ReLU") != "ReLU":
+        raise ConversionError(
+            f"{source.where} has the activation {activation!r} {state or ''}; ReLU and TopK with "
+            "ReLU can be taken over."
+        )
+    return "topk", given.settle("k", integer(state.get("k"), "k", source.where), source)

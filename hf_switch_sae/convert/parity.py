@@ -72,7 +72,7 @@ def compare(sae: SwitchSAE, formula: Formula, format: str, vectors: int = 256) -
         acts, wanted = formula(part)
         features = sae.encode(part)
         differ = ((features.to_dense() > 0) != (acts > 0)).any(1)
-        off = (sae.decode(features) - wanted).abs().amax(1).where(~differ, 0.0)
+        off = (sae.decode(features, part) - wanted).abs().amax(1).where(~differ, 0.0)
         worst = max(worst, float(off.max()))
         largest = max(largest, float(wanted.abs().max()))
         active += float((acts > 0).sum())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.convert import (
     dictionary_learning,
     gemma_scope,
@@ -84,6 +85,11 @@ def format_of(source: Source, name: str | None = None) -> Format:
         return found
     if what := other_kind(source):
         raise ConversionError(f"{source.where} looks like {what}; it can't be taken over.")
+    if source.json("config.json").get("model_type") == SwitchSAEConfig.model_type:
+        raise ConversionError(
+            f"{source.where} is no other project's: SwitchSAE.from_pretrained loads it as it is, "
+            "and export() hands it on."
+        )
     folders = weight_folders(source)
     there = f"There are weights in: {', '.join(folders)}. Pass one of them as subfolder=."
     raise ConversionError(

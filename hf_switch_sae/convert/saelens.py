@@ -7,6 +7,9 @@ Rules: standard relu; topk; jumprelu, relu(pre) * (pre > threshold); batchtopk, 
 `topk_threshold`; gated. A gated SAE is a JumpReLU one exactly, as both its paths share W_enc:
 (W x + b_gate > 0) * relu(e^r W x + b_mag) has weights e^r W and threshold b_mag - e^r b_gate.
 
+With normalize_activations layer_norm or constant_norm_rescale x is the normalized token, and x_hat
+is brought back to its mean and size.
+
 Beware Before 6.0 the config is flat and uses other names. `expected_average_only_in` leaves the
        scale s out of the file, and whether it was folded into the weights is not said either.
 """
@@ -18,8 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hf_switch_sae.convert.dense import DenseWeights, keep_above, keep_topk, write_checkpoint
+from hf_switch_sae.base_model import block_path
+from hf_switch_sae.config import SwitchSAEConfig
+from hf_switch_sae.convert.dense import (
+    DenseWeights,
+    keep_above,
+    keep_topk,
+    normed_by_hand,
+    write_checkpoint,
+)
 from hf_switch_sae.convert.foreign import Foreign, Given, Plain, described, integer
 from hf_switch_sae.convert.places import (
     from_module_path,
@@ -53,7 +65,7 @@ def read(source: Source, given: Given) -> Foreign:
     W_enc = tensors.take("W_enc", d, integer(cfg.get("d_sae"), "d_sae", source.where))
     d, F = W_enc.shape
     W_dec, b_dec = tensors.take("W_dec", F, d), tensors.take("b_dec", d)
-    scale = _scale(cfg, source, given)
+    scale, norm = _scale(cfg, source, given)
     # pre-6.0 files that don't say subtract, as SAELens then did
     subtract = bool(cfg.get("apply_b_dec_to_input", True))
     by_norm = bool(cfg.get("rescale_acts_by_decoder_norm", False))
@@ -63,9 +75,10 @@ def read(source: Source, given: Given) -> Foreign:
     enc, dec = W_enc.float(), W_dec.float()
 
     def formula(x: Tensor) -> tuple[Tensor, Tensor]:
-        acts = rule((scale * x - b_dec.float() * subtract) @ enc)
+        h, size, shift = normed_by_hand(x, norm)
+        acts = rule((scale * h - b_dec.float() * subtract) @ enc)
         kept = acts / dec.norm(dim=1) if by_norm else acts
-        return acts, (kept @ dec + b_dec.float()) / scale
+        return acts, (kept @ dec + b_dec.float()) / scale * size + shift
 
     # at the ends of a block the old name is the exact one, and within it the module's path
     place = from_transformer_lens(metadata.get("hook_name"))
@@ -91,6 +104,7 @@ def read(source: Source, given: Given) -> Foreign:
         k=k,
         threshold=weights.get("threshold"),
         input_scale=scale,
+        input_norm=norm,
     )
     return plain.foreign(NAME, about, formula)
 
@@ -119,22 +133,27 @@ def _kind(cfg: dict[str, Any], source: Source, given: Given) -> tuple[str, int |
     return kind, given.settle("k", integer(k, "k", source.where), source)
 
 
-def _scale(cfg: dict[str, Any], source: Source, given: Given) -> float:
+_NORMS = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+"""Their name -> ours."""
+
+
+def _scale(cfg: dict[str, Any], source: Source, given: Given) -> tuple[float, str]:
+    """(input_scale, input_norm)"""
     how = cfg.get("normalize_activations") or "none"
     how = "expected_average_only_in" if how is True else how
-    if how == "none":
-        return float(given.input_scale or 1.0)
+    if how in _NORMS:
+        return float(given.input_scale or 1.0), _NORMS[how]
     if how != "expected_average_only_in":
         raise ConversionError(
-            f"{source.where} normalises every token by itself ({how}), so no fixed weights compute "
-            "the same; it can't be taken over."
+            f"{source.where} has normalize_activations={how!r}, which a SwitchSAE does not "
+            "compute; it can't be taken over."
         )
     if given.input_scale is None:
         raise ConversionError(
             f"{source.where} was trained on scaled activations and does not tell the scale: pass "
             "input_scale=sqrt(d_in) / mean norm, or input_scale=1 if it is folded in already."
         )
-    return float(given.input_scale)
+    return float(given.input_scale), "none"
 
 
 def _rule(
@@ -199,7 +218,7 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     Raises:
         ConversionError: several experts, or a k beside a threshold rule.
     """
-    dense, c = DenseWeights.of(sae, NAME), sae.config
+    dense, c = DenseWeights.of(sae, NAME, any_input_norm=True), sae.config
     tensors = {
         "W_enc": dense.W_enc.T,
         "b_enc": dense.b_enc,
@@ -212,7 +231,7 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     metadata = {
         "model_name": c.base_model,
         "hook_name": to_transformer_lens(c.hookpoint),
-        "hf_hook_name": _module_of(c.hookpoint),
+        "hf_hook_name": _module_of(c),
         "hf_revision": c.base_model_revision,
     }
     cfg: dict[str, Any] = {
@@ -222,7 +241,7 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": dense.subtracts,
-        "normalize_activations": "none",
+        "normalize_activations": {ours: theirs for theirs, ours in _NORMS.items()}[c.input_norm],
         "reshape_activations": "none",
         "metadata": {name: value for name, value in metadata.items() if value is not None},
     }
@@ -232,9 +251,19 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     return dense.notes
 
 
-def _module_of(hookpoint: str | None) -> str | None:
-    """The module whose output the SAE reads; None for an input, which SAELens can't name so."""
-    if hookpoint is None or not hookpoint.endswith(".resid_post"):
+def _module_of(config: SwitchSAEConfig) -> str | None:
+    """The module of the language model whose output the SAE reads, where that is known.
+
+    None for an input too, which SAELens can't name so.
+    """
+    hookpoint, print_of = config.hookpoint or "", config.base_model_fingerprint or {}
+    if not hookpoint.endswith(".resid_post"):
         return None
     layer = layer_of(hookpoint)
-    return f"model.layers.{layer[0]}" if layer else hookpoint.removesuffix(".resid_post")
+    if layer is None:
+        return hookpoint.removesuffix(".resid_post")
+    block, kind = block_path(print_of, layer[0]), str(print_of.get("model_type"))
+    if block is None or kind not in CONFIG_MAPPING:
+        return None
+    lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[kind], None)
+    return None if lm is None else f"{lm.base_model_prefix}.{block}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.convert.dense import keep_topk
+from hf_switch_sae.convert.dictionary_learning import CLASSES
 from hf_switch_sae.convert.foreign import Foreign, Given, described, integer
 from hf_switch_sae.convert.source import Source
 from hf_switch_sae.convert.tensors import Tensors
@@ -28,10 +29,11 @@ _UNUSED = ("beta", "lp_transform_decoder.weight")
 
 
 def recognizes(source: Source) -> bool:
-    """By `ae.pt` with expert modules in it."""
-    return WEIGHTS in source.files and any(
-        name.startswith("expert_modules.") for name in source.tensors(WEIGHTS).held
-    )
+    """By `ae.pt` with expert modules in it; a config that names another class spares a look."""
+    if WEIGHTS not in source.files:
+        return False
+    known = source.section(CONFIG, "trainer").get("dict_class") in CLASSES
+    return not known and any(n.startswith("expert_modules.") for n in source.names(WEIGHTS))
 
 
 def read(source: Source, given: Given) -> Foreign:

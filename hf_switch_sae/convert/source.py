@@ -10,14 +10,17 @@ Beware A listing comes from strangers: a name that climbs out of its folder is r
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 
-from hf_switch_sae.convert.tensors import Tensors, read_tensors
+from hf_switch_sae.convert.remote import RemoteFile
+from hf_switch_sae.convert.tensors import Tensors, read_tensors, strings_in
 from hf_switch_sae.errors import ConversionError, HubError
 from hf_switch_sae.hub_errors import plain_hub_errors
 
@@ -63,6 +66,44 @@ class Source:
         inside = f"{self.subfolder}/{file}" if self.subfolder else file
         with plain_hub_errors(self.name, f"download {inside} of"):
             return Path(hf_hub_download(self.name, inside, revision=self.revision, **self.hub))
+
+    @contextmanager
+    def opened(self, file: str) -> Iterator[BinaryIO]:
+        """A file to read parts of: of one on the Hub only those bytes are asked for.
+
+        Raises:
+            HubError: it can't be read.
+        """
+        if self.hub is None or self.hub.get("local_files_only"):
+            with self.path(file).open("rb") as stream:
+                yield stream
+            return
+        inside = f"{self.subfolder}/{file}" if self.subfolder else file
+        with (
+            plain_hub_errors(self.name, f"read {inside} of"),
+            RemoteFile(self.name, inside, self.revision, self.hub.get("token")) as stream,
+        ):
+            yield cast(BinaryIO, stream)
+
+    def within(self, folder: str) -> Source:
+        """A folder of this source as a source of its own, of the same commit; lists nothing."""
+        _, files = _under(folder, list(self.files), self.name)
+        inner = "/".join(part for part in (self.subfolder, folder) if part)
+        return replace(self, subfolder=inner, files=files, _held={})
+
+    def names(self, file: str) -> frozenset[str]:
+        """Strings in a .pt file, the names of its tensors among them; reads no tensor if it can.
+
+        Raises:
+            ConversionError: it is damaged, or holds code.
+        """
+        key = f"names in {file}"
+        if key not in self._held:
+            with self.opened(file) as stream:
+                found = strings_in(stream)
+            self._held[key] = frozenset(self.tensors(file).held) if found is None else found
+        names: frozenset[str] = self._held[key]
+        return names
 
     def json(self, file: str) -> dict[str, Any]:
         """A JSON object; {} if there is no such file.

@@ -40,7 +40,7 @@ def recognizes(source: Source) -> bool:
     return (
         kind in ("SwitchAutoEncoder", "MoEAutoEncoder")
         or "switch" in str(kind).lower()
-        or (kind is None and "decoder" in source.tensors(WEIGHTS))
+        or (kind is None and "decoder" in source.names(WEIGHTS))
     )
 
 
@@ -116,6 +116,7 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     c = sae.config
     needs = {
         "activation": (c.activation, "topk"),
+        "input_norm": (c.input_norm, "none"),
         "num_experts_per_token": (c.num_experts_per_token, 1),
         "encoder_bias": (c.encoder_bias, False),
         "subtract_b_dec": (c.subtract_b_dec, True),

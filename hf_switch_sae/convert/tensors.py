@@ -7,11 +7,11 @@ Beware `.pt` is a pickle: it is read with weights_only=True, which runs no code,
 
 from __future__ import annotations
 
-import pickle
+import pickletools
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, BinaryIO
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
+
+_MOST_PICKLE = 2**24
 
 
 class Tensors:
@@ -108,18 +110,35 @@ def read_tensors(path: Path) -> dict[str, Any]:
             held = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise ConversionError(f"{path.name} is no .safetensors, .npz, .pt or .pth file.")
-    except (pickle.UnpicklingError, ValueError, TypeError) as err:
-        if isinstance(err, ConversionError):
-            raise
+    except (ConversionError, MemoryError):
+        raise
+    except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError) as err:
+        raise ConversionError(f"{path.name} can't be read: {_first_line(err)}") from err
+    except Exception as err:  # a damaged pickle makes its reader raise what it likes
         raise ConversionError(
             f"{path.name} holds more than plain tensors, numbers and strings (pickled code, or "
             f"damage), so it was not read and nothing was executed: {_first_line(err)}"
         ) from err
-    except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError) as err:
-        raise ConversionError(f"{path.name} can't be read: {_first_line(err)}") from err
     if not isinstance(held, dict):
         raise ConversionError(f"{path.name} holds a {type(held).__name__}, not named tensors.")
     return held
+
+
+def strings_in(file: BinaryIO) -> frozenset[str] | None:
+    """The strings of a .pt file, the names of its tensors among them, without reading a tensor.
+
+    Its pickle is taken apart, not run. None for a file from before torch 1.6, which has its tensors
+    within the pickle, or a damaged one: `read_tensors` will tell.
+    """
+    try:
+        with ZipFile(file) as held:
+            (entry,) = [each for each in held.infolist() if each.filename.endswith("/data.pkl")]
+            if entry.file_size > _MOST_PICKLE:
+                return None
+            steps = pickletools.genops(held.read(entry))
+            return frozenset(value for _, value, _ in steps if isinstance(value, str))
+    except (BadZipFile, ValueError, NotImplementedError, EOFError):
+        return None
 
 
 def _first_line(err: Exception) -> str:

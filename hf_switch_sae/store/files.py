@@ -15,10 +15,8 @@ import contextlib
 import errno
 import io
 import os
-import re
 import socket
 import struct
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_switch_sae.errors import StoreError
+from hf_switch_sae.files import LEFT_OVER, written_beside
 
 SEAL = struct.Struct("<4sII")
 SEAL_MAGIC = b"HFSW"
@@ -42,40 +41,24 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         StoreError: no room on the disk, or no permission; whatever stood at `path` still does.
     """
-    beside = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("xb") as file:
+        with written_beside(path) as beside, beside.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _sync_folder(path.parent)
     except OSError as err:
         room = "the disk is full" if err.errno in _NO_ROOM else "the file can't be written"
         raise StoreError(
             f"{path}: {room} ({err.strerror or err}). Nothing that was there has changed; make "
             "room or choose another folder, and run the same call again: it goes on where it was."
         ) from err
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system lets one open a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what writers of this machine left behind that are no longer running."""
     for path in folder.glob(".tmp-*"):
-        found = re.fullmatch(r"\.tmp-(.*)-(\d+)-[0-9a-f]{8}", path.name)
-        if found and found[1] == socket.gethostname() and not _is_running(int(found[2])):
+        found = LEFT_OVER.fullmatch(path.name)
+        if found is None or found["host"] != socket.gethostname():
+            continue
+        if not _is_running(int(found["process"])):
             path.unlink(missing_ok=True)
 
 

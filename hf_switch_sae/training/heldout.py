@@ -33,7 +33,7 @@ class _Sums:
         found = sae.batch_sums(x)
         self.batch = found if self.batch is None else self.batch + found
         features = sae.encode(x)
-        self.error += (x - sae.decode(features)).square().sum()
+        self.error += (x - sae.decode(features, x)).square().sum()
         self.fired.index_add_(0, features.ids.flatten(), (features.acts > 0).long().flatten())
 
     def figures(self, reduce: Reduce) -> dict[str, float]:

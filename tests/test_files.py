@@ -1,0 +1,86 @@
+"""What is written stands at its place whole or not at all, and leaves nothing beside it."""
+
+import errno
+
+import pytest
+from saes import make
+
+from hf_switch_sae import Recipe, Steer, export, export_recipe
+from hf_switch_sae.files import LEFT_OVER, written_beside
+
+
+def test_a_file_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
+    place = tmp_path / "deeper" / "file"
+    for content in ("first", "second"):
+        with written_beside(place) as beside:
+            beside.write_text(content)
+            assert LEFT_OVER.fullmatch(beside.name)
+            assert not place.exists() or place.read_text() == "first"
+        assert place.read_text() == content
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_a_folder_appears_with_all_that_is_in_it(tmp_path):
+    with written_beside(tmp_path / "new") as beside:
+        (beside / "in").mkdir(parents=True)
+        (beside / "in" / "file").write_text("x")
+        assert list(tmp_path.iterdir()) == [beside]
+    assert (tmp_path / "new" / "in" / "file").read_text() == "x"
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_raised_while_writing_leaves_everything_as_it_was(tmp_path, folder):
+    place = tmp_path / "place"
+    if not folder:
+        place.write_text("before")
+
+    def write():
+        with written_beside(place) as beside:
+            if folder:
+                beside.mkdir()
+            (beside / "half" if folder else beside).write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert [(path, path.read_text()) for path in tmp_path.iterdir()] == (
+        [] if folder else [(place, "before")]
+    )
+
+
+def test_a_folder_that_is_there_is_never_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("mine")
+
+    def write():
+        with written_beside(tmp_path / "there") as beside:
+            beside.mkdir()
+
+    with pytest.raises(OSError, match="there"):
+        write()
+    assert (tmp_path / "there" / "mine").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+WRITERS = {
+    "recipe": lambda place: Recipe("org/sae", (Steer(1, unit="raw"),)).save(place),
+    "steering": lambda place: export_recipe(
+        Recipe("org/sae", (Steer(1, unit="raw"),)), make(), place.with_suffix(".pt"), module="h.1"
+    ),
+    "export": lambda place: export(make("plain_topk"), place, "sparsify"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_nothing_behind(tmp_path, name, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hf_switch_sae.files._sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        WRITERS[name](tmp_path / "place")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    WRITERS[name](tmp_path / "place")
+    assert len(list(tmp_path.iterdir())) == 1
