@@ -149,6 +149,34 @@ class Experts(nn.ModuleList):
         )
         return self.decode(acts, ids)
 
+    @torch.no_grad()
+    def errors_of_each(
+        self,
+        x: Tensor,
+        gates: Tensor | None,
+        k: int | None,
+        threshold: Tensor | None,
+        center: Tensor | None,
+        bias: Tensor,
+        input_scale: Tensor,
+    ) -> Tensor:
+        """[n, E]: each token's squared error, had that expert been its only one.
+
+        Args:
+            gates: [n, 1] or None, the weight that any of them would have had.
+            bias: [d], what is added to every reconstruction.
+            x, k, threshold, center, input_scale: as of `encode`.
+        """
+        n, num_experts = len(x), len(self) * self.experts_per_group
+        every = x.repeat(num_experts, 1)
+        expert_ids = torch.arange(num_experts, device=x.device).repeat_interleave(n)[:, None]
+        gates = None if gates is None else gates.repeat(num_experts, 1)
+        acts, ids = self.encode(
+            every, expert_ids, gates, k, threshold, False, center, input_scale, in_order=True
+        )
+        error = every - self.decode(acts, ids) - bias
+        return error.square().sum(1).view(num_experts, n).T
+
     def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
         """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`."""
 
