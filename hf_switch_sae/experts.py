@@ -133,7 +133,6 @@ class Experts(nn.ModuleList):
         x: Tensor,
         expert_ids: Tensor,
         gates: Tensor | None,
-        center: Tensor | None,
         input_scale: Tensor,
         in_order: bool = False,
     ) -> Tensor:
@@ -145,37 +144,43 @@ class Experts(nn.ModuleList):
         """
         threshold = torch.where(candidates, 0.0, torch.inf)
         acts, ids = self.encode(
-            x, expert_ids, gates, k, threshold, False, center, input_scale, in_order
+            x, expert_ids, gates, k, threshold, False, None, input_scale, in_order
         )
         return self.decode(acts, ids)
 
     @torch.no_grad()
     def errors_of_each(
         self,
+        wanted: Tensor,
         x: Tensor,
         gates: Tensor | None,
         k: int | None,
         threshold: Tensor | None,
-        center: Tensor | None,
-        bias: Tensor,
         input_scale: Tensor,
     ) -> Tensor:
-        """[n, E]: each token's squared error, had that expert been its only one.
+        """[n, E]: the squared error of each token, had that expert been its only one.
 
         Args:
+            wanted: [n, d], what to reconstruct, decoder bias left out.
             gates: [n, 1] or None, the weight that any of them would have had.
-            bias: [d], what is added to every reconstruction.
-            x, k, threshold, center, input_scale: as of `encode`.
+            x, k, threshold, input_scale: as of `encode`.
         """
         n, num_experts = len(x), len(self) * self.experts_per_group
-        every = x.repeat(num_experts, 1)
         expert_ids = torch.arange(num_experts, device=x.device).repeat_interleave(n)[:, None]
         gates = None if gates is None else gates.repeat(num_experts, 1)
         acts, ids = self.encode(
-            every, expert_ids, gates, k, threshold, False, center, input_scale, in_order=True
+            x.repeat(num_experts, 1),
+            expert_ids,
+            gates,
+            k,
+            threshold,
+            False,
+            None,
+            input_scale,
+            in_order=True,
         )
-        error = every - self.decode(acts, ids) - bias
-        return error.square().sum(1).view(num_experts, n).T
+        found = self.decode(acts, ids).view(num_experts, n, -1)
+        return (wanted - found).square().sum(-1).T
 
     def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
         """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`."""

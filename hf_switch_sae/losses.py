@@ -80,7 +80,11 @@ def batch_sums(
 
 
 def fvu_of(
-    x: Tensor, x_hat: Tensor, counts: Tensor | None, whole: WholeBatch | None = None
+    x: Tensor,
+    x_hat: Tensor,
+    counts: Tensor | None,
+    whole: WholeBatch | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Squared error over squared deviation from the mean, 0-d; nan under two tokens.
 
@@ -91,19 +95,26 @@ def fvu_of(
         counts: [n] bool, which tokens count; None for all. Others may be nan or infinite.
         whole: the batch that these are a part of, whose deviation is the one to divide by, as a
             constant.
+        bias: [d], if it has been taken off x instead of being added to x_hat: only its gradient, as
+            a part of x_hat, is of interest.
     """
     if torch.compiler.is_compiling():  # which fuses the formula by itself
-        return fvu_formula(x, x_hat, counts, whole)
+        return fvu_formula(x, x_hat, counts, whole, bias)
     known = None if whole is None else whole.deviation
-    fvu: Tensor = _Fvu.apply(x, x_hat, counts, known)  # type: ignore[no-untyped-call]
+    fvu: Tensor = _Fvu.apply(x, x_hat, counts, known, bias)  # type: ignore[no-untyped-call]
     return fvu
 
 
 def fvu_formula(
-    x: Tensor, x_hat: Tensor, counts: Tensor | None, whole: WholeBatch | None = None
+    x: Tensor,
+    x_hat: Tensor,
+    counts: Tensor | None,
+    whole: WholeBatch | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """What `fvu_of` computes, as it is written down."""
     x, x_hat = (part.to(wide_dtype(x, x_hat)) for part in (x, x_hat))
+    x_hat = x_hat if bias is None else x_hat + (bias - bias.detach())
     where = x.new_ones(len(x), 1, dtype=torch.bool) if counts is None else counts[:, None]
     x, error, tokens = x.where(where, 0), (x - x_hat).where(where, 0), where.sum()
     if whole is not None:
@@ -118,7 +129,12 @@ class _Fvu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_hat: Tensor, counts: Tensor | None, known: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        x_hat: Tensor,
+        counts: Tensor | None,
+        known: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
         dtype = wide_dtype(x, x_hat)
@@ -136,28 +152,31 @@ class _Fvu(torch.autograd.Function):
         fvu: Tensor = (error / deviation).where(tokens > 1, torch.nan)
         if known is not None:
             deviation, fvu = known, error / known
-        ctx.known = known is not None
+        ctx.known, ctx.bias_dtype = known is not None, None if bias is None else bias.dtype
         ctx.save_for_backward(x, x_hat, counts, mean, deviation, fvu)
         return fvu
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, x_hat, counts, mean, deviation, fvu = ctx.saved_tensors
-        need_x, need_x_hat = ctx.needs_input_grad[:2]
+        need_x, need_x_hat, *_, need_bias = ctx.needs_input_grad
         d_x = torch.empty_like(x) if need_x else None
         d_x_hat = torch.empty_like(x_hat) if need_x_hat else None
+        d_bias = torch.zeros_like(mean) if need_bias else None
         scale = 2 * grad / deviation
         for rows in _blocks(x):
             d_error = _counted((x_hat[rows].to(mean.dtype) - x[rows]).mul_(scale), rows, counts)
             if d_x_hat is not None:
                 d_x_hat[rows] = d_error
+            if d_bias is not None:
+                d_bias += d_error.sum(0)
             if d_x is not None:  # the mean's own gradient is 0, as deviations add up to 0
                 d_x[rows] = -d_error
                 if not ctx.known:
                     d_deviation = (x[rows].to(mean.dtype) - mean).mul_(scale * fvu)
                     d_x[rows] -= _counted(d_deviation, rows, counts)
-        return d_x, d_x_hat, None, None
+        return d_x, d_x_hat, None, None, None if d_bias is None else d_bias.to(ctx.bias_dtype)
 
 
 def _blocks(x: Tensor) -> list[slice]:

@@ -101,21 +101,23 @@ class Router(nn.Module):
 
 
 class _Visits(NamedTuple):
-    """Which experts see the tokens, in their order, and how; arguments of `Experts.encode`."""
+    """What experts see of the tokens, in their order, and which; arguments of `Experts.encode`."""
 
+    x: Tensor
+    """[n, d]"""
     expert_ids: Tensor
     """[n, t] int64."""
     gates: Tensor | None
     """[n, t] float32."""
-    center: Tensor | None
-    """[d]"""
 
 
 class _Encoded(NamedTuple):
     """Tokens on their way, in the order of experts where that helps; n tokens."""
 
-    x: Tensor
-    """[n, d], in order, outliers replaced."""
+    z: Tensor
+    """[n, d], in order, outliers replaced, less the bias; of which no gradient goes through it."""
+    bias: Tensor
+    """[d], `b_dec` in the LM's own units."""
     acts: Tensor
     """[n, slots], in order."""
     ids: Tensor
@@ -444,10 +446,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if attention_mask is not None:
             mask = attention_mask.reshape(-1).to(self.device).bool()
             counts = mask if counts is None else counts & mask
-        x_hat = self.experts.decode(code.acts, code.ids)
-        x_hat = x_hat + self._bias().to(x_hat.dtype)
+        y = self.experts.decode(code.acts, code.ids)
         in_order = counts if counts is None or code.order is None else counts[code.order]
-        fvu = fvu_of(code.x, x_hat, in_order, whole_batch)
+        fvu = fvu_of(code.z, y, in_order, whole_batch, code.bias)
         logits, balance = None, torch.zeros_like(fvu)
         z_loss, best, auxk = balance, balance, balance
         if code.router is not None:
@@ -458,11 +459,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if self.training:
             if self.config.activation == "batch_topk":
                 self._follow_threshold(code.acts)
-            auxk = self._auxk_loss(code, x_hat, in_order)
+            auxk = self._auxk_loss(code, y, in_order)
             if logits is not None and self.config.router_best_expert_loss_coef:
                 best = self._best_expert_loss(code, logits, counts)
         if whole_batch is not None:  # these are means over this part, which is a share of the whole
-            share = (len(code.x) if counts is None else counts.sum()) / whole_batch.tokens
+            share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
             z_loss, best, auxk = z_loss * share, best * share, auxk * share
         c = self.config
         output = SwitchSAEOutput(
@@ -471,7 +472,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             + c.router_z_loss_coef * z_loss
             + c.router_best_expert_loss_coef * best
             + c.auxk_loss_coef * auxk,
-            reconstruction=_as_they_came(x_hat, code.order)
+            reconstruction=_with_bias(y, code.bias, code.order)
             .reshape(hidden_states.shape)
             .to(hidden_states.device, hidden_states.dtype),
             features=self._features(code, hidden_states.shape),
@@ -494,13 +495,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             expert_ids = self.router(x, self.b_router, self.input_scale, t)[2]
         return batch_sums(x, None if outlier is None else ~outlier, expert_ids, e)
 
-    def _auxk_loss(self, code: _Encoded, x_hat: Tensor, counts: Tensor | None) -> Tensor:
+    def _auxk_loss(self, code: _Encoded, y: Tensor, counts: Tensor | None) -> Tensor:
         """How badly the dead features of the tokens' experts explain what is left of the tokens.
 
         Dead when the batch began; then the batch is counted. Only their own rows get a gradient.
         """
-        none, config = code.x.new_zeros((), dtype=wide_dtype(x_hat)), self.config
-        if code.visits is None or not len(code.x):
+        none, config = code.z.new_zeros((), dtype=wide_dtype(y)), self.config
+        if code.visits is None or not len(code.z):
             return none
         visits = code.visits
         dead = self.dead_features().view(config.num_experts, -1)
@@ -512,14 +513,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if not found:
             return none
         slots = min(config.k_aux or max(1, config.hidden_size // 2), found)
-        rest = (code.x - x_hat).detach()
+        rest = (code.z - y).detach()
         explained = self.experts.reconstruct_with(
             dead,
             slots,
-            code.x.detach(),
+            visits.x.detach(),
             visits.expert_ids,
             None if visits.gates is None else visits.gates.detach(),
-            None if visits.center is None else visits.center.detach(),
             self.input_scale,
             in_order=code.order is not None,
         )
@@ -530,20 +530,18 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Where the router should have sent every num_experts-th token: all experts are tried."""
         config = self.config
         tried = torch.arange(0, len(logits), config.num_experts, device=logits.device)
-        if not len(tried):
+        if code.visits is None or not len(tried):
             return logits.sum()
         places = tried if code.order is None else code.order.argsort()[tried]
         gates = None
         if config.apply_router_probs and not config.norm_topk_prob:
             gates = logits.detach()[tried].softmax(-1).amax(-1, keepdim=True)
-        bias = self._bias()
         errors = self.experts.errors_of_each(
-            code.x[places],
+            code.z[places],
+            code.visits.x[places],
             gates,
             None if config.k is None else min(config.k, config.features_per_expert),
             self._threshold_in_use(),
-            bias if config.subtract_b_dec else None,
-            bias,
             self.input_scale,
         )
         return router_best_expert_loss_of(
@@ -581,10 +579,10 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if len(x) == 1 and self._takes_single_tokens():
             return self._encode_token(x)
         config = self.config
-        center = self._bias() if config.subtract_b_dec else None
-        outlier = self._outliers_among(x)
+        bias, outlier = self._bias(), self._outliers_among(x)
+        fixed, centered = bias.detach(), config.subtract_b_dec
         if outlier is not None:  # encoded as nothing, or one would take from a batch_topk's budget
-            x = x.where(~outlier[:, None], 0 if center is None else center.detach().to(x.dtype))
+            x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
         router, order, gates = None, None, None
         if config.num_experts == 1:
             expert_ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
@@ -594,8 +592,12 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         one_each = config.num_experts > 1 and config.num_experts_per_token == 1
         if sort and one_each and len(self.experts) == 1 and len(x) > 1:
             order, _ = ops.sort_by_expert(expert_ids, config.num_experts)
-            x, expert_ids = x[order], expert_ids[order]
+            x, expert_ids = x.index_select(0, order), expert_ids[order]
             gates = None if gates is None else gates[order]
+        # less a constant: the bias gets its gradient by column sums, so that none of z is needed
+        ours = order is not None and centered and not x.requires_grad and x.dtype == fixed.dtype
+        z = x.sub_(fixed) if ours else x - fixed
+        x = z if centered else x
         in_batch = config.activation == "batch_topk" and self.training
         acts, ids = self.experts.encode(
             x,
@@ -604,14 +606,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             config.k if config.activation != "batch_topk" or in_batch else None,
             self._threshold_in_use(),
             in_batch,
-            center,
+            bias if centered else None,
             self.input_scale,
             in_order=order is not None,
         )
         if outlier is not None:  # a bias may still have made it active
             acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
-        visits = _Visits(expert_ids, gates, center)
-        return _Encoded(x, acts, ids, order, router, outlier, visits)
+        visits = _Visits(x, expert_ids, gates)
+        return _Encoded(z, bias, acts, ids, order, router, outlier, visits)
 
     def _takes_single_tokens(self) -> bool:
         """Whether `_encode_token` applies: as in `generate` on a CPU."""
@@ -631,20 +633,26 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _encode_token(self, x: Tensor) -> _Encoded:
         """As `_encode`, of one token x [1, d]."""
         config, (group,) = vars(self.config), self.experts
-        center = self._bias() if config["subtract_b_dec"] else None
-        outlier = self._outliers_among(x)
+        bias, outlier = self._bias(), self._outliers_among(x)
         if outlier is not None:
-            x = torch.zeros_like(x) if center is None else center.to(x.dtype)[None]
+            x = bias.to(x.dtype)[None] if config["subtract_b_dec"] else torch.zeros_like(x)
+        z = x - bias
         expert, gate, router = 0, None, None
         if config["num_experts"] > 1:
             router = ops.route_token(x, self.router.weight, self.b_router, self.input_scale)
             expert = int(router[2])
             gate = router[1][:, expert] if config["apply_router_probs"] else None
         acts, ids = ops.encode_token(
-            x, group.W_enc, group.b_enc, expert, gate, config["k"], center, self.input_scale
+            z if config["subtract_b_dec"] else x,
+            group.W_enc,
+            group.b_enc,
+            expert,
+            gate,
+            config["k"],
+            self.input_scale,
         )
         acts = acts if outlier is None else acts.zero_()
-        return _Encoded(x, acts, ids, None, router, outlier, None)
+        return _Encoded(z, bias, acts, ids, None, router, outlier, None)
 
     def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""
@@ -772,6 +780,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if SwitchSAE._open_session is None:
             raise AttachError("import hf_switch_sae as a whole: its attach module is not loaded.")
         return SwitchSAE._open_session(lm, self, at=at, **options)
+
+
+def _with_bias(rows: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
+    """Rows [n, d] that lie in `order` plus a bias [d], as the tokens came."""
+    if order is None:
+        return rows + bias.to(rows.dtype)
+    return _as_they_came(rows, order).add_(bias.to(rows.dtype))
 
 
 def _as_they_came(rows: Tensor, order: Tensor | None) -> Tensor:

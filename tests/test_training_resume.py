@@ -161,7 +161,9 @@ def test_rows_that_are_not_finite_stop_the_run_and_are_named(tmp_path):
     x[700] = torch.nan
     data = TensorActivations({PLACE: x})
     # where row 700 comes in the order of rows
-    at = next(n for n, b in enumerate(TensorActivations({PLACE: x}).batches(64)) if b[PLACE].isnan().any())
+    at = next(
+        n for n, b in enumerate(TensorActivations({PLACE: x}).batches(64)) if b[PLACE].isnan().any()
+    )
     run = trainer(tmp_path, data=data, **{**SAVING, "save_steps": 1}, start="none")
     message = rf"nan at step {at + 1} \(rows {at * 64:,} to .*1 at {PLACE}"
     with pytest.raises(NonFiniteError, match=message):

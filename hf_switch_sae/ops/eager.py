@@ -22,9 +22,7 @@ CHUNK_BYTES = 256 * 2**20
 
 _BLOCK_BYTES = 2 * 2**20  # of a gradient's rows summed at a time: they stay in cache until copied
 
-# What embedding_bag itself runs for this gradient: a private name, so one day it may be gone and
-# rows are gathered instead.
-_ROW_DOTS = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
+_SAMPLED = (torch.float32, torch.float64)  # of which a CPU has products by entry
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -96,18 +94,18 @@ def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
 
 def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     """As `reference.row_dots`."""
-    if (
-        g.device.type == "cpu"
-        and g.dtype == W.dtype == torch.float32
-        and _ROW_DOTS is not None
-        and len(g)
-    ):
-        bags = torch.arange(len(g), device=g.device)
-        offsets, bag_of = bags * ids.shape[1], bags.repeat_interleave(ids.shape[1])
-        dots: Tensor = _ROW_DOTS(g.contiguous(), W.contiguous(), ids.flatten(), offsets, bag_of, 0)
-        return dots.view_as(ids)
+    (n, k), num_rows = ids.shape, len(W)
+    can = g.device.type == "cpu" and g.dtype == W.dtype and g.dtype in _SAMPLED
+    if can and n and k <= num_rows:  # more entries than a matrix has are none of a matrix
+        # a product of which only the entries asked for are computed
+        starts, empty = torch.arange(0, n * k + 1, k), g.new_zeros(n * k)
+        wanted = torch.sparse_csr_tensor(
+            starts, ids.flatten(), empty, (n, num_rows), check_invariants=False
+        )
+        dots: Tensor = torch.sparse.sampled_addmm(wanted, g, W.T, beta=0.0).values()
+        return dots.view(n, k)
     # In chunks, as a gather holds k rows for each token.
-    rows = max(1, CHUNK_BYTES // max(1, ids.shape[1] * W.shape[1] * W.element_size()))
+    rows = max(1, CHUNK_BYTES // max(1, k * W.shape[1] * W.element_size()))
     parts = [
         torch.einsum("nd,nkd->nk", g_part, W[id_part].to(g.dtype))
         for g_part, id_part in zip(torch.split(g, rows), torch.split(ids, rows), strict=True)
@@ -123,8 +121,10 @@ def scatter_sum(
     A gather in the other direction: pairs sorted by feature, then one bag of tokens per feature.
     """
     d = x.shape[1]
-    flat, order = ids.flatten().sort(stable=True)
-    offsets = torch.searchsorted(flat, torch.arange(num_rows + 1, device=ids.device))
+    # half the bytes to sort; a feature's id is far below 2**31
+    flat, order = ids.flatten().to(torch.int32).sort(stable=True)
+    bounds = torch.arange(num_rows + 1, dtype=torch.int32, device=ids.device)
+    offsets = torch.searchsorted(flat, bounds)
     tokens, weights = order // ids.shape[1], coefs.to(x.dtype).flatten()[order]
 
     def bags(start: int, end: int, features: slice) -> Tensor:
@@ -140,10 +140,10 @@ def scatter_sum(
     if out is None and (x.device.type != "cpu" or num_rows <= block):
         return bags(0, len(tokens), slice(0, num_rows))
     total = x.new_empty(num_rows, d) if out is None else out
-    bounds = [*offsets[:-1:block].tolist(), len(tokens)]
+    starts = [*offsets[:-1:block].tolist(), len(tokens)]
     for index, first in enumerate(range(0, num_rows, block)):
         features = slice(first, min(first + block, num_rows))
-        start, end = bounds[index], bounds[index + 1]
+        start, end = starts[index], starts[index + 1]
         if start == end:
             total[features] = 0
         else:

@@ -61,7 +61,7 @@ def routed_encode(
     is None, or with `batch_topk` the k * n largest of all tokens together.
 
     Args:
-        x: [n, d], floating, in the LM's own units.
+        x: [n, d], floating, in the LM's own units, less `b_dec`.
         W_enc: [E, m, d].
         b_enc: [E, m] or None.
         expert_ids: [n, t], int64 in [0, E), distinct within a token.
@@ -70,7 +70,7 @@ def routed_encode(
         k: features kept per token, 1 to t * m, or None for all that are active.
         threshold: [E, m] or None; an activation must exceed it. A constant: gets no gradient.
         batch_topk: k * n over the batch instead of k per token; ties at the border are all kept.
-        center: [d] or None, what is taken off every token first: `b_dec`.
+        center: [d] or None, `b_dec`, if it has been taken off x: only its gradient is of interest.
         in_order: a promise that expert_ids [n, 1] rise, so that nothing has to be sorted.
 
     Returns:
@@ -85,7 +85,7 @@ def routed_encode(
     gates = torch.ones_like(expert_ids, dtype=torch.float32) if gates is None else gates
     weight = gates.new_zeros(n, E).scatter(1, expert_ids, gates)
     mine = torch.zeros(n, E, dtype=torch.bool, device=x.device).scatter(1, expert_ids, True)
-    z = (x if center is None else x - center).to(W_enc.dtype)
+    z = (x if center is None else x - (center - center.detach())).to(W_enc.dtype)
     pre = torch.einsum("nd,emd->nem", z, W_enc)
     if b_enc is not None:
         pre = pre + b_enc

@@ -144,18 +144,13 @@ def _encode_pairs(
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Each (token, expert) pair's kept features, ungated: acts, ids [n * t, s] in pair order."""
-    z = _centered(x, center, low or W_enc.dtype)
-    visits = _Visits(z, W_enc, b_enc, expert_ids, gates, threshold, in_order)
+    visits = _Visits(x.to(low or W_enc.dtype), W_enc, b_enc, expert_ids, gates, threshold, in_order)
     if batch_topk:
         assert k is not None
         acts, ids = _select_in_batch(visits, k, k * len(x))
     else:
         acts, ids = visits.joined(_select(visits, *chunk, k) for chunk in visits.chunks())
     return acts.to(W_enc.dtype), ids + visits.experts[:, None] * W_enc.shape[1]
-
-
-def _centered(x: Tensor, center: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (x if center is None else x - center).to(dtype)
 
 
 _Pairs = slice | Tensor  # of pairs, as an index
@@ -260,7 +255,6 @@ def _encode_backward(
     acts: Tensor,
     ids: Tensor,
     x: Tensor,
-    center: Tensor | None,
     W_enc: Tensor,
     need_x: bool,
     need_W: bool,
@@ -278,8 +272,7 @@ def _encode_backward(
     if need_x:
         d_x = backend.gather_sum(coefs, ids, rows).to(x.dtype)
     if need_W:
-        z = _centered(x, center, W_enc.dtype)
-        d_W = _weight_gradient(backend, coefs, ids, z, W_enc)
+        d_W = _weight_gradient(backend, coefs, ids, x.to(W_enc.dtype), W_enc)
     if need_b or need_center:
         # thousands of tokens may add to one bias: bfloat16 would stop counting after 256
         wide = torch.promote_types(W_enc.dtype, torch.float32)
@@ -370,7 +363,6 @@ def _(
     acts: Tensor,
     ids: Tensor,
     x: Tensor,
-    center: Tensor | None,
     W_enc: Tensor,
     need_x: bool,
     need_W: bool,
@@ -403,18 +395,19 @@ def _(
 
 def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, center, W_enc, *_ = inputs
-    ctx.save_for_backward(x, center, W_enc, *output)
+    ctx.center_dtype = None if center is None else center.dtype
+    ctx.save_for_backward(x, W_enc, *output)
 
 
 def _differentiate_encode(ctx: Any, d_acts: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x, center, W_enc, acts, ids = ctx.saved_tensors
+    x, W_enc, acts, ids = ctx.saved_tensors
     need_x, need_center, need_W, need_b, *_ = ctx.needs_input_grad
     d_x, d_W, d_b, d_center = _encode_backward_op(
-        d_acts, acts, ids, x, center, W_enc, need_x, need_W, need_b, need_center
+        d_acts, acts, ids, x, W_enc, need_x, need_W, need_b, need_center
     )
     return (
         d_x if need_x else None,
-        d_center.to(center.dtype) if need_center else None,
+        d_center.to(ctx.center_dtype) if need_center else None,
         d_W if need_W else None,
         d_b if need_b else None,
         *[None] * 7,

@@ -30,27 +30,24 @@ def encode_token(
     expert: int,
     gate: Tensor | None,
     k: int,
-    center: Tensor | None,
     scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.routed_encode` of one token with one expert.
 
     Args:
-        x: [1, d], floating.
+        x: [1, d], floating, less `b_dec`.
         W_enc: [E, m, d].
         b_enc: [E, m] in scaled units, or None.
         expert: e.
         gate: [1] float32 or None for 1.
         k: features kept, 1 to m.
-        center: [d] or None.
         scale: [], what `b_enc` is divided by.
 
     Returns:
         acts [1, k] in the dtype of W_enc, ids [1, k] int64.
     """
-    z = x if center is None else x - center
     pre = W_enc.new_empty(1, W_enc.shape[1])
-    products(z.to(W_enc.dtype), W_enc[expert], pre)
+    products(x.to(W_enc.dtype), W_enc[expert], pre)
     if b_enc is not None:
         pre += b_enc[expert] / scale
     acts, ids = pre.topk(k, sorted=False)

@@ -1,12 +1,12 @@
 """Checkpoints that are there whole or not at all, and are checked before they are trusted.
 
-    output_dir
-    ├── checkpoint-200/
-    │   ├── layers.15.resid_post/       the SAE, as from_pretrained takes it
-    │   ├── optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, training_args.bin
-    │   ├── process_0.pt                data cursor and sums since the last log, of each process
-    │   └── checksums.json              size and CRC-32 of every other file
-    └── .partial-checkpoint-300/        being written; renamed when all of it is on the disk
+output_dir
+├── checkpoint-200/
+│   ├── layers.15.resid_post/       the SAE, as from_pretrained takes it
+│   ├── optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, training_args.bin
+│   ├── process_0.pt                data cursor and sums since the last log, of each process
+│   └── checksums.json              size and CRC-32 of every other file
+└── .partial-checkpoint-300/        being written; renamed when all of it is on the disk
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The end of a run: features' strengths measured, and what the SAE came from written beside it.
 
-    <hookpoint>/config.json, model.safetensors     the SAE
-    <hookpoint>/training.json                      policy, arguments, steps, tokens, versions
+<hookpoint>/config.json, model.safetensors     the SAE
+<hookpoint>/training.json                      policy, arguments, steps, tokens, versions
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def calibrate_on(sae: SwitchSAE, rows: Tensor) -> None:
     sae.calibrate(part.to(sae.device) for part in rows.split(_BATCH))
 
 
-def write_notes(folder: Path, sae: SwitchSAE, activations: Activations, run: dict[str, Any]) -> None:
+def write_notes(
+    folder: Path, sae: SwitchSAE, activations: Activations, run: dict[str, Any]
+) -> None:
     """Write what an SAE came from beside it."""
     notes = {
         "hookpoint": sae.config.hookpoint,

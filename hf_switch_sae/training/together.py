@@ -58,9 +58,7 @@ class SAEsTogether(nn.Module):
         saes: dict[str, SwitchSAE] = self.by_name()
         rows = [streams[place] for place in self.places]
         if only_sums:
-            return {
-                "sums": [sae.batch_sums(x) for sae, x in zip(saes.values(), rows, strict=True)]
-            }
+            return {"sums": [sae.batch_sums(x) for sae, x in zip(saes.values(), rows, strict=True)]}
         losses, measures, fired = [], [], []
         for at, (sae, x) in enumerate(zip(saes.values(), rows, strict=True)):
             whole = None if wholes is None else wholes[at]
