@@ -3,8 +3,8 @@
 At these sizes an optimizer step is limited by memory: every weight, gradient and moment is read
 once and, but for the gradient, written once. Doing the four things one after another reads and
 writes weights and gradients twice more; here each block of rows goes through all four while it is
-in a CPU's cache. On other devices a block is a whole weight. Of a weight that is sharded over processes
-(FSDP2) each process steps the rows it holds; only the norm is of the whole.
+in a CPU's cache. On other devices a block is a whole weight. Of a weight that is sharded over
+processes (FSDP2) each process steps the rows it holds; only the norm is of the whole.
 """
 
 from __future__ import annotations

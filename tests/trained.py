@@ -13,11 +13,17 @@ import pathlib
 import socket
 from typing import Any
 
+import tiny
 import torch
 from torch import Tensor
 
 from hf_switch_sae import SwitchSAEConfig
-from hf_switch_sae.training import SwitchSAETrainer, SwitchSAETrainingArguments, TensorActivations
+from hf_switch_sae.training import (
+    ActivationSettings,
+    SwitchSAETrainer,
+    SwitchSAETrainingArguments,
+    TensorActivations,
+)
 
 PLACE, OTHER, D = "layers.1.resid_post", "layers.2.resid_post", 16
 SAE = {"hidden_size": D, "num_features": 64, "num_experts": 4, "k": 4, "hookpoint": PLACE}
@@ -56,13 +62,21 @@ def activations(count: int = 1024, places: tuple[str, ...] = (PLACE,)) -> Tensor
 def trainer(
     folder: str | os.PathLike[str], sae: Any = None, data: Any = None, **options: Any
 ) -> SwitchSAETrainer:
-    """A trainer of one SAE, or of what is given, with fields of the run or of the SAE changed."""
+    """A trainer of one SAE, or of what is given, with fields of the run or of the SAE changed;
+    `live`: on a tiny language model's streams over random tokens."""
+    live = options.pop("live", False)
+    lm = tiny.llama(hidden_size=D) if live else None
+    if live:
+        data = [x.tolist() for x in tiny.prompts(*[20 + at % 7 for at in range(400)])]
+        kept_rows = ActivationSettings(context=16, tokens_per_pass=64, buffer_bytes=1 << 16)
     of_sae = {name: options.pop(name) for name in list(options) if name in _SAE_FIELDS}
     kept = {n: options.pop(n) for n in ("callbacks", "eval_dataset", "optimizers") if n in options}
     preset = options.pop("preset", "default")
     args = SwitchSAETrainingArguments.preset(preset, output_dir=str(folder), **{**RUN, **options})
     given = SwitchSAEConfig(**{**SAE, **of_sae}) if sae is None else sae
-    return SwitchSAETrainer(given, None, args, activations() if data is None else data, **kept)
+    if live:
+        kept["activation_settings"] = kept_rows
+    return SwitchSAETrainer(given, lm, args, activations() if data is None else data, **kept)
 
 
 _SAE_FIELDS = set(SwitchSAEConfig.__annotations__)
@@ -130,6 +144,8 @@ def main(folder: str, options: dict[str, Any]) -> None:
     run = trainer(folder, **options)
     run.train(resume_from_checkpoint=resume)
     run.save_model()
+    share = run.activations.state_dict().get("share")
+    (pathlib.Path(folder) / f"share-{run.args.process_index}.json").write_text(json.dumps(share))
     if run.is_world_process_zero():
         path = pathlib.Path(folder) / "result.json"
         path.with_suffix(".tmp").write_text(json.dumps({"log": run.state.log_history}))

@@ -6,7 +6,18 @@ from importlib.metadata import version as installed_version
 
 import typer
 
-from hf_switch_sae.cli import cache, convert, demo, inspect, pull, push, query, record
+from hf_switch_sae.cli import (
+    cache,
+    calibrate,
+    convert,
+    demo,
+    inspect,
+    pull,
+    push,
+    query,
+    record,
+    train,
+)
 
 FACE = """
 Attach Switch Sparse Autoencoders to running Hugging Face models: show, steer, clamp and ablate
@@ -35,12 +46,16 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("cache")(cache.cache)
+app.command("calibrate")(calibrate.calibrate_sae)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("pull")(pull.pull)
 app.command("push")(push.push)
 app.command("record")(record.record_corpus)
 app.command("query")(query.query)
+app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    train.train
+)
 
 
 def _show_version(wanted: bool) -> None:

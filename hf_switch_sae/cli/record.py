@@ -43,7 +43,7 @@ def record_corpus(
     ] = False,
 ) -> None:
     """Record which features are active on every token of a corpus; goes on where it was."""
-    switch_sae = _sae(sae, subfolder)
+    switch_sae = load_sae(sae, subfolder)
     name = lm or switch_sae.config.base_model
     if name is None:
         raise SwitchSAEError("the SAE's config names no language model: give one with --lm.")
@@ -83,7 +83,8 @@ def record_corpus(
         )
 
 
-def _sae(name: str, subfolder: str) -> SwitchSAE:
+def load_sae(name: str, subfolder: str) -> SwitchSAE:
+    """An SAE that a command names, on a GPU if there is one."""
     try:
         sae = SwitchSAE.from_pretrained(name, subfolder=subfolder)
     except OSError as err:

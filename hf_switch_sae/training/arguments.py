@@ -122,10 +122,17 @@ class SwitchSAETrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0
         self._check()
-        super().__post_init__()
+        if self.fsdp:
+            given = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+            # an SAE's parts are called by functions, which hooks on their forward don't see
+            self.fsdp_config = {"version": 2, "auto_wrap_policy": "NO_WRAP", **given}
+            if (
+                self.fsdp_config["version"] != 2
+                or self.fsdp_config["auto_wrap_policy"] != "NO_WRAP"
+            ):
+                raise ConfigError("an SAE is sharded as a whole: fsdp version 2, policy NO_WRAP.")
+        super().__post_init__()  # type: ignore[no-untyped-call]
         for name, wanted in _WITHOUT_MEANING.items():
             if getattr(self, name) != wanted:
                 raise ConfigError(
@@ -134,8 +141,9 @@ class SwitchSAETrainingArguments(TrainingArguments):
         default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
         if self.optim != OptimizerNames(default):
             raise ConfigError(
-                f"optim={self.optim.value!r}: an SAE is trained by SwitchSAEAdam, which keeps its "
-                "decoder's rows at length 1. Pass another to the trainer as optimizers=(...)."
+                f"optim={OptimizerNames(self.optim).value!r}: an SAE is trained by SwitchSAEAdam, "
+                "which keeps its decoder's rows at length 1. Pass another to the trainer as "
+                "optimizers=(...)."
             )
 
     def _check(self) -> None:
@@ -198,26 +206,13 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in found.items()}
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fields of `SwitchSAETrainingArguments`, and those of `SwitchSAEConfig`.
-
-    Raises:
-        ConfigError: a field of neither, naming the nearest.
-    """
-    mine = {f.name for f in fields(SwitchSAETrainingArguments) if f.init}
-    of_sae = sae_fields()
-    for name in options:
-        if name not in mine | of_sae:
-            near = difflib.get_close_matches(name, mine | of_sae, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see hf-switch-sae train --help."
-            raise ConfigError(f"there is no option {name!r}; {hint}")
-    return (
-        {name: value for name, value in options.items() if name in mine},
-        {name: value for name, value in options.items() if name not in mine},
-    )
-
-
 def sae_fields() -> set[str]:
     """The fields that are an SAE's own, and not every configuration's."""
     own = set(SwitchSAEConfig.__annotations__) - {"model_type", "attribute_map"}
     return own | set(SwitchSAEConfig.attribute_map)
+
+
+def nearest(name: str, names: set[str]) -> str:
+    """A hint for a name that is none of these."""
+    near = difflib.get_close_matches(name, sorted(names), n=1)
+    return f"did you mean --{near[0]}?" if near else "see hf-switch-sae train --help."

@@ -138,10 +138,16 @@ class CachedActivations(StoredActivations):
             )
         return shards[: complete["shards"]]
 
-    def _load(self, pieces: Sequence[int]) -> dict[str, Tensor]:
-        rows = sum(self._piece_rows[piece] for piece in pieces)
+    def _room(self, rows: int) -> dict[str, Tensor]:
         dtype = getattr(torch, self.manifest["dtype"])
-        found = {n: torch.empty(rows, d, dtype=dtype) for n, d in self.hidden_size.items()}
+        return {n: torch.empty(rows, d, dtype=dtype) for n, d in self.hidden_size.items()}
+
+    def _load(
+        self, pieces: Sequence[int], into: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        rows = sum(self._piece_rows[piece] for piece in pieces)
+        memory = self._room(rows) if into is None else into
+        found = {name: tensor[:rows] for name, tensor in memory.items()}
         at = 0
         for piece in pieces:
             shard = self._shards[piece]

@@ -64,6 +64,16 @@ def put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def move_files(partial: Path, folder: Path) -> None:
+    """Rename files one by one into a folder that may hold others, which stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in _files(partial):
+        _sync(path)
+        path.replace(folder / path.name)
+    _sync(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Checkpoints by step, the newest last, good or not."""
     found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
@@ -99,7 +109,7 @@ def newest_good(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
     Raises:
         TrainingError: there are some, and all have a fault.
     """
-    faults = []
+    faults: list[str] = []
     for checkpoint in reversed(checkpoints_in(output_dir)):
         fault = fault_of(checkpoint)
         if fault is None:

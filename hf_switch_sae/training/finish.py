@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def calibrate(
 
 def calibrate_on(sae: SwitchSAE, rows: Tensor) -> None:
     """`SwitchSAE.calibrate` on rows [n, d] in batches; reduced dtypes are left as they are."""
-    sae.calibrate(part.to(sae.device) for part in rows.split(_BATCH))
+    sae.calibrate(part.to(sae.device) for part in torch.split(rows, _BATCH))
 
 
 def write_notes(
@@ -85,9 +85,9 @@ def arguments_of(args: Any) -> dict[str, Any]:
     """Those of a run that differ from their defaults, without folders, hosts and tokens."""
     # a second instance, for its defaults, would reset the accelerator
     default = {
-        each.name: each.default_factory() if each.default is MISSING else each.default
+        each.name: each.default_factory() if callable(each.default_factory) else each.default
         for each in fields(args)
-        if each.init and not (each.default is MISSING and each.default_factory is MISSING)
+        if each.init
     }
     return {
         name: value

@@ -28,7 +28,7 @@ from hf_switch_sae.text import read_documents, tokenizer_identity
 from hf_switch_sae.training.packing import Context, Cursor, Marks, Packer
 from hf_switch_sae.training.policy import TokenPolicy, norms
 
-_MEASURED_ROWS = 4096
+_MEASURED_ROWS = 4000
 _TOKENS_A_PASS = {"cpu": 2048}
 _TOKENS_A_PASS_ELSEWHERE = 16384
 _SEQUENCE_FIRST = {"xlnet", "fsmt"}  # their residual stream is [seq, batch, d]

@@ -13,6 +13,8 @@ from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.training.activations import Activations
 from hf_switch_sae.training.monitor import Reduce
 
+_FEW = 256  # rows a batch where it is not known how many there will be
+
 
 class _Sums:
     """Of one SAE."""
@@ -74,8 +76,7 @@ def measure_held_out(
         for sae in saes.values():
             # of a batch_topk SAE whose threshold is not known yet, the rule of training is used
             sae.train(sae.config.activation == "batch_topk" and bool((sae.threshold < 0).any()))
-        rows = activations.num_rows
-        size = batch_rows if rows is None else max(1, min(batch_rows, rows // world_size))
+        size = _batch_rows(activations.num_rows, batch_rows, world_size)
         for streams in activations.batches(size, rank, world_size, epochs=1):
             for name, sae in saes.items():
                 sums[name].add(streams[str(sae.config.hookpoint)])
@@ -86,3 +87,11 @@ def measure_held_out(
     if any(each.batch is None for each in sums.values()):
         raise TrainingError("there are no held-out rows to evaluate on: give more text.")
     return {name: each.figures(reduce) for name, each in sums.items()}
+
+
+def _batch_rows(rows: int | None, most: int, world_size: int) -> int:
+    """Of a process, so that few rows are left over at the end: they are not measured."""
+    if rows is None:
+        return min(most, _FEW)
+    batches = -(-rows // (most * world_size))
+    return max(1, rows // (batches * world_size))

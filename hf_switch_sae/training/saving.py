@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hf_switch_sae import hub
 from hf_switch_sae.errors import NonFiniteError, SwitchSAEError, TrainingError
 from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.training import checkpoints
+from hf_switch_sae.training import checkpoints, sharded
 from hf_switch_sae.training.activations import Activations
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
 from hf_switch_sae.training.finish import arguments_of, calibrate_on, rounded, write_notes
@@ -42,6 +42,48 @@ class Saving(Trainer):
     held_out: dict[str, dict[str, float]] | None = None
     _monitor: Monitor
     _added: Callable[[Tensor], Tensor]
+
+    # --- sharded ---
+
+    def _plain_saes(self) -> dict[str, SwitchSAE]:
+        """The SAEs with whole weights; all processes must ask, and the first gets an answer."""
+        if not self.is_fsdp_enabled:
+            return self.saes
+        state, found = sharded.whole_state(self.model), {}
+        if self.args.should_save:
+            for at, (name, sae) in enumerate(self.saes.items()):
+                start = f"saes.{at}."
+                found[name] = SwitchSAE(sae.config)
+                found[name].load_state_dict(
+                    {key[len(start) :]: v for key, v in state.items() if key.startswith(start)}
+                )
+        return found
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        name = f"optimizer_{self.args.process_index}.pt"
+        torch.save(sharded.own_share(self._inner_optimizer()), Path(output_dir) / name)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        path = Path(checkpoint) / f"optimizer_{self.args.process_index}.pt"
+        if not path.exists():
+            raise TrainingError(f"{path} is not there: go on with as many processes, sharded.")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        sharded.load_own_share(self._inner_optimizer(), state)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(schedule)
+
+    def _inner_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -84,7 +126,7 @@ class Saving(Trainer):
         try:
             self._on_all(lambda: self.args.should_save and checkpoints.begin(folder))
             self._on_all(lambda: self._write_checkpoint(partial, folder))
-            self._on_all(lambda: self.args.should_save and _finish(partial, folder))
+            self._on_all(lambda: self._finish(partial, folder))
         except Exception as err:
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -119,10 +161,15 @@ class Saving(Trainer):
             self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
             torch.save(self.args, partial / TRAINING_ARGS_NAME)
 
+    def _finish(self, partial: Path, folder: Path) -> None:
+        if self.args.should_save:
+            checkpoints.seal(partial)
+            checkpoints.put_in_place(partial, folder)
+
     def _note_callbacks(self) -> None:
         for each in [*self.callback_handler.callbacks, self.control]:
             if isinstance(each, ExportableState):
-                noted = self.state.stateful_callbacks
+                noted: Any = self.state.stateful_callbacks
                 name = type(each).__name__
                 if isinstance(noted[name], list):
                     noted[name].append(each.state())
@@ -144,7 +191,9 @@ class Saving(Trainer):
 
     def _check_finite(self) -> None:
         for name, sae in self.saes.items():
-            if not all(bool(weight.isfinite().all()) for weight in sae.parameters()):
+            weights = [getattr(w, "to_local", lambda w=w: w)() for w in sae.parameters()]
+            bad = sum(int((~weight.isfinite()).sum()) for weight in weights)
+            if self._added(torch.tensor(bad, device=self.args.device)):
                 last = self.last_good_checkpoint()
                 raise NonFiniteError(
                     f"{name} has weights that are NaN or infinite at step "
@@ -154,6 +203,7 @@ class Saving(Trainer):
                 )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        whole: dict[str, Tensor] = {}
         for name, sae in self.saes.items():
             folder = Path(resume_from_checkpoint) / name
             if not folder.is_dir():
@@ -163,7 +213,13 @@ class Saving(Trainer):
             with _no_bar():
                 found = SwitchSAE.from_pretrained(folder, dtype=sae.dtype)
             _check_same_run(found, sae, resume_from_checkpoint)
-            sae.load_state_dict(found.state_dict())
+            if self.is_fsdp_enabled:
+                at = list(self.saes).index(name)
+                whole |= {f"saes.{at}.{key}": value for key, value in found.state_dict().items()}
+            else:
+                sae.load_state_dict(found.state_dict())
+        if whole:
+            sharded.load_whole_state(self.model, whole)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -171,7 +227,11 @@ class Saving(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        found = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        found = super()._prepare_for_training(  # type: ignore[no-untyped-call]
+            max_steps, train_dataloader, resume_from_checkpoint
+        )
+        if self.is_fsdp_enabled and hasattr(self._inner_optimizer(), "hold"):
+            self._inner_optimizer().hold(list(self.saes.values()))
         if resume_from_checkpoint is not None and not self.args.ignore_data_skip:
             path = Path(resume_from_checkpoint) / f"process_{self.args.process_index}.pt"
             if not path.exists():
@@ -201,19 +261,22 @@ class Saving(Trainer):
         self, folder: Path, dtype: torch.dtype | None = None, beside: bool = False
     ) -> None:
         """Write every SAE; `beside`: each renamed into its place."""
-        if not self.args.should_save:
-            return
-        for name, sae in self.saes.items():
+        for name, sae in self._plain_saes().items():
+            if not self.args.should_save:
+                return
             if self.held_out is not None and name in self.held_out:
                 sae.config.metrics = rounded(self.held_out[name])
-            saved = sae if dtype in (None, sae.dtype) else copy.deepcopy(sae).to(dtype)
+            saved = sae
+            if dtype not in (None, sae.dtype):
+                saved = copy.deepcopy(sae)
+                nn.Module.to(saved, dtype)
             path = folder / name
             target = checkpoints.begin(path) if beside else path
             with _no_bar():
                 saved.save_pretrained(target)
             write_notes(target, sae, self.activations, self._run_notes())
             if beside:
-                checkpoints.put_in_place(target, path)
+                checkpoints.move_files(target, path)
 
     def _run_notes(self) -> dict[str, Any]:
         return {
@@ -230,8 +293,9 @@ class Saving(Trainer):
         if not self.args.calibration_rows:
             return
         rows = self.activations.sample(self.args.calibration_rows)
-        for sae in self.saes.values():
-            calibrate_on(sae, rows[str(sae.config.hookpoint)])
+        with sharded.gathered(self.model):
+            for sae in self.saes.values():
+                calibrate_on(sae, rows[str(sae.config.hookpoint)])
 
     # --- the Hub ----------------------------------------------------------------------------------
 
@@ -265,10 +329,10 @@ class Saving(Trainer):
                 f"push_to_hub takes no {', '.join(kwargs) or 'blocking=False'}: the card is made "
                 "from the SAEs' own files."
             )
-        if not self.is_world_process_zero():
-            return None
         with tempfile.TemporaryDirectory() as staged:
             self._write_saes(Path(staged), getattr(torch, self.args.save_dtype))
+            if not self.is_world_process_zero():
+                return None
             return self._push(Path(staged), commit_message, token, revision, private)
 
     def _push(
@@ -319,11 +383,6 @@ def _no_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _finish(partial: Path, folder: Path) -> None:
-    checkpoints.seal(partial)
-    checkpoints.put_in_place(partial, folder)
 
 
 def _check_same_run(found: SwitchSAE, sae: SwitchSAE, checkpoint: str) -> None:

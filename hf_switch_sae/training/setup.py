@@ -23,7 +23,7 @@ Given = SwitchSAEConfig | SwitchSAE
 def build_saes(
     given: Given | Mapping[str, Given], lm: nn.Module | None, train_dataset: Any, seed: int
 ) -> dict[str, SwitchSAE]:
-    """SAEs by name, in float32, each knowing its place and its language model.
+    """SAEs by name, in float32 or more, each knowing its place and its language model.
 
     Raises:
         ConfigError: a place is missing, or what is given is no SAE and no configuration.
@@ -39,7 +39,9 @@ def build_saes(
             sae = SwitchSAE(_placed(each, lm, train_dataset))
         elif isinstance(each, SwitchSAE):
             _placed(each.config, lm, train_dataset)
-            sae = each.float()
+            sae = each
+            if each.dtype.itemsize < 4:
+                nn.Module.float(each)
         else:
             raise ConfigError(
                 f"an SAE to train is a SwitchSAEConfig or a SwitchSAE, not {type(each).__name__}."
@@ -53,13 +55,13 @@ def build_saes(
 def _placed(config: SwitchSAEConfig, lm: nn.Module | None, train_dataset: Any) -> SwitchSAEConfig:
     """The config with place and language model filled in."""
     if config.hookpoint is None:
-        places = getattr(train_dataset, "hookpoints", ())
+        places: tuple[str, ...] = getattr(train_dataset, "hookpoints", ())
         if len(places) != 1:
             raise ConfigError(
                 "the SAE's config has no hookpoint: give one, such as 'layers.7.resid_post'"
                 + (f"; the activations have {', '.join(places)}." if places else ".")
             )
-        config.hookpoint = places[0]
+        config.hookpoint = str(places[0])
     if lm is not None:
         config.hookpoint = resolve(lm, config.hookpoint).name
         known = base_model_fields(lm)

@@ -58,7 +58,7 @@ def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-5) ->
     found = rows.mean(0)
     for _ in range(steps):
         weight = 1 / (rows - found).norm(dim=-1).clamp_min(1e-12)
-        moved = (rows * weight[:, None]).sum(0) / weight.sum()
+        moved: Tensor = (rows * weight[:, None]).sum(0) / weight.sum()
         if float((moved - found).norm()) < tolerance:
             return moved
         found = moved

@@ -63,10 +63,20 @@ class StoredActivations(Activations):
         self._iteration = 0
         self._plan: _Plan | None = None
         self._group: _Group | None = None
+        self._memory: dict[str, Tensor] | None = None
 
     @abstractmethod
-    def _load(self, pieces: Sequence[int]) -> dict[str, Tensor]:
-        """{hookpoint: [rows, d]} of some pieces, one after another."""
+    def _load(
+        self, pieces: Sequence[int], into: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """{hookpoint: [rows, d]} of some pieces, one after another.
+
+        In the first rows of `into` where `_room` gave some, else in memory of their own.
+        """
+
+    def _room(self, rows: int) -> dict[str, Tensor] | None:
+        """Memory for groups of up to so many rows, used again and again: fresh pages are slow."""
+        return None
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
@@ -120,14 +130,13 @@ class StoredActivations(Activations):
         check_same(state, {**self._identity(), "seed": self._seed}, "stored activations")
         self._buffer_rows, self._done = state["buffer_rows"], state["done"]
         self._iteration += 1
-        self._plan = self._group = None
+        self._plan = self._group = self._memory = None
 
     def estimate(self) -> dict[str, Any]:
         """See `Activations.estimate`."""
-        rows = min(self.num_rows, max(self._buffer_rows, *self._piece_rows))
         return {
             "rows": self.num_rows,
-            "buffer_rows": rows,
+            "buffer_rows": self._largest_group(),
             "groups_per_epoch": len(self._plan_of(0).groups),
         }
 
@@ -146,7 +155,10 @@ class StoredActivations(Activations):
             batch = self._rows_from(self._done + rank * batch_rows, batch_rows)
             self._done += step
             yield batch
-        self._group = None
+        self._group = self._memory = None
+
+    def _largest_group(self) -> int:
+        return min(self.num_rows, max(self._buffer_rows, *self._piece_rows))
 
     def _rows_from(self, at: int, count: int) -> dict[str, Tensor]:
         """Rows at to at + count - 1 of the endless sequence of epochs."""
@@ -175,7 +187,9 @@ class StoredActivations(Activations):
                 rows = group.rows
             else:
                 group = self._group = None  # two groups at once would be twice the memory
-                rows = self._load(pieces)
+                if self._memory is None:
+                    self._memory = self._room(self._largest_group())
+                rows = self._load(pieces, self._memory)
             count = plan.starts[number + 1] - plan.starts[number]
             order = order_of(count, self._seed, _ROWS, epoch, number)
             group = self._group = _Group(epoch, number, pieces, rows, order)
@@ -234,7 +248,9 @@ class TensorActivations(StoredActivations):
         """See `Activations.policy`."""
         return dict(self._policy)
 
-    def _load(self, pieces: Sequence[int]) -> dict[str, Tensor]:
+    def _load(
+        self, pieces: Sequence[int], into: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         return self._tensors
 
     def _identity(self) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import SchedulerType
@@ -35,6 +35,7 @@ from hf_switch_sae.training.loader import Stream
 from hf_switch_sae.training.monitor import Monitor, count_over_parts
 from hf_switch_sae.training.saving import Saving
 from hf_switch_sae.training.setup import Given, activations_for, build_saes
+from hf_switch_sae.training.sharded import gathered
 from hf_switch_sae.training.start import is_fresh, start_from
 from hf_switch_sae.training.together import SAEsTogether
 
@@ -106,7 +107,7 @@ class SwitchSAETrainer(Saving, Trainer):
         super().__init__(
             model=together,
             args=args,
-            eval_dataset=held_out,  # type: ignore[arg-type]
+            eval_dataset=held_out,
             callbacks=[*(callbacks or []), UnitRows(saes)],
             optimizers=optimizers,
         )
@@ -148,7 +149,9 @@ class SwitchSAETrainer(Saving, Trainer):
 
     # --- the run ----------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """As `Trainer.train`; resumes from the newest checkpoint that is whole.
 
         Args:
@@ -208,6 +211,15 @@ class SwitchSAETrainer(Saving, Trainer):
     def _say(self, text: str) -> None:
         if not self.args.disable_tqdm:
             logger.warning(text)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; FSDP works on CPUs too, which accelerate leaves out."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            state: Any = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     # --- data -------------------------------------------------------------------------------------
 
@@ -278,7 +290,7 @@ class SwitchSAETrainer(Saving, Trainer):
             found = model(inputs, self._wholes)
         loss: Tensor = found["loss"]
         if loss.device.type == "cpu" and not loss.isfinite():
-            raise self._not_finite(loss, inputs)
+            raise self._not_finite(loss.detach(), inputs)
         # processes' gradients are averaged, and their losses are shares that add up
         self.accelerator.backward(loss * self.args.world_size)
         self._monitor.add(found["measures"])
@@ -290,7 +302,8 @@ class SwitchSAETrainer(Saving, Trainer):
         self._parts -= 1
         if not self._parts:
             self._end_step()
-        return loss.detach() * self.args.world_size
+        done: Tensor = loss.detach() * self.args.world_size
+        return done
 
     def _end_step(self) -> None:
         self._monitor.end_step()
@@ -354,15 +367,15 @@ class SwitchSAETrainer(Saving, Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `Trainer.create_scheduler`; the default schedule ends in `decay_share` of the steps."""
-        args = self.args
+        """As `Trainer.create_scheduler`; the default falls to 0 over the last `decay_share`."""
+        args, optimizer = self.args, optimizer or self.optimizer
         if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
             if self.lr_scheduler is None:
                 decay = num_training_steps - int((1 - args.decay_share) * num_training_steps)
                 warm = min(args.get_warmup_steps(num_training_steps), num_training_steps - decay)
                 self.lr_scheduler = get_scheduler(
                     args.lr_scheduler_type,
-                    optimizer or self.optimizer,
+                    optimizer,
                     num_warmup_steps=warm,
                     num_training_steps=num_training_steps,
                     scheduler_specific_kwargs={
@@ -380,12 +393,14 @@ class SwitchSAETrainer(Saving, Trainer):
         return inner if isinstance(inner, SwitchSAEAdam) else None
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        return None if self._own_optimizer is not None else super()._clip_grad_norm(model)
+        if self._own_optimizer is not None:
+            return None
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self._own_optimizer is not None:  # known once it has stepped
             return None
-        return super()._get_grad_norm(model, grad_norm)
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     # --- what is logged ---------------------------------------------------------------------------
 
@@ -422,7 +437,8 @@ class SwitchSAETrainer(Saving, Trainer):
             dataset = activations_for(self.saes, dataset, self.lm, self._tokenizer, None)
         args = self.args
         share = (args.eval_batch_size, args.process_index, args.world_size)
-        found = measure_held_out(self.saes, dataset, *share, self._added)
+        with gathered(self.model):
+            found = measure_held_out(self.saes, dataset, *share, self._added)
         self.held_out = found
         alone = len(found) == 1
         metrics = {
