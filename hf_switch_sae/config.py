@@ -173,6 +173,17 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     router_z_loss_coef: float | int = 0.0
     """Weight of the router's z-loss, mean(logsumexp(router_logits) ** 2), in `loss`."""
 
+    router_best_expert_loss_coef: float | int = 0.0
+    """Weight, in `loss`, of the router's cross entropy to the experts that reconstruct best.
+
+    In training all experts are tried on every num_experts-th token, which costs as much as encoding
+    the batch once more. So the router learns what the other experts would have made of a token,
+    which its own probability as a weight (`apply_router_probs`) can't tell it.
+    """
+
+    router_best_expert_temperature: float | int = 0.05
+    """How much better, as a share of the error, an expert must be to be the router's target."""
+
     auxk_loss_coef: float | int = 0.0
     """Weight of AuxK in `loss`: the share of the error that dead features leave unexplained."""
 
@@ -257,8 +268,13 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"dead_after_tokens={self.dead_after_tokens} and k_aux={self.k_aux} "
                 "must be at least 1; auxk_loss_coef=0 is what turns AuxK off."
             )
+        if not self.router_best_expert_temperature > 0:
+            raise ConfigError(
+                f"router_best_expert_temperature={self.router_best_expert_temperature} must be "
+                "above 0; router_best_expert_loss_coef=0 is what turns that loss off."
+            )
         coefficients = ("fvu_loss_coef", "router_aux_loss_coef", "router_z_loss_coef")
-        for name in (*coefficients, "auxk_loss_coef"):
+        for name in (*coefficients, "router_best_expert_loss_coef", "auxk_loss_coef"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
 

@@ -148,6 +148,40 @@ class Experts(nn.ModuleList):
         )
         return self.decode(acts, ids)
 
+    @torch.no_grad()
+    def errors_of_each(
+        self,
+        wanted: Tensor,
+        x: Tensor,
+        gates: Tensor | None,
+        k: int | None,
+        threshold: Tensor | None,
+        input_scale: Tensor,
+    ) -> Tensor:
+        """[n, E]: the squared error of each token, had that expert been its only one.
+
+        Args:
+            wanted: [n, d], what to reconstruct, decoder bias left out.
+            gates: [n, 1] or None, the weight that any of them would have had.
+            x, k, threshold, input_scale: as of `encode`.
+        """
+        n, num_experts = len(x), len(self) * self.experts_per_group
+        expert_ids = torch.arange(num_experts, device=x.device).repeat_interleave(n)[:, None]
+        gates = None if gates is None else gates.repeat(num_experts, 1)
+        acts, ids = self.encode(
+            x.repeat(num_experts, 1),
+            expert_ids,
+            gates,
+            k,
+            threshold,
+            False,
+            None,
+            input_scale,
+            in_order=True,
+        )
+        found = self.decode(acts, ids).view(num_experts, n, -1)
+        return (wanted - found).square().sum(-1).T
+
     def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
         """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`."""
 

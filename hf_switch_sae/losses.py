@@ -224,3 +224,24 @@ def router_z_loss_of(logits: Tensor, counts: Tensor | None) -> Tensor:
     if counts is None:
         return squares.sum() / max(1, len(squares))
     return squares.where(counts, 0).sum() / counts.sum().clamp_min(1)
+
+
+def router_best_expert_loss_of(
+    logits: Tensor, errors: Tensor, temperature: float, counts: Tensor | None
+) -> Tensor:
+    """Cross entropy of the router to the experts that reconstruct best, over counted tokens; 0-d.
+
+        target[n, e] = softmax over e of -errors[n, e] / (temperature * mean over e of errors[n])
+
+    Args:
+        logits: [n, E], the router's; differentiated.
+        errors: [n, E], the squared error of each token under each expert; a constant.
+        temperature: how much better, as a share of the error, an expert must be to stand out.
+        counts: [n] bool, which tokens count; None for all.
+    """
+    scale = temperature * errors.mean(1, keepdim=True)
+    target = (-errors / scale.clamp_min(torch.finfo(errors.dtype).tiny)).softmax(-1).detach()
+    entropy = -(target * logits.log_softmax(-1)).sum(1)
+    if counts is None:
+        return entropy.sum() / max(1, len(entropy))
+    return entropy.where(counts, 0).sum() / counts.sum().clamp_min(1)

@@ -48,7 +48,14 @@ from hf_switch_sae.experts import (
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
 from hf_switch_sae.input_norm import Unit, normalized, unit_of
-from hf_switch_sae.losses import WholeBatch, balance_of, batch_sums, fvu_of, router_z_loss_of
+from hf_switch_sae.losses import (
+    WholeBatch,
+    balance_of,
+    batch_sums,
+    fvu_of,
+    router_best_expert_loss_of,
+    router_z_loss_of,
+)
 from hf_switch_sae.precision import wide, wide_dtype
 from hf_switch_sae.statistics import RunningStatistics, count_since_fired
 
@@ -58,9 +65,9 @@ class SwitchSAEOutput(ModelOutput):
     """What `SwitchSAE.forward` returns; n is the number of tokens, [...] their shape."""
 
     loss: Tensor | None = None
-    """0-d: the four losses below, each times its coefficient in the config; over the mask's tokens.
+    """0-d: the five losses below, each times its coefficient in the config; over the mask's tokens.
 
-    In training it is what to minimize; `auxk_loss` is a loss of training alone.
+    In training it is what to minimize; the last two are losses of training alone.
     """
     reconstruction: Tensor | None = None
     """[..., hidden_size], in the LM's own units and the dtype of the input."""
@@ -74,6 +81,9 @@ class SwitchSAEOutput(ModelOutput):
     """0-d float32: num_experts * sum(f_e * P_e), 1 at perfect balance; 0 with one expert."""
     router_z_loss: Tensor | None = None
     """0-d float32: mean squared logsumexp of the router's logits; 0 if its coefficient is."""
+    router_best_expert_loss: Tensor | None = None
+    """0-d float32: the router's cross entropy to the experts that reconstruct best, measured on
+    some of the tokens; 0 if its coefficient is, and outside training."""
     auxk_loss: Tensor | None = None
     """0-d float32: share of the error that dead features leave unexplained; 0 if none is dead, if
     its coefficient is, and outside training."""
@@ -469,7 +479,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
             fvu = fvu_of(x, reconstruction, counts, whole_batch)
         logits, balance = None, torch.zeros_like(fvu)
-        z_loss, auxk = balance, balance
+        z_loss, best, auxk = balance, balance, balance
         if code.router is not None:
             logits, probs, expert_ids = code.router
             balance = balance_of(probs, expert_ids, counts, whole_batch)
@@ -479,14 +489,17 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             if self.config.activation == "batch_topk":
                 self._follow_threshold(code.acts)
             auxk = self._auxk_loss(code, y, in_order)
+            if logits is not None and self.config.router_best_expert_loss_coef:
+                best = self._best_expert_loss(code, logits, counts)
         if whole_batch is not None:  # these are means over this part, which is a share of the whole
             share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
-            z_loss, auxk = z_loss * share, auxk * share
+            z_loss, best, auxk = z_loss * share, best * share, auxk * share
         c = self.config
         output = SwitchSAEOutput(
             loss=c.fvu_loss_coef * fvu
             + c.router_aux_loss_coef * balance
             + c.router_z_loss_coef * z_loss
+            + c.router_best_expert_loss_coef * best
             + c.auxk_loss_coef * auxk,
             reconstruction=reconstruction.reshape(hidden_states.shape).to(
                 hidden_states.device, hidden_states.dtype
@@ -496,6 +509,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             fvu=fvu,
             router_aux_loss=balance,
             router_z_loss=z_loss,
+            router_best_expert_loss=best,
             auxk_loss=auxk,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
@@ -541,6 +555,31 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         )
         # an error of nothing at all, as of a single token, has no share
         return fvu_of(rest, explained, counts).nan_to_num(0.0, 0.0, 0.0)
+
+    def _best_expert_loss(self, code: _Encoded, logits: Tensor, counts: Tensor | None) -> Tensor:
+        """Where the router should have sent every num_experts-th token: all experts are tried."""
+        config = self.config
+        tried = torch.arange(0, len(logits), config.num_experts, device=logits.device)
+        if code.visits is None or not len(tried):
+            return logits.sum()
+        places = tried if code.order is None else code.order.argsort()[tried]
+        gates = None
+        if config.apply_router_probs and not config.norm_topk_prob:
+            gates = logits.detach()[tried].softmax(-1).amax(-1, keepdim=True)
+        errors = self.experts.errors_of_each(
+            code.z[places],
+            code.visits.x[places],
+            gates,
+            None if config.k is None else min(config.k, config.features_per_expert),
+            self._threshold_in_use(),
+            self.input_scale,
+        )
+        return router_best_expert_loss_of(
+            logits[tried],
+            wide(errors),
+            config.router_best_expert_temperature,
+            None if counts is None else counts[tried],
+        )
 
     def dead_features(self) -> Tensor:
         """[num_features] bool: not active on the last `dead_after_tokens` tokens of their expert.

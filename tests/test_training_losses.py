@@ -159,6 +159,8 @@ def test_dead_features_are_those_silent_for_dead_after_tokens():
 def test_auxk_of_no_features_or_no_tokens_is_refused_with_the_switch_that_turns_it_off(fields):
     with pytest.raises(ConfigError, match="auxk_loss_coef=0 is what turns AuxK off"):
         config(**fields)
+    with pytest.raises(ConfigError, match="router_best_expert_loss_coef=0 is what turns"):
+        config(router_best_expert_temperature=0)
 
 
 @pytest.mark.parametrize("name", ["router_z_loss_coef", "auxk_loss_coef"])
@@ -200,6 +202,53 @@ def test_the_z_loss_and_every_gradient_are_those_of_the_formula(kind):
     mask = torch.arange(len(x)) % 2 > 0
     alone = sae(x[mask]).router_z_loss
     torch.testing.assert_close(sae(x, attention_mask=mask).router_z_loss, alone, **EXACT)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "kind", ["switch", "switch_with_bias", "no_router_weight", "two_experts", "batch_topk", "relu"]
+)
+def test_the_best_expert_loss_and_its_gradient_are_those_of_the_formula(kind, groups):
+    fields = {"fvu_loss_coef": 0, "router_aux_loss_coef": 0, "router_best_expert_loss_coef": 0.7}
+    sae, x = exact_sae(kind, groups, **fields), rows(22).double()
+    c, tried = sae.config, x[::E]
+    logits = (sae.input_scale * tried - sae.b_router) @ sae.router.weight.T
+    gate = logits.softmax(-1).amax(-1) if c.apply_router_probs else torch.ones(len(tried))
+    errors, bias = torch.empty(len(tried), E, dtype=torch.float64), sae.b_dec / sae.input_scale
+    for n, token in enumerate(tried):
+        for e in range(E):
+            pre = sae.W_enc[e] @ (token - bias if c.subtract_b_dec else token)
+            pre = pre if sae.b_enc is None else pre + sae.b_enc[e] / sae.input_scale
+            acts = gate[n] * pre.relu()
+            if c.k is not None:
+                acts = acts.where(acts >= acts.topk(min(c.k, M)).values[-1], 0)
+            errors[n, e] = (token - bias - acts @ sae.W_dec[e]).square().sum()
+    target = (-errors / (0.05 * errors.mean(1, keepdim=True))).softmax(-1).detach()
+    wanted = -(target * logits.log_softmax(-1)).sum(1).mean()
+    (0.7 * wanted).backward()
+    expected = whole_gradients(sae)
+    sae.zero_grad()
+
+    output = sae(x)
+    output.loss.backward()
+
+    torch.testing.assert_close(output.router_best_expert_loss, wanted.detach(), **EXACT)
+    found = whole_gradients(sae)
+    assert found["router.weight"].any()
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert not any(grad.any() for name, grad in found.items() if "router" not in name)
+    assert sae.eval()(x).router_best_expert_loss == 0
+
+
+def test_masked_tokens_are_not_tried():
+    fields = {"router_best_expert_loss_coef": 1.0}
+    sae, x = exact_sae("switch", **fields), rows(24).double()
+    mask = torch.arange(24) % (2 * E) > 0  # of the tokens that are tried every other is masked
+    alone = x.reshape(3, 2, E, D)[:, 1].reshape(-1, D)
+    wanted = sae(alone).router_best_expert_loss
+    spoiled = x.where(mask[:, None], 77.0)
+    found = sae(spoiled, attention_mask=mask).router_best_expert_loss
+    torch.testing.assert_close(found, wanted, **EXACT)
 
 
 def test_the_published_loss_and_its_closed_form_gradients_are_ours_times_the_variance():

@@ -1,4 +1,4 @@
-"""Where a fresh SAE begins, from some rows: its scale, its biases and what is no input to it."""
+"""Where a fresh SAE begins, from some rows: its scale, biases, router and what is no input."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hf_switch_sae.errors import NonFiniteError
 from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.training.clusters import directions_of
+
+_ROUTER_GAIN = 4.0  # logits of a typical token are within this
 
 
 def is_fresh(sae: SwitchSAE) -> bool:
@@ -20,7 +23,7 @@ def is_fresh(sae: SwitchSAE) -> bool:
 
 @torch.no_grad()
 def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: str) -> None:
-    """Fit a fresh SAE's scale and biases to rows [n, d], in the LM's own units.
+    """Fit a fresh SAE's scale, biases and router to rows [n, d], in the LM's own units.
 
     Args:
         sae: changed in place.
@@ -51,6 +54,10 @@ def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: st
     sae.b_dec.copy_(center)
     if sae.config.num_experts > 1:
         sae.b_router.copy_(center)  # a copy: tied biases would be stepped twice
+        if how == "data" and len(rows) >= sae.config.num_experts:
+            centered = rows * sae.input_scale - center
+            directions = directions_of(centered, sae.config.num_experts)
+            sae.router.weight.copy_(directions * (_ROUTER_GAIN / math.sqrt(rows.shape[1])))
 
 
 def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-5) -> Tensor:

@@ -1,0 +1,190 @@
+"""Which runs the recipe's defaults rest on, in what order of importance, and their table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from .recipes import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A table: what is asked, the settings that all its runs share, and what each has besides."""
+
+    title: str
+    question: str
+    shared: str
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All of them, seeds together."""
+        return [run for row in self.rows for run in self.of(row)]
+
+    def of(self, row: str) -> list[Run]:
+        """The runs of one row."""
+        words = f"{self.shared} {row}".split()
+        return [dataclasses.replace(Run.parse(words), seed=seed) for seed in self.seeds]
+
+
+PAPER = "gate=p distill=0 router_init=uniform"
+PLAN = [
+    Part(
+        "Targets",
+        "Width 6144, dense and in 8 experts, at 1.0 M tokens; width 12288 in 8 experts at the "
+        "FLOPs of a dense 1536, at 2.4 M.",
+        "",
+        (
+            "tokens=1000000 experts=1",
+            "tokens=1000000",
+            f"tokens=1000000 {PAPER}",
+            "tokens=2400000 features=12288",
+            "tokens=2400000 features=1536 experts=1",
+        ),
+        (0, 1),
+    ),
+    Part(
+        "Router and gate, width 1536",
+        "What multiplies activations, what the router learns from, and where it begins.",
+        "features=1536 lr=0.01",
+        (
+            "experts=1",
+            PAPER,
+            "gate=p distill=0",
+            "gate=p",
+            "gate=p router_init=uniform",
+            "",
+            "router_init=uniform",
+            "router_init=uniform distill=0.5",
+            "distill=0",
+            "distill=0.03",
+            "distill=0.3 balance=0.5",
+            "distill_tau=0.02",
+            "distill_tau=0.1",
+            "balance=0.3",
+            "gate=root distill=0",
+            "gate=heat distill=0",
+            "gate=fade distill=0 freeze=1",
+        ),
+    ),
+    Part(
+        "Router and gate, width 6144",
+        "The same where experts are wide.",
+        "",
+        (
+            "experts=1",
+            "experts=1 lr=0.006",
+            "gate=p distill=0 lr=0.006",
+            "",
+            "lr=0.006",
+            "router_init=uniform lr=0.006",
+            "auxk=0.03",
+        ),
+    ),
+    Part(
+        "Router and gate, width 6144, first runs",
+        "With the router of the paper; fade: its weights turn into 1 in the course of the run.",
+        "tokens=398336",
+        (
+            "experts=1",
+            f"{PAPER} activation=topk",
+            PAPER,
+            f"{PAPER} lr=0.006",
+            f"{PAPER} balance=0.02",
+            "gate=fade distill=0 router_init=uniform",
+            "distill=0",
+        ),
+    ),
+    Part(
+        "Learning rate against steps, width and batch",
+        "What the law of the learning rate is fitted to.",
+        "",
+        tuple(
+            f"features={features} tokens={tokens} batch={batch} lr={lr}"
+            for features, tokens, batch in (
+                (1536, 100_000, 512),
+                (1536, 400_000, 512),
+                (6144, 100_000, 512),
+                (1536, 200_000, 1024),
+                (1536, 100_000, 256),
+            )
+            for lr in (0.0025, 0.005, 0.01, 0.02)
+        ),
+    ),
+    Part(
+        "Optimizer, schedule and the rest, width 1536",
+        "One change at a time to the recipe.",
+        "features=1536 lr=0.01",
+        (
+            "",
+            "bias=1",
+            "ema=0.99",
+            "rms=2",
+            "warmup=0",
+            "warmup=0.1",
+            "decay=1",
+            "decay=0.5 shape=cosine",
+            "decay=0.5 shape=sqrt",
+            "beta2=0.99",
+            "beta1=0",
+            "eps=1e-6",
+            "clip=0",
+            "router_lr=0.3",
+            "encoder_gain=1",
+            "z=0.001",
+            "auxk=0.03",
+            "experts_per_token=2 experts=16",
+        ),
+    ),
+]
+
+
+def table(known: Mapping[Run, dict]) -> str:
+    """ABLATIONS.md, of the runs that are known."""
+    machines = sorted({line["machine"] for line in known.values()})
+    lines = [
+        "# What the training recipe's defaults rest on",
+        "",
+        "Written by `python -m tests.bench.ablations write`; do not edit by hand. Residual stream "
+        "after block 3 of all-MiniLM-L6-v2, width 384, windows of 128 inside a document, first and "
+        "last position left out; every token is seen once. FVU, L0 and unused features (never "
+        "active) are of 64,000 held-out tokens; `batch_topk` by its threshold, as in use. "
+        "k = 32, batch 512, 400,000 tokens, 8 experts, width 6144, learning rate 0.003 where "
+        "nothing else stands. Differences under 2 % are within what a seed makes.",
+        "",
+        f"Machine: {'; '.join(machines)}. CPU seconds are of one thread beside other work.",
+        "",
+        "A row's command: `python -m tests.bench.ablations run CACHE` and its settings; CACHE is "
+        "what `harvest` fills.",
+        "",
+    ]
+    for part in PLAN:
+        rows = [(row, [known[run] for run in part.of(row) if run in known]) for row in part.rows]
+        there = [(row, found) for row, found in rows if found]
+        if not there:
+            continue
+        shared = f" All with `{part.shared}`." if part.shared else ""
+        lines += [f"## {part.title}", "", part.question + shared, ""]
+        lines += ["| settings | seeds | FVU | L0 | unused | gate p | load | CPU s |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        best = min(found[0]["fvu"] for _, found in there)
+        lines += [_row(row, found, best) for row, found in there]
+        missing = [row or "(the recipe)" for row, found in rows if not found]
+        if missing:
+            lines += ["", f"Not run yet: {', '.join(f'`{row}`' for row in missing)}."]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(row: str, found: list[dict], best: float) -> str:
+    fvu = " / ".join(f"{line['fvu']:.4f}" for line in found)
+    fvu = f"**{fvu}**" if found[0]["fvu"] == best else fvu
+    first, seeds = found[0], ", ".join(str(line["settings"]["seed"]) for line in found)
+    gate = f"{first['p']:.2f}" if "p" in first else "-"
+    load = f"{first['load_min']:.2f}-{first['load_max']:.2f}" if "p" in first else "-"
+    return (
+        f"| `{row or '(the recipe)'}` | {seeds} | {fvu} | {first['l0']:.1f} | "
+        f"{first['unused']:.1%} | {gate} | {load} | {first['cpu_s']:.0f} |"
+    )
