@@ -471,13 +471,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             counts = mask if counts is None else counts & mask
         y = self.experts.decode(code.acts, code.ids)
         in_order = counts if counts is None or code.order is None else counts[code.order]
-        reconstruction = _with_bias(y, code.bias, code.order)
-        if code.unit is None:
-            fvu = fvu_of(code.z, y, in_order, whole_batch, code.bias)
-        else:  # the error is the language model's, whatever the SAE reads
-            reconstruction = code.unit.back(reconstruction)
-            x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
-            fvu = fvu_of(x, reconstruction, counts, whole_batch)
+        fvu, reconstruction = self._error(code, y, hidden_states, counts, whole_batch)
         logits, balance = None, torch.zeros_like(fvu)
         z_loss, best, auxk = balance, balance, balance
         if code.router is not None:
@@ -501,9 +495,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             + c.router_z_loss_coef * z_loss
             + c.router_best_expert_loss_coef * best
             + c.auxk_loss_coef * auxk,
-            reconstruction=reconstruction.reshape(hidden_states.shape).to(
-                hidden_states.device, hidden_states.dtype
-            ),
+            reconstruction=reconstruction.reshape(hidden_states.shape).to(hidden_states),
             features=self._features(code, hidden_states.shape),
             router_logits=logits,
             fvu=fvu,
@@ -513,6 +505,23 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             auxk_loss=auxk,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _error(
+        self,
+        code: _Encoded,
+        y: Tensor,
+        hidden_states: Tensor,
+        counts: Tensor | None,
+        whole: WholeBatch | None,
+    ) -> tuple[Tensor, Tensor]:
+        """FVU and reconstruction [n, d], in the LM's units whatever the SAE reads."""
+        reconstruction = _with_bias(y, code.bias, code.order)
+        if code.unit is None:
+            in_order = counts if counts is None or code.order is None else counts[code.order]
+            return fvu_of(code.z, y, in_order, whole, code.bias), reconstruction
+        reconstruction = code.unit.back(reconstruction)
+        x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
+        return fvu_of(x, reconstruction, counts, whole), reconstruction
 
     @torch.no_grad()
     def batch_sums(self, hidden_states: Tensor) -> Tensor:
