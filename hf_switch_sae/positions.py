@@ -191,6 +191,8 @@ class Tokens:
 
     def all_are(self, part: Literal["prompt", "generated"]) -> bool:
         """Whether all tokens belong to a part; False too where only `prompt` tells."""
+        if "prompt" in self.__dict__:  # was given, or is worked out already
+            return False
         given = self._prompt_columns
         if part == "prompt":
             return given is None or self._end <= given

@@ -63,6 +63,10 @@ def _rule(
     activation: Any, tensors: Tensors, source: Source, given: Given
 ) -> tuple[str, int | None]:
     state = tensors.plain("activation_state_dict") or {}
+    if not isinstance(state, dict):
+        raise ConversionError(
+            f"activation_state_dict in {source.where} is a {type(state).__name__}, not a dict."
+        )
     if activation == "ReLU":
         return "relu", None
     if activation != "TopK" or state.get("postact_fn", "ReLU") != "ReLU":
