@@ -18,7 +18,7 @@ test: .venv-test/.filled
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
-	.venv-test/bin/python -m pytest -m "not gpu"
+	.venv-test/bin/python -m pytest -m "not gpu" -n logical --maxprocesses 8 --dist worksteal
 
 # Run it on an idle machine, for a quarter of an hour.
 bench: .venv-bench/.filled

@@ -136,7 +136,9 @@ class _Weight:
 
     def entries(self) -> Tensor:
         weight = self.read().detach()
-        at = torch.linspace(0, weight.numel() - 1, min(_NUM_ENTRIES, weight.numel())).long()
+        count = min(_NUM_ENTRIES, weight.numel())
+        # Told its device, as a caller's `with torch.device("meta")` would make it there.
+        at = torch.linspace(0, weight.numel() - 1, count, device="cpu").long()
         # Indexed dimension by dimension: a flat view would copy a weight that is not contiguous.
         index = torch.unravel_index(at.to(weight.device), weight.shape)
         return weight[index].float().cpu()

@@ -59,6 +59,12 @@ def test_an_sae_of_a_bfloat16_model_fits_the_float32_one(tmp_path, lm):
     accepts(tiny.sae_for(half), lm)
 
 
+def test_a_fingerprint_is_of_numbers_wherever_new_tensors_go(lm):
+    expected = fingerprint(lm)
+    with torch.device("meta"):
+        assert fingerprint(lm) == expected
+
+
 def test_the_fingerprint_travels_with_the_sae(tmp_path, lm):
     tiny.sae_for(lm).save_pretrained(tmp_path)
     sae = SwitchSAE.from_pretrained(tmp_path)
