@@ -2,6 +2,9 @@
 
 import gc
 import inspect
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -693,6 +696,33 @@ def test_the_memory_of_gradients_goes_with_the_weight():
     del W_dec
     gc.collect()
     assert len(memory._kept) == kept - 1
+
+
+_COUNT_FAULTS = """
+import resource, statistics, torch
+from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+config = SwitchSAEConfig(hidden_size=768, num_features=24576, num_experts=32, k=32)
+sae, x, found = SwitchSAE(config).train(), torch.randn(2048, 768), []
+optimizer = SwitchSAEAdam(sae)
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    sae(x).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(statistics.median(found[4:]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_training_step_faults_in_no_memory_anew():
+    """Its activations, 6 MB or 1500 pages each, lie where those of the step before lay."""
+    command = [sys.executable, "-W", "ignore", "-c", _COUNT_FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 200
 
 
 def test_the_memory_of_gradients_is_given_back_on_demand():

@@ -2,7 +2,8 @@
 
 PyTorch gives a freed gradient of 75 MB back to the system, and the next step's has to be faulted in
 page by page: that takes longer than the sums that fill it. So a weight's gradient memory is kept as
-long as the weight lives, and handed out again when nobody else refers to it.
+long as the weight lives, and handed out again when nobody else refers to it. What a step computes
+in between stays with the C library, which is told once to keep blocks of that size.
 
 Beware Somebody may hold on to an old gradient (`p.grad` of two steps summed, a list of them): only
        the storage's own reference count says so, and then memory is new.
@@ -23,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _HUGE_PAGE = 2 * 2**20
 _WORTH_IT = 4 * _HUGE_PAGE  # smaller tensors stay in the C library's own hands
+_LARGEST_LEARNT = 32 * 2**20 - 2**16  # by glibc, with room for what it adds
 _kept = WeakTensorKeyDictionary()  # weight -> UntypedStorage
 _lock = threading.Lock()  # two backward passes of one weight must not be given the same memory
 
@@ -42,6 +44,7 @@ def gradient_of(weight: Tensor) -> Tensor | None:
     with _lock:
         storage = _kept.get(weight)  # type: ignore[no-untyped-call]
         if storage is None or len(storage) != size or _use_count(storage._cdata) > 1:
+            _keep_freed_blocks()
             storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
             _advise_huge_pages(storage)
             _kept[weight] = storage
@@ -56,6 +59,16 @@ def release_gradient_of(weight: Tensor) -> None:
     with _lock:
         if weight in _kept:
             del _kept[weight]
+
+
+def _keep_freed_blocks() -> None:
+    """Have the C library keep what is freed after a step's activations, for the next step's.
+
+    glibc learns from blocks that are freed: up to the size of the largest, and up to 32 MB, it
+    keeps them, and twice that at the end of the heap (mallopt(3), M_MMAP_THRESHOLD). Nothing is
+    written to the block, so it takes no memory; other libraries learn nothing from it.
+    """
+    torch.UntypedStorage(_LARGEST_LEARNT)  # type: ignore[no-untyped-call]
 
 
 def _advise_huge_pages(storage: torch.UntypedStorage) -> None:
