@@ -54,7 +54,7 @@ class Passed:
         live = self.stream.requires_grad and torch.is_grad_enabled()
         found = self._features
         if found is None or (live and not found.acts.requires_grad):
-            with torch.set_grad_enabled(live):
+            with torch.no_grad() if torch.is_grad_enabled() and not live else nullcontext():
                 found = self._sae.encode(self.stream)
                 if not self.tokens.all_real:
                     acts = found.acts.where(self.tokens.real.to(found.device)[..., None], 0)
@@ -263,8 +263,10 @@ class Session:
             HookpointError: no forward pass has come by yet.
             ConfigError: a batch_topk SAE without a threshold.
         """
-        found = {name: tap.last_passed().features() for name, tap in self._taps.items()}
-        return next(iter(found.values())) if len(found) == 1 else found
+        if len(self._taps) == 1:
+            (tap,) = self._taps.values()
+            return tap.last_passed().features()
+        return {name: tap.last_passed().features() for name, tap in self._taps.items()}
 
     @property
     def edits(self) -> tuple[Edit, ...] | dict[str, tuple[Edit, ...]]:
