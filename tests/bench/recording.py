@@ -1,6 +1,6 @@
 """What recording takes: bytes, memory and time on a real corpus, and queries of millions of tokens.
 
-    python -m tests.bench.recording FOLDER --corpus FILE [corpus cost synthetic] [--write]
+    python -m tests.bench.recording FOLDER [corpus cost synthetic] --corpus FILE [--write]
 
 FOLDER takes the stores, which are some gigabytes with the largest synthetic one; every step goes on
 where it was, so that it can be stopped by SIGTERM and called again, and times add up. `--write`
