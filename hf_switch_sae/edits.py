@@ -167,9 +167,12 @@ def edit_from_dict(data: dict[str, Any]) -> Edit:
         EditError: not the name of an edit, or arguments it does not have.
     """
     data = dict(data) if isinstance(data, Mapping) else {"edit": None, "given": data}
-    kind = EDITS.get(data.pop("edit", ""))
+    name = data.pop("edit", None)
+    kind = EDITS.get(str(name))
     if kind is None:
-        raise EditError(f"an edit is one of {sorted(EDITS)}, under the key 'edit'; got {data}.")
+        raise EditError(
+            f"an edit is one of {sorted(EDITS)}, under the key 'edit'; got {name!r} with {data}."
+        )
     for name, value in data.items():
         if isinstance(value, dict):
             data[name] = _from_plain(value)

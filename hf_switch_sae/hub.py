@@ -152,9 +152,11 @@ def pull(
         token: by default the one you are logged in with.
 
     Raises:
-        HubError: the repository can't be read, has no such subfolder, or a file in it would be
-            written outside of the folder.
+        HubError: the repository can't be read, has no such subfolder, a file in it would be
+            written outside of the folder, or that is a file.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise HubError(f"{folder} is a file; name a folder to pull {repo_id} into.")
     with plain_hub_errors(repo_id, "pull"):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
     names = [file.rfilename for file in info.siblings or ()]

@@ -95,10 +95,17 @@ def inspect(name: str | Path, subfolder: str = "", **where: Any) -> Inspection:
         where: `revision`, `token`, `cache_dir`, `local_files_only`, as of `from_pretrained`.
 
     Raises:
-        ConversionError: no such folder, a path that climbs out of it, or a damaged file.
+        ConversionError: no such folder, nothing in it, a path that climbs out of it, or a damaged
+            file.
         HubError: the repository can't be read.
     """
     source = open_source(name, subfolder, **where)
+    if not source.files:
+        there = weight_folders(open_source(name, **where, whole=True)) if subfolder else []
+        raise ConversionError(
+            f"there are no files in {source.where}"
+            + (f"; there are weights in: {', '.join(there)}." if there else ".")
+        )
     within = weight_folders(source, most=10_000)
     deeper = llama_scope.WEIGHTS in source.files
     if deeper or source.weight_files(*_ENDS):

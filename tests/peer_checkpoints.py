@@ -8,6 +8,7 @@ given and `out` is written. Nothing of this repository is imported.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def saelens_saes() -> dict[str, Any]:
         base = {"d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu"}
         return cls(**base, **more, metadata=sl.saes.sae.SAEMetadata(**meta))
 
+    def batch_topk() -> Any:
+        made = sl.BatchTopKTrainingSAE(settings(sl.BatchTopKTrainingSAEConfig, k=K))
+        made.topk_threshold.fill_(0.4)
+        return made
+
     return {
         "standard": sl.StandardSAE(settings(sl.StandardSAEConfig)),
         "topk": sl.TopKSAE(settings(sl.TopKSAEConfig, k=K)),
@@ -56,17 +62,34 @@ def saelens_saes() -> dict[str, Any]:
             settings(sl.JumpReLUSAEConfig, normalize_activations="constant_norm_rescale")
         ),
         "gated": sl.GatedSAE(settings(sl.GatedSAEConfig)),
+        "batchtopk_as_trained": batch_topk(),
+        "batchtopk_for_inference": batch_topk(),
     }
 
 
+def as_used(trained: Any) -> Any:
+    """A SAELens SAE of a training class as it computes once trained: over a whole batch no more."""
+    import sae_lens as sl
+
+    with tempfile.TemporaryDirectory() as folder:
+        trained.save_inference_model(folder)
+        return sl.SAE.load_from_disk(folder)
+
+
 def dictionaries() -> dict[str, Any]:
-    from dictionary_learning.dictionary import AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder
+    from dictionary_learning.dictionary import (
+        AutoEncoder,
+        AutoEncoderNew,
+        GatedAutoEncoder,
+        JumpReluAutoEncoder,
+    )
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
 
     made = {
         "AutoEncoder": AutoEncoder(D, F),
+        "AutoEncoderNew": AutoEncoderNew(D, F),
         "GatedAutoEncoder": GatedAutoEncoder(D, F),
         "JumpReluAutoEncoder": JumpReluAutoEncoder(D, F),
         "AutoEncoderTopK": AutoEncoderTopK(D, F, K),
@@ -82,6 +105,8 @@ def save(package: str, made: Any, folder: Path, kind: str) -> None:
     folder.mkdir(parents=True)
     if package == "sparsify":
         made.save_to_disk(folder)
+    elif kind.endswith("for_inference"):
+        made.save_inference_model(folder)
     elif package == "sae_lens":
         made.save_model(folder)
     else:
@@ -133,6 +158,8 @@ if __name__ == "__main__":
             randomize(made)
             x = 2.0 * torch.randn(64, D)
             save(package, made, where / kind, kind)
+            if kind.startswith("batchtopk"):
+                made = as_used(made)
             torch.save({"x": x, "out": reconstruct(package, made, x)}, where / f"{kind}.pt")
     else:
         for io in sorted(where.glob("*.pt")):

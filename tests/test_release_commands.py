@@ -110,7 +110,14 @@ def test_an_sae_of_ours_is_not_converted_to_itself(ours):
         (["convert", "{sae}", "out", "--lm", "x", "--text", "none.txt"], "none.txt can't be read"),
         (["convert", "{sae}", "out", "--lm", "/none", "--text", "{text}"], "no language model at"),
         (["convert", "{ours}", "{text}/out", "--to", "sparsify"], "a.txt"),
+        (["convert", "{broken}", "out", "--to", "sparsify"], "no SAE at"),
+        (["convert", "/none/sae", "out", "--to", "nope"], "can't export to 'nope'; there are"),
+        (["convert", "{sae}", "out", "--hookpoint", "x"], "'x' names no site"),
         (["inspect", "/none/sae"], "there is no folder /none/sae"),
+        (["inspect", "{broken}/none"], "there is no folder"),
+        (["inspect", "{ours}", "--subfolder", "none"], "there are no files in"),
+        (["pull", "org/repo", "{text}"], "a.txt is a file; name a folder"),
+        (["push", "{edit}", "org/repo"], "got 'Nope'"),
     ],
 )
 def test_what_is_missing_is_one_line_and_no_traceback(
@@ -118,6 +125,11 @@ def test_what_is_missing_is_one_line_and_no_traceback(
 ):
     known = {"sae": LAYOUTS["sparsify"](tmp_path)[0], "ours": ours, "text": tmp_path / "a.txt"}
     known["text"].write_text("text")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "switch_sae"}')
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"xx")
+    known |= {"broken": tmp_path / "broken", "edit": tmp_path / "edit.json"}
+    known["edit"].write_text('{"sae": "org/sae", "edits": [{"edit": "Nope"}]}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["hf-switch-sae", *(word.format(**known) for word in words)])
     with pytest.raises(SystemExit) as ended:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
 from hf_switch_sae.convert import EXPORTS, FORMATS
 from hf_switch_sae.convert import convert as convert_checkpoint
 from hf_switch_sae.convert import export as export_sae
+from hf_switch_sae.convert.registry import writer_of
 from hf_switch_sae.convert.source import open_source
 from hf_switch_sae.errors import ConversionError, HubError, TextError
 from hf_switch_sae.model import SwitchSAE
@@ -57,6 +59,7 @@ def convert(
         with_to = {"--format": format, "--lm": lm, "--text": text}
         if asked := [option for option, value in with_to.items() if value is not None]:
             raise typer.BadParameter(f"{', '.join(asked)} can't be had together with --to.")
+        writer_of(to)  # before anything is fetched
         for note in export_sae(_load(source, where, given), folder, to):
             print(note)
         return
@@ -76,7 +79,7 @@ def _load(name: str, where: dict[str, Any], given: dict[str, Any]) -> SwitchSAE:
         return SwitchSAE.from_pretrained(name, **where, **known)
     except HubError:
         raise
-    except OSError as err:
+    except (OSError, SafetensorError) as err:
         raise ConversionError(f"no SAE at {name}: {err}") from err
 
 

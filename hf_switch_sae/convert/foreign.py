@@ -64,9 +64,14 @@ class Given:
         """The hookpoint: the user's, else the file's; `said` is what the file has instead of one.
 
         Raises:
-            ConversionError: neither tells.
+            ConversionError: neither tells, or the user's has no site.
         """
         if self.hookpoint is not None:
+            if not self.hookpoint.endswith((".resid_pre", ".resid_post")):
+                raise ConversionError(
+                    f"hookpoint={self.hookpoint!r} names no site: it is a block or a module with "
+                    "its side, 'layers.<i>.resid_post' or '<module path>.resid_pre'."
+                )
             return self.hookpoint
         if self.layer is not None and found is None:
             return f"layers.{self.layer}.resid_post"

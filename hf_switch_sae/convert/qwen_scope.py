@@ -31,11 +31,17 @@ def read(source: Source, given: Given) -> Foreign:
     """Take over one SAE; raises ConversionError for several files, or what is missing."""
     files = source.weight_files(".sae.pt")
     if given.layer is not None:
-        files = [file for file in files if file == f"layer{given.layer}.sae.pt"] or files
+        wanted = f"layer{given.layer}.sae.pt"
+        if wanted not in files:
+            raise ConversionError(
+                f"{source.where} has no {wanted} for layer={given.layer}; it has "
+                f"{', '.join(files[:6])}{', ...' if len(files) > 6 else ''}."
+            )
+        files = [wanted]
     if len(files) != 1:
         raise ConversionError(
             f"{source.where} has {len(files)} SAEs: pass layer=, or one of them as subfolder=: "
-            f"{', '.join(files[:6])}, ..."
+            f"{', '.join(files[:6])}{', ...' if len(files) > 6 else ''}."
         )
     tensors = source.tensors(files[0])
     W_enc = tensors.take("W_enc", None, None)
