@@ -66,6 +66,8 @@ class Recipe:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise TypeError(f"it holds a {type(data).__name__}")
             edits = tuple(edit_from_dict(edit) for edit in data.pop("edits"))
             return cls(edits=edits, **data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as err:

@@ -39,6 +39,13 @@ REPO, A, B = "org/release", "layers.3.resid_post", "layers.7.resid_pre"
 TOKEN, READ = "hf_loopback", "hf_may_only_read"
 CARDS = pathlib.Path(__file__).parents[1] / "model_cards"
 WITH = {"token": TOKEN}
+PUSH_FAULTS: list[tuple[str, int | str]] = [
+    ("/api/repos/create", 401),
+    ("/api/models/.*/preupload/main", 403),
+    (r"/org/x\.git/info/lfs/objects/batch", 404),
+    ("/api/models/.*/commit/main", 500),
+    ("/api/models/.*/commit/main", "drop"),
+]
 BIG = bytes(range(256)) * 100_000  # over two of the client's chunks of 10 MiB
 BIG_SHA = hashlib.sha256(BIG).hexdigest()
 
@@ -270,6 +277,15 @@ class Steps:
             "written": into.exists() and files(into),
         }
 
+    def push_errors(self) -> Any:
+        """By step of a push and how it fails; nothing of it is committed."""
+        outcomes = {}
+        for step, status in PUSH_FAULTS:
+            faults((f"POST {step}", status))
+            outcomes[f"{step} {status}"] = outcome(lambda: push({A: saes()[A]}, "org/x", **WITH))
+        faults()
+        return outcomes
+
     def _while_loading(self, status: int) -> str:
         faults(("GET /api/models/.*", status))
         return outcome(lambda: load_all(REPO, **WITH))
@@ -354,6 +370,7 @@ ONLINE = [
     "converted_and_published",
     "climbs",
     "errors",
+    "push_errors",
     "bad_card",
     "link_out",
     "release_by_command",

@@ -118,6 +118,7 @@ def test_an_sae_of_ours_is_not_converted_to_itself(ours):
         (["inspect", "{ours}", "--subfolder", "none"], "there are no files in"),
         (["pull", "org/repo", "{text}"], "a.txt is a file; name a folder"),
         (["push", "{edit}", "org/repo"], "got 'Nope'"),
+        (["push", "{list}", "org/repo"], "is not a recipe (it holds a list)"),
     ],
 )
 def test_what_is_missing_is_one_line_and_no_traceback(
@@ -129,6 +130,8 @@ def test_what_is_missing_is_one_line_and_no_traceback(
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "switch_sae"}')
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"xx")
     known |= {"broken": tmp_path / "broken", "edit": tmp_path / "edit.json"}
+    known["list"] = tmp_path / "list.json"
+    known["list"].write_text("[1]")
     known["edit"].write_text('{"sae": "org/sae", "edits": [{"edit": "Nope"}]}')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["hf-switch-sae", *(word.format(**known) for word in words)])

@@ -14,7 +14,7 @@ import sys
 import pytest
 from foreign_layouts import LAYOUTS
 from hub_server import Hub
-from release_client import BIG, BIG_SHA, REPO, A, B
+from release_client import BIG, BIG_SHA, PUSH_FAULTS, REPO, A, B
 
 HERE = pathlib.Path(__file__).parent
 
@@ -249,6 +249,16 @@ def test_a_file_that_would_be_written_outside_of_the_folder_stops_everything(don
 def test_what_the_hub_refuses_is_said_plainly(done, case, words):
     assert done["errors"][case].startswith("HubError")
     assert words in done["errors"][case]
+
+
+@pytest.mark.parametrize(("step", "status"), PUSH_FAULTS)
+def test_a_push_that_is_refused_at_any_step_says_so_and_commits_nothing(done, step, status):
+    said = {404: "HTTP 404", 401: "wants a token", 403: "write rights to push"}
+    words = {**said, 500: "the Hub itself failed", "drop": "the connection was lost"}[status]
+    message = done["push_errors"][f"{step} {status}"]
+    assert message.startswith("HubError: could not push to org/x")
+    assert words in message
+    assert all(not files for files in done["hub"].repos["org/x"].commits.values())
 
 
 def test_a_pull_that_is_refused_writes_nothing(done):
