@@ -264,8 +264,7 @@ class Session:
             ConfigError: a batch_topk SAE without a threshold.
         """
         if len(self._taps) == 1:
-            (tap,) = self._taps.values()
-            return tap.last_passed().features()
+            return next(iter(self._taps.values())).last_passed().features()
         return {name: tap.last_passed().features() for name, tap in self._taps.items()}
 
     @property

@@ -137,10 +137,7 @@ def load(package: str, folder: Path) -> Any:
 def reconstruct(package: str, coder: Any, x: torch.Tensor) -> torch.Tensor:
     if package == "sparsify":
         encoded = coder.encode(x)
-        # its sparse decoder needs a GPU; this is the arithmetic it documents
-        acts = torch.zeros(len(x), len(coder.W_dec))
-        acts.scatter_(1, encoded.top_indices, encoded.top_acts)
-        return acts @ coder.W_dec + coder.b_dec
+        return coder.decode(encoded.top_acts, encoded.top_indices)
     return coder.decode(coder.encode(x))
 
 

@@ -286,6 +286,13 @@ def test_another_activation_of_openai_is_refused_by_name(tmp_path, changed, word
     assert_refused(tmp_path, folder, {}, words)
 
 
+def test_todays_llamascopium_is_refused_by_name(tmp_path):
+    config = {"sae_type": "sae", "d_model": D, "hook_point_in": "blocks.2.hook_resid_post"}
+    tensors = {"W_E": torch.zeros(D, 8)}
+    folder = write(tmp_path / "today", config__json=config, sae__safetensors=tensors)
+    assert_refused(tmp_path, folder, {}, r"today's Llamascopium .*sae_type='sae'")
+
+
 @pytest.mark.parametrize("file", ["latest_ckpt.safetensors", "config.yaml"])
 def test_other_kinds_are_told_by_their_files(tmp_path, file):
     (write(tmp_path / "other") / file).write_text("x")

@@ -10,6 +10,8 @@ n the decoder's column norms after scaling it by s_in / s_out:
 Llama-Scope-R1-Distill: `config.json` and `sae_weights.safetensors` with a threshold a feature; the
 scale is not in its files, so it must be given.
 
+What Llamascopium writes today (`W_E`, `W_D`, a norm a hookpoint) is refused by name.
+
 Beware Other loaders skip n and compare in other units, which fires other features unless the
        decoder's columns happen to have length 1.
 """
@@ -36,15 +38,23 @@ R1_CONFIG, R1_WEIGHTS = "config.json", "sae_weights.safetensors"
 def recognizes(source: Source) -> bool:
     """By its files; the later ones have a config.json where SAELens has a cfg.json."""
     files = set(source.files)
-    return {CONFIG, WEIGHTS} <= files or (
-        {R1_CONFIG, R1_WEIGHTS} <= files and "hook_point_in" in source.json(R1_CONFIG)
-    )
+    if {CONFIG, WEIGHTS} <= files:
+        return True
+    if R1_CONFIG not in files or "model.safetensors" in files:  # a transformers model
+        return False
+    return "hook_point_in" in source.json(R1_CONFIG)
 
 
 def read(source: Source, given: Given) -> Foreign:
     """Take over one SAE; raises ConversionError for a transcoder, topk, or what is missing."""
     old = CONFIG in source.files
     config = source.json(CONFIG if old else R1_CONFIG)
+    if not old and R1_WEIGHTS not in source.files:
+        raise ConversionError(
+            f"{source.where} is in the format of today's Llamascopium (W_E, W_D; "
+            f"sae_type={config.get('sae_type')!r}), which can't be taken over: only Llama Scope "
+            f"({WEIGHTS}) and Llama-Scope-R1-Distill ({R1_WEIGHTS}) are."
+        )
     tensors = source.tensors(WEIGHTS if old else R1_WEIGHTS)
     _check(source, config)
     W_enc = tensors.take("encoder.weight", None, config.get("d_model"))
