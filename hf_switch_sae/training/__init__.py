@@ -4,6 +4,7 @@ from hf_switch_sae.training.activations import Activations
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
 from hf_switch_sae.training.cache import cache_activations
 from hf_switch_sae.training.cached import CachedActivations
+from hf_switch_sae.training.evaluation import evaluate
 from hf_switch_sae.training.finish import calibrate
 from hf_switch_sae.training.harvest import ActivationSettings
 from hf_switch_sae.training.live import LiveActivations
@@ -22,4 +23,5 @@ __all__ = [
     "TokenPolicy",
     "cache_activations",
     "calibrate",
+    "evaluate",
 ]

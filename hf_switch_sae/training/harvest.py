@@ -123,11 +123,11 @@ class Harvest:
         self._check_places()
         self.documents = read_documents(documents)
         self._device = input_device(self._root)
-        self._vocabulary = _vocabulary(self._root)
+        self._vocabulary = vocabulary_size(self._root)
         self._check_tokenizer()
-        windows = self.settings.packing == "windows" or (
-            self.settings.packing == "auto" and _looks_both_ways(self._places, tokenizer)
-        )
+        self.causal = not _looks_both_ways(self._places, tokenizer)
+        packing = self.settings.packing
+        windows = packing == "windows" or (packing == "auto" and not self.causal)
         marks = Marks.of(self.settings.boundary, tokenizer)
         self._check_context(marks, windows)
         self.packer = Packer(self.documents, tokenizer, self.settings.context, marks, windows)
@@ -232,8 +232,12 @@ class Harvest:
             while some := list(islice(contexts, self.contexts_per_pass)):
                 yield self._pass(some, read)
 
-    @torch.no_grad()
-    def _pass(self, contexts: list[Context], read: Any) -> Pass:
+    def inputs(self, contexts: list[Context]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """input_ids and attention_mask [batch, seq] on the CPU, and what the model is called with.
+
+        Raises:
+            TextError: token ids beyond the model's vocabulary.
+        """
         ids, mask = _padded(contexts, self._pad())
         largest = int(ids.max())
         if self._vocabulary is not None and largest >= self._vocabulary:
@@ -242,10 +246,15 @@ class Harvest:
                 f"{type(self._root).__name__}: the documents' tokens, or the tokenizer, are "
                 "another model's."
             )
-        inputs = {"input_ids": ids.to(self._device)}
+        inputs: dict[str, Any] = {"input_ids": ids.to(self._device), **self._options}
         if self.packer.windows:
             inputs["attention_mask"] = mask.to(self._device)
-        streams: dict[str, Tensor] = read(**inputs, **self._options)
+        return ids, mask, inputs
+
+    @torch.no_grad()
+    def _pass(self, contexts: list[Context], read: Any) -> Pass:
+        ids, mask, inputs = self.inputs(contexts)
+        streams: dict[str, Tensor] = read(**inputs)
         for name, stream in streams.items():
             if stream.ndim != 3 or stream.shape[:2] != ids.shape:
                 raise HookpointError(
@@ -317,7 +326,7 @@ def _text_config(root: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _vocabulary(root: nn.Module) -> int | None:
+def vocabulary_size(root: nn.Module) -> int | None:
     """How many token ids a model embeds, as far as it tells."""
     embed: Any = getattr(root, "get_input_embeddings", lambda: None)()
     rows = getattr(embed, "num_embeddings", None) or getattr(_text_config(root), "vocab_size", None)

@@ -16,8 +16,8 @@ from hf_switch_sae.training.monitor import Reduce
 _FEW = 256  # rows a batch where it is not known how many there will be
 
 
-class _Sums:
-    """Of one SAE."""
+class RowSums:
+    """What fvu, l0, dead_share and expert_load of one SAE are made of, in float64."""
 
     def __init__(self, sae: SwitchSAE) -> None:
         config, device = sae.config, sae.device
@@ -27,16 +27,18 @@ class _Sums:
         self.error = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
+        """Rows [n, d]; outliers among them are left out."""
         sae = self.sae
         x = x.to(sae.device).float()
         x = x[~sae.is_outlier(x)]
         found = sae.batch_sums(x)
         self.batch = found if self.batch is None else self.batch + found
         features = sae.encode(x)
-        self.error += (x - sae.decode(features, x)).square().sum()
+        self.error += (x - sae.decode(features, x)).double().square().sum()
         self.fired.index_add_(0, features.ids.flatten(), (features.acts > 0).long().flatten())
 
     def figures(self, reduce: Reduce) -> dict[str, float]:
+        """Of all rows; `reduce` adds up over processes."""
         config = self.sae.config
         assert self.batch is not None
         whole = WholeBatch.of(reduce(self.batch), config.hidden_size)
@@ -70,7 +72,7 @@ def measure_held_out(
         TrainingError: not one batch of rows.
     """
     before = activations.state_dict()
-    sums = {name: _Sums(sae) for name, sae in saes.items()}
+    sums = {name: RowSums(sae) for name, sae in saes.items()}
     modes = {name: sae.training for name, sae in saes.items()}
     try:
         for sae in saes.values():

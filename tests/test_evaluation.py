@@ -1,0 +1,179 @@
+"""Figures of a finished SAE on held-out text: each against its definition, whatever the batches."""
+
+import json
+
+import activations
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from hf_switch_sae import (
+    AttachError,
+    BaseModelError,
+    ConfigError,
+    HookpointError,
+    SwitchSAE,
+    TextError,
+    TrainingError,
+    WidthError,
+    hook_residual,
+)
+from hf_switch_sae.training import evaluate
+from hf_switch_sae.training.packing import Marks, Packer
+from hf_switch_sae.text import read_documents
+
+KEYS = {"fvu", "l0", "dead_share", "expert_load", "tokens"}
+CE = {"ce_clean", "ce_spliced", "ce_ablated", "ce_recovered", "kl", "ce_tokens"}
+
+
+@pytest.fixture
+def lm() -> nn.Module:
+    """Of predictions that depend on the stream, so that ablation costs something."""
+    found = tiny.llama()
+    with torch.no_grad():
+        found.lm_head.weight.mul_(30)
+    return found
+
+
+def outlying(sae: SwitchSAE, norms: torch.Tensor, share: float = 0.9) -> SwitchSAE:
+    """With a bound that some tokens are over."""
+    sae.outlier_norm.fill_(float(norms.quantile(share)))
+    return sae
+
+
+def contexts(windows: bool) -> list[list[int]]:
+    packer = Packer(read_documents(activations.DOCUMENTS), None, 16, Marks(), windows)
+    return [each.tokens for each in packer.contexts(epochs=1)]
+
+
+def stream_of(lm: nn.Module, tokens: list[int]) -> torch.Tensor:
+    return activations.plain_rows(lm, [tokens], skip_first=False)
+
+
+def definition(lm: nn.Module, sae: SwitchSAE, texts: list[list[int]], first: int) -> dict:
+    """In float64, one context after the other: what each figure means."""
+    kept, ce, fired = [], {"clean": [], "spliced": [], "ablated": []}, torch.zeros(64).double()
+    streams = [stream_of(lm, tokens) for tokens in texts]
+    reads = [~sae.is_outlier(stream) for stream in streams]
+    kept = torch.cat([s[first:][r[first:]] for s, r in zip(streams, reads, strict=True)])
+    features = sae.encode(kept)
+    fired.index_add_(0, features.ids.flatten(), (features.acts > 0).double().flatten())
+    error = (kept - sae.decode(features)).double().square().sum()
+    mean, kl = kept.double().mean(0), []
+    chosen = (features.ids[:, 0] // sae.config.features_per_expert).bincount(minlength=4).double()
+    for tokens, stream, read in zip(texts, streams, reads, strict=True):
+        new = {"clean": stream, "spliced": sae.decode(sae.encode(stream)), "ablated": mean.float()}
+        log = {}
+        for name, put in new.items():
+            put = torch.where(read[:, None], put, stream)
+            with torch.no_grad(), hook_residual(lm, 2, lambda _, put=put: put[None]):
+                log[name] = lm(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+        at = [i for i in range(first, len(tokens) - 1) if read[i]]
+        for name in new:
+            ce[name] += [-log[name][i, tokens[i + 1]] for i in at]
+        clean, spliced = log["clean"], log["spliced"]
+        kl += [(clean[i].exp() * (clean[i] - spliced[i])).sum() for i in at]
+    ce = {name: torch.stack(values).mean() for name, values in ce.items()}
+    return {
+        "fvu": error / (kept.double() - mean).square().sum(),
+        "l0": fired.sum() / len(kept),
+        "dead_share": (fired == 0).double().mean(),
+        "expert_load": chosen.max() / chosen.mean(),
+        "tokens": len(kept),
+        "ce_clean": ce["clean"],
+        "ce_spliced": ce["spliced"],
+        "ce_ablated": ce["ablated"],
+        "ce_recovered": (ce["ablated"] - ce["spliced"]) / (ce["ablated"] - ce["clean"]),
+        "kl": torch.stack(kl).mean(),
+        "ce_tokens": len(kl),
+    }
+
+
+def measured(lm, sae, documents=activations.DOCUMENTS, **changes):
+    options = {name: changes.pop(name) for name in ("max_tokens", "allow_mismatch") & changes.keys()}
+    return evaluate(sae, lm, documents, settings=activations.settings(**changes), **options)
+
+
+@pytest.mark.parametrize("tokens_per_pass", [16, 80, 4096])
+@pytest.mark.parametrize("packing", ["packed", "windows"])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_every_figure_is_its_definition_whatever_the_passes(
+    lm, packing, tokens_per_pass, outliers
+):
+    sae = tiny.sae_for(lm)
+    texts = contexts(packing == "windows")
+    if outliers:
+        outlying(sae, torch.cat([stream_of(lm, tokens) for tokens in texts]).norm(dim=-1))
+    found = measured(lm, sae, packing=packing, tokens_per_pass=tokens_per_pass, skip_special=False)
+    expected = definition(lm, sae, texts, first=int(packing == "packed"))
+    assert found.keys() == expected.keys() | {"measured_on"} == KEYS | CE | {"measured_on"}
+    assert found["tokens"] == expected["tokens"]
+    assert found["ce_tokens"] == expected["ce_tokens"]
+    ratio = expected.pop("ce_recovered")  # of small differences of the model's float32 numbers
+    assert found["ce_recovered"] == pytest.approx(float(ratio), rel=2e-5)
+    span = found["ce_ablated"] - found["ce_clean"]
+    assert found["ce_recovered"] == (found["ce_ablated"] - found["ce_spliced"]) / span
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-6, abs=1e-6), name
+    assert outliers == (found["measured_on"]["outlier_norm"] is not None)
+
+
+def test_so_many_tokens_are_whole_contexts_whatever_the_passes(lm):
+    sae = tiny.sae_for(lm)
+    some = [measured(lm, sae, max_tokens=100, tokens_per_pass=n) for n in (16, 64, 4096)]
+    assert [each["measured_on"]["contexts"] for each in some] == [6, 6, 6]
+    for each in some[1:]:
+        for name in KEYS | CE:
+            assert each[name] == pytest.approx(some[0][name], rel=1e-5), name
+    assert some[0]["tokens"] == 6 * 15
+
+
+def test_what_it_was_measured_on_is_said_and_json(lm):
+    on = json.loads(json.dumps(measured(lm, tiny.sae_for(lm))))["measured_on"]
+    assert on["context"] == 16
+    assert on["hookpoint"] == "layers.2.resid_post"
+    assert on["skip_first"] is True
+    assert on["dataset"]["kind"] == "list"
+
+
+def test_predictions_are_measured_of_causal_models_with_a_head_alone():
+    bare = tiny.llama("LlamaModel")
+    assert not CE & measured(bare, tiny.sae_for(bare)).keys()
+    encoder = tiny.bert()
+    assert not CE & measured(encoder, tiny.sae_for(encoder)).keys()
+
+
+def test_model_and_sae_are_left_as_they_were(lm):
+    sae = tiny.sae_for(lm).train()
+    before, state = tiny.traces(lm), {k: v.clone() for k, v in sae.state_dict().items()}
+    measured(lm, sae)
+    assert tiny.traces(lm) == before
+    assert sae.training
+    torch.testing.assert_close(sae.state_dict(), state, rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_told_before_the_run(lm):
+    sae = tiny.sae_for(lm)
+    with pytest.raises(BaseModelError, match="differ"):
+        measured(tiny.llama(seed=4), sae)
+    assert measured(tiny.llama(seed=4), sae, allow_mismatch=True)["tokens"]
+    with pytest.raises(TextError, match="empty"):
+        measured(lm, sae, documents=[])
+    with pytest.raises(TextError, match="fewer than one context of 16"):
+        measured(lm, sae, documents=[[5, 6, 7]])
+    with pytest.raises(TextError, match="beyond the"):
+        measured(lm, sae, documents=[[5] * 15 + [10_000]])
+    with pytest.raises(TrainingError, match="max_tokens=15 is less than one context of 16"):
+        measured(lm, sae, max_tokens=15)
+    with pytest.raises(AttachError, match="training mode"):
+        measured(tiny.llama().train(), sae)
+    sae.config.hookpoint = "layers.9.resid_post"
+    with pytest.raises(HookpointError, match="9"):
+        measured(lm, sae)
+    sae.config.hookpoint = None
+    with pytest.raises(ConfigError, match="no hookpoint"):
+        measured(lm, sae)
+    narrow = tiny.sae_for(tiny.llama(hidden_size=16, head_dim=4))
+    with pytest.raises(WidthError, match="hidden_size=16"):
+        measured(lm, narrow, allow_mismatch=True)
