@@ -29,6 +29,8 @@ def saes_in(folder: Path) -> dict[str, dict[str, Any]]:
     """Subfolder ("" for itself) -> config, of every SAE of ours in a release, in order of path."""
     found = {}
     for file in sorted(folder.rglob("config.json")):
+        if in_checkpoint(file.relative_to(folder)):
+            continue
         config = _json(file)
         if config.get("model_type") == "switch_sae":
             place = file.parent.relative_to(folder).as_posix()
@@ -36,12 +38,17 @@ def saes_in(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def in_checkpoint(path: Path) -> bool:
+    """Whether a path within a run's folder is of a checkpoint: no part of what is released."""
+    return any(re.fullmatch(r"checkpoint-\d+", part) for part in path.parts)
+
+
 def render_card(folder: str | Path, repo_id: str) -> str:
     """The README.md of a release: written anew, or what there is with its marked part renewed.
 
     Args:
         folder: the release; metrics are read from `metrics.json` beside each config, or else from
-            the config.
+            the config; how it was trained from `training.json`.
         repo_id: what the snippet loads.
 
     Raises:
@@ -56,6 +63,8 @@ def render_card(folder: str | Path, repo_id: str) -> str:
     if old and BEGIN not in old:
         return old
     metrics = {place: _metrics(folder / place, config) for place, config in saes.items()}
+    told = {place: _read(folder / place / "metrics.json") for place in saes}
+    runs = {place: _read(folder / place / "training.json") for place in saes}
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_switch_sae", "templates"),
         undefined=jinja2.StrictUndefined,
@@ -63,7 +72,14 @@ def render_card(folder: str | Path, repo_id: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     ).get_template("card.md.jinja")
-    body = template.render(repo_id=repo_id, saes=saes, metrics=metrics, first=next(iter(saes)))
+    body = template.render(
+        repo_id=repo_id,
+        saes=saes,
+        metrics=metrics,
+        measured_on={place: each.get("measured_on") for place, each in told.items()},
+        runs=runs,
+        first=next(iter(saes)),
+    )
     part = f"{BEGIN}\n{body.strip()}\n{END}"
     if not old:
         content = f"{part}\n"
@@ -110,13 +126,16 @@ def _data(
 
 
 def _metrics(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    file = folder / "metrics.json"
-    held = _json(file) if file.exists() else config.get("metrics") or {}
+    held = _read(folder / "metrics.json") or config.get("metrics") or {}
     return {
         name: value
         for name, value in held.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return _json(file) if file.exists() else {}
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
 
-from hf_switch_sae.card import render_card, saes_in
+from hf_switch_sae.card import in_checkpoint, render_card, saes_in
 from hf_switch_sae.convert import llama_scope
 from hf_switch_sae.convert.registry import weight_folders
 from hf_switch_sae.convert.source import check_inside, open_source
@@ -98,7 +98,7 @@ def push(
         (folder / "recipes").mkdir(exist_ok=True)
         recipe.save(folder / _recipe_path(name))
     if create_card:
-        _write_card(folder, repo_id)
+        write_card(folder, repo_id)
     files = _files_to_push(folder)
     with plain_hub_errors(repo_id, "push to"):
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -267,7 +267,7 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         hidden = {part for part in name.parts if part.startswith(".")} - _PUSHED_THOUGH_HIDDEN
-        if hidden or _NEVER_PUSHED & set(name.parts) or not path.is_file():
+        if hidden or _NEVER_PUSHED & set(name.parts) or in_checkpoint(name) or not path.is_file():
             continue
         if root not in path.resolve().parents:
             raise HubError(f"{path} is a link out of {folder}; put the file itself there.")
@@ -275,7 +275,8 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _write_card(folder: Path, repo_id: str) -> None:
+def write_card(folder: Path, repo_id: str) -> None:
+    """Write or renew the README.md of a release; see `card.render_card`."""
     card, readme = render_card(folder, repo_id), folder / "README.md"
     if readme.exists() and readme.read_text(encoding="utf-8") == card:
         return

@@ -19,9 +19,9 @@ from hf_switch_sae import (
     WidthError,
     hook_residual,
 )
+from hf_switch_sae.text import read_documents
 from hf_switch_sae.training import evaluate
 from hf_switch_sae.training.packing import Marks, Packer
-from hf_switch_sae.text import read_documents
 
 KEYS = {"fvu", "l0", "dead_share", "expert_load", "tokens"}
 CE = {"ce_clean", "ce_spliced", "ce_ablated", "ce_recovered", "kl", "ce_tokens"}
@@ -51,6 +51,7 @@ def stream_of(lm: nn.Module, tokens: list[int]) -> torch.Tensor:
     return activations.plain_rows(lm, [tokens], skip_first=False)
 
 
+@torch.no_grad()
 def definition(lm: nn.Module, sae: SwitchSAE, texts: list[list[int]], first: int) -> dict:
     """In float64, one context after the other: what each figure means."""
     kept, ce, fired = [], {"clean": [], "spliced": [], "ablated": []}, torch.zeros(64).double()
@@ -67,7 +68,7 @@ def definition(lm: nn.Module, sae: SwitchSAE, texts: list[list[int]], first: int
         log = {}
         for name, put in new.items():
             put = torch.where(read[:, None], put, stream)
-            with torch.no_grad(), hook_residual(lm, 2, lambda _, put=put: put[None]):
+            with hook_residual(lm, 2, lambda _, put=put: put[None]):
                 log[name] = lm(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
         at = [i for i in range(first, len(tokens) - 1) if read[i]]
         for name in new:
@@ -91,16 +92,16 @@ def definition(lm: nn.Module, sae: SwitchSAE, texts: list[list[int]], first: int
 
 
 def measured(lm, sae, documents=activations.DOCUMENTS, **changes):
-    options = {name: changes.pop(name) for name in ("max_tokens", "allow_mismatch") & changes.keys()}
+    options = {
+        name: changes.pop(name) for name in ("max_tokens", "allow_mismatch") & changes.keys()
+    }
     return evaluate(sae, lm, documents, settings=activations.settings(**changes), **options)
 
 
 @pytest.mark.parametrize("tokens_per_pass", [16, 80, 4096])
 @pytest.mark.parametrize("packing", ["packed", "windows"])
 @pytest.mark.parametrize("outliers", [False, True])
-def test_every_figure_is_its_definition_whatever_the_passes(
-    lm, packing, tokens_per_pass, outliers
-):
+def test_every_figure_is_its_definition_whatever_the_passes(lm, packing, tokens_per_pass, outliers):
     sae = tiny.sae_for(lm)
     texts = contexts(packing == "windows")
     if outliers:

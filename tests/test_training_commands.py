@@ -13,6 +13,7 @@ from hf_switch_sae import (
     ConfigError,
     HookpointError,
     SwitchSAE,
+    SwitchSAEError,
     TextError,
     TrainingError,
     fingerprint,
@@ -80,6 +81,49 @@ def test_one_command_goes_from_nothing_to_an_sae_that_attaches(lm, tmp_path):
         assert session.features.shape == (1, 3)
 
 
+def test_the_output_folder_is_a_release_and_eval_finds_its_figures_again(lm, tmp_path):
+    out = tmp_path / "release"
+    held_out = lm / "text.jsonl"
+    more = ("--eval-dataset", held_out, "--eval_tokens", 400, "--base_model", "org/tiny")
+    train(lm, out, *more, "--save_steps", 5, "--save_strategy=steps", "--save_dtype=bfloat16")
+    place = out / PLACE
+    stored = json.loads((place / "metrics.json").read_text())
+    assert {"fvu", "l0", "dead_share", "ce_clean", "ce_spliced", "ce_ablated", "kl"} <= set(stored)
+    assert stored["measured_on"]["dataset"]["files"][0]["name"] == "text.jsonl"
+    assert json.loads((place / "config.json").read_text())["metrics"]["kl"] == stored["kl"]
+    notes = json.loads((place / "training.json").read_text())
+    assert notes["command"].startswith(f"hf-switch-sae train {lm.name} text.jsonl --layer 1")
+    assert "--base_model org/tiny" in notes["command"]
+    assert notes["log"][0]["step"] == 2
+    card = (out / "README.md").read_text()
+    assert f"| kl | {stored['kl']} |" in card
+    assert notes["command"] in card
+    assert "base_model: org/tiny" in card
+    assert "25 contexts of 16 tokens of text.jsonl;\nleft out: the first token of" in card
+    assert "checkpoint" not in card
+    assert str(tmp_path) not in card + json.dumps(notes) + json.dumps(stored)
+
+    words = ("--context", 16, "--max-tokens", 400, "--tokens-per-pass", 48)
+    said = run("eval", out, lm, held_out, "--subfolder", PLACE, *words)
+    for name, value in stored.items():
+        assert name == "measured_on" or f"{name} {value}" in " ".join(said.split()), name
+    before = (place / "metrics.json").read_bytes()
+    run("eval", place, lm, held_out, *words, "--write")
+    assert (place / "metrics.json").read_bytes() == before
+    run("eval", place, lm, held_out, "--context", 16, "--write")
+    assert json.loads((place / "metrics.json").read_text())["tokens"] > stored["tokens"]
+    assert SwitchSAE.from_pretrained(place).config.metrics["tokens"] > stored["tokens"]
+
+
+def test_eval_needs_a_folder_to_write_to_and_a_model_that_is_there(lm, tmp_path):
+    with pytest.raises(SwitchSAEError, match="no folder here"):
+        run("eval", "org/sae", lm, lm / "text.jsonl", "--write")
+    train(lm, tmp_path)
+    with pytest.raises(SwitchSAEError, match="no language model"):
+        run("eval", tmp_path / PLACE, tmp_path / "nowhere", lm / "text.jsonl")
+    assert not (tmp_path / PLACE / "metrics.json").exists()
+
+
 def test_a_file_of_options_and_options_that_go_before_it(lm, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -129,6 +173,8 @@ def test_a_cache_of_another_model_is_refused(lm, tmp_path):
         (("--optim", "sgd"), ConfigError, "optim='sgd'"),
         (("--loss", "mse"), ConfigError, "loss='mse' is none of relative, published"),
         (("--preset", "papers"), ConfigError, "no preset 'papers'; there are default, published"),
+        (("--eval_tokens", 8), ConfigError, "eval_tokens 8 is less than one context of 16"),
+        (("--eval-dataset", "no.txt"), TextError, "there is no file"),
         (("--context", 1000), TextError, "more than the 256 positions"),
         (("--max_steps", 5), ConfigError, "both say when to stop"),
         (("--resume_from_checkpoint", "/nowhere"), TrainingError, "there is no checkpoint"),

@@ -38,12 +38,22 @@ def cache(
     lm_dtype: Annotated[str, typer.Option(help="Of the language model.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of the language model.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
 ) -> None:
     """Harvest the residual streams of a corpus for training; goes on where it was."""
-    model, tokenizer = load_lm(lm, lm_dtype, device_map, revision, with_head=False)
+    places = [int(place) if place.isdecimal() else place for place in layer]
+    model, tokenizer = load_lm(
+        lm,
+        lm_dtype,
+        device_map,
+        revision,
+        with_head=gguf_file is not None,
+        gguf_file=gguf_file,
+        places=places,
+    )
     folder = cache_activations(
         model,
-        [int(place) if place.isdecimal() else place for place in layer],
+        places,
         dataset,
         to,
         tokenizer,

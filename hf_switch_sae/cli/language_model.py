@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from hf_switch_sae.errors import HookpointError, SwitchSAEError
@@ -52,6 +53,21 @@ def load_lm(
         return lm.eval(), AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as err:
         raise SwitchSAEError(f"no language model at {name}: {err}") from err
+
+
+def has_head(name: str, revision: str | None = None) -> bool:
+    """Whether a checkpoint is of a causal model with its head: others would get a random one.
+
+    Raises:
+        SwitchSAEError: there is no model at that address.
+    """
+    where: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        kinds = AutoConfig.from_pretrained(name, **where).architectures or []
+    except (OSError, ValueError) as err:
+        raise SwitchSAEError(f"no language model at {name}: {err}") from err
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    return any(kind in known or kind.endswith("ForCausalLM") for kind in kinds)
 
 
 def blocks_up_to(places: Sequence[int | str]) -> int | None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from hf_switch_sae.cli.language_model import load_lm
+from hf_switch_sae.cli.language_model import has_head, load_lm
 from hf_switch_sae.cli.options import pairs_of, run_arguments, split_options, typed
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.hookpoints import resolve
+from hf_switch_sae.hub import write_card
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.text import read_documents
 from hf_switch_sae.training import (
@@ -22,12 +24,15 @@ from hf_switch_sae.training import (
     SwitchSAETrainer,
     SwitchSAETrainingArguments,
     cache_activations,
+    evaluate,
 )
 from hf_switch_sae.training.arguments import PRESETS, read_options
 from hf_switch_sae.training.cache import read_manifest
+from hf_switch_sae.training.evaluation import write_metrics
 
 _OWN = {"layer", "config", "preset", "cache", "eval_dataset", "column", "split", "lm_dtype"}
-_OWN |= {"device_map", "revision", "gguf_file", "cache_rows"}
+_OWN |= {"device_map", "revision", "gguf_file", "cache_rows", "eval_tokens"}
+_NUMBERS = {"cache_rows", "eval_tokens"}
 
 
 def train(
@@ -46,7 +51,10 @@ def train(
         Path | None, typer.Option(help="Folder of activations: filled first, then trained from.")
     ] = None,
     cache_rows: Annotated[int | None, typer.Option(help="Fill it to so many tokens.")] = None,
-    eval_dataset: Annotated[str | None, typer.Option(help="Held-out text, as DATASET.")] = None,
+    eval_dataset: Annotated[
+        str | None, typer.Option(help="Held-out text, as DATASET: metrics.json is measured on it.")
+    ] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="Of it, at most.")] = None,
     column: Annotated[str | None, typer.Option(help="The column with the text.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hub data set.")] = None,
     lm_dtype: Annotated[str | None, typer.Option(help="Of the language model.")] = None,
@@ -55,6 +63,9 @@ def train(
     gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
 ) -> None:
     """Train an SAE, or one at each of several layers, and save it in --output_dir.
+
+    The folder is a release: config, weights and statistics of each SAE, training.json with the
+    command and its log, metrics.json, a card. Where LM is a folder, --base_model says its Hub id.
 
     LM and DATASET come first. Options are also all fields of transformers.TrainingArguments
     (--output_dir, --num_train_tokens, --learning_rate, --resume_from_checkpoint true, ...), of
@@ -66,6 +77,9 @@ def train(
             "LM and DATASET come first: hf-switch-sae train LM DATASET --layer 15 ..."
         )
     args, settings, sae_said, own = _told(context, config)
+    most = own.get("eval_tokens")
+    if most is not None and most < settings.context:
+        raise ConfigError(f"--eval_tokens {most} is less than one context of {settings.context}.")
     places = _places(own.get("layer"), sae_said.pop("hookpoint", None))
     SwitchSAEConfig(**sae_said)  # numbers that contradict each other are told before the LM loads
     model, tokenizer = load_lm(
@@ -73,7 +87,7 @@ def train(
         str(own.get("lm_dtype", "auto")),
         own.get("device_map"),
         own.get("revision"),
-        with_head=own.get("gguf_file") is not None,
+        with_head=_needs_head(lm, own),
         gguf_file=own.get("gguf_file"),
         places=places,
     )
@@ -86,20 +100,25 @@ def train(
         rows = _rows(model, tokenizer, names, dataset, source, settings, own)
     saes = {at: _config(model, at, sae_said) for at in names}
     held_out = own.get("eval_dataset")
+    held_out = None if held_out is None else read_documents(held_out, **source)
     trainer = SwitchSAETrainer(
         saes,
         model,
         args,
         train_dataset=rows,
-        eval_dataset=None if held_out is None else read_documents(held_out, **source),
+        eval_dataset=held_out,
         processing_class=tokenizer,
         activation_settings=settings,
     )
+    trainer.command = _command(context, own)
     trainer.train()
-    if held_out is not None:
-        trainer.evaluate()
-    trainer.save_model()
-    _report(trainer)
+    trainer.save_model(_internal_call=True)  # pushed when all of it is there
+    if trainer.is_world_process_zero():
+        metrics = {
+            name: _measured(trainer, name, (held_out, tokenizer, settings), most)
+            for name in (trainer.saes if held_out is not None else ())
+        }
+        _release(trainer, metrics)
 
 
 def _told(
@@ -109,7 +128,9 @@ def _told(
     run, sae, rows, own = split_options(read_options(config) if config is not None else {}, _OWN)
     here = {name: value for name, value in context.params.items() if name in _OWN}
     own |= {name: value for name, value in here.items() if value not in (None, [], ())}
-    run_said, sae_said, rows_said, _ = split_options(pairs_of(context.args), _OWN)
+    run_said, sae_said, rows_said, own_said = split_options(pairs_of(context.args), _OWN)
+    # those that were spelled with underscores
+    own |= {name: _own_value(name, words) for name, words in own_said.items()}
     name = str(own.get("preset", "default"))
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
@@ -120,6 +141,16 @@ def _told(
     )
     sae = {name: typed(name, value) for name, value in {**sae, **sae_said}.items()}
     return args, settings, sae, own
+
+
+def _own_value(name: str, words: list[str]) -> Any:
+    """Of one of the command's own options, as typer would give it."""
+    if name == "layer":
+        return words
+    value = typed(name, words)
+    if name in _NUMBERS and not isinstance(value, int):
+        raise ConfigError(f"--{name} takes a whole number, not {value!r}.")
+    return value if name in _NUMBERS else " ".join(words)
 
 
 def _places(layers: Any, hookpoint: Any) -> list[int | str]:
@@ -178,12 +209,60 @@ def _config(model: torch.nn.Module, at: str, told: dict[str, Any]) -> SwitchSAEC
         return SwitchSAE.for_lm(model, at, **told).config
 
 
-def _report(trainer: SwitchSAETrainer) -> None:
-    if trainer.is_world_process_zero():
-        for name in trainer.saes:
-            folder, tokens = trainer.args.output_dir, trainer.state.num_input_tokens_seen
-            print(f"{folder}/{name}: {tokens:,} tokens")
-        print(json.dumps(trainer.held_out or _last(trainer.state.log_history), indent=2))
+def _needs_head(lm: str, own: dict[str, Any]) -> bool:
+    """Whether predictions will be measured; a GGUF file is always loaded whole."""
+    if own.get("gguf_file") is not None:
+        return True
+    return own.get("eval_dataset") is not None and has_head(lm, own.get("revision"))
+
+
+def _command(context: typer.Context, own: dict[str, Any]) -> str:
+    """What was typed, without this machine's folders and what concerns an account on the Hub."""
+    given = {name: context.params[name] for name in ("lm", "dataset")}
+    words = ["hf-switch-sae", "train", *map(_name, given.values())]
+    told = {name: own[name] if isinstance(own[name], list) else [own[name]] for name in own}
+    extra = {
+        name: values
+        for name, values in pairs_of(context.args).items()
+        if name not in own and not name.startswith(("hub_", "push_"))
+    }
+    for name, values in {**told, **extra}.items():
+        if name == "layer":
+            words += [word for value in values for word in ("--layer", _name(value))]
+        else:
+            words += [f"--{name}", *map(_name, values)]
+    return shlex.join(words)
+
+
+def _name(word: Any) -> str:
+    return (
+        Path(word).name if isinstance(word, str | Path) and Path(word).is_absolute() else str(word)
+    )
+
+
+def _measured(
+    trainer: SwitchSAETrainer,
+    name: str,
+    text: tuple[Any, Any, ActivationSettings],
+    most: int | None,
+) -> dict[str, Any]:
+    """metrics.json of an SAE as it was saved."""
+    assert trainer.lm is not None
+    folder = Path(str(trainer.args.output_dir), name)
+    sae = SwitchSAE.from_pretrained(folder)
+    torch.nn.Module.to(sae, trainer.saes[name].device)
+    return write_metrics(folder, evaluate(sae, trainer.lm, *text, max_tokens=most))
+
+
+def _release(trainer: SwitchSAETrainer, metrics: dict[str, Any]) -> None:
+    """Write the card beside the SAEs, publish them if asked to, and say what there is."""
+    folder = Path(str(trainer.args.output_dir))
+    write_card(folder, trainer.args.hub_model_id or folder.resolve().name)
+    if trainer.args.push_to_hub:
+        trainer.push_release(folder, "Release")
+    for name in trainer.saes:
+        print(f"{folder}/{name}: {trainer.state.num_input_tokens_seen:,} tokens")
+    print(json.dumps(metrics or _last(trainer.state.log_history), indent=2))
 
 
 def _last(history: list[dict[str, Any]]) -> dict[str, Any]:

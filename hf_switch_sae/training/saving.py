@@ -40,6 +40,8 @@ class Saving(Trainer):
     saes: dict[str, SwitchSAE]
     activations: Activations
     held_out: dict[str, dict[str, float]] | None = None
+    command: str | None = None
+    """What was typed to start the run, to note beside its SAEs."""
     _monitor: Monitor
     _added: Callable[[Tensor], Tensor]
 
@@ -280,6 +282,7 @@ class Saving(Trainer):
 
     def _run_notes(self) -> dict[str, Any]:
         return {
+            **({"command": self.command} if self.command else {}),
             "arguments": arguments_of(self.args),
             "processes": self.args.world_size,
             "steps": self.state.global_step,
@@ -334,6 +337,15 @@ class Saving(Trainer):
             if not self.is_world_process_zero():
                 return None
             return self._push(Path(staged), commit_message, token, revision, private)
+
+    def push_release(self, folder: Path, message: str) -> str:
+        """Publish the SAEs that `save_model` wrote into a folder, with what lies beside them."""
+        with tempfile.TemporaryDirectory() as staged:
+            for name in self.saes:
+                shutil.copytree(folder / name, Path(staged) / name)
+            if (readme := folder / "README.md").exists():
+                shutil.copy(readme, staged)
+            return self._push(Path(staged), message)
 
     def _push(
         self,
