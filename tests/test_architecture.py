@@ -35,6 +35,7 @@ FLOOR = {
     "model": 3,
     "recipe": 3,
     "convert": 4,
+    "descriptions": 4,
     "card": 4,
     "deltas": 4,
     "optim": 4,

@@ -109,3 +109,25 @@ def test_wrong_questions_and_places_are_errors_of_one_line(folder):
         run("record", folder / "sae", folder / "nothing.txt", folder / "s", "--lm", folder / "lm")
     with pytest.raises(SwitchSAEError, match="no SAE at"):
         run("record", folder / "none", folder / "corpus.jsonl", folder / "s", "--lm", folder / "lm")
+
+
+def test_describe_writes_the_words_that_features_are_strongest_on(folder, tokenizer):
+    record(folder)
+    words = ("--tokenizer", folder / "lm", "--strongest", 3, "--words", 2)
+    out = run("describe", folder / "store", folder / "sae", *words)
+
+    table = json.loads((folder / "sae" / "features.json").read_text())
+    store = FeatureStore(folder / "store")
+    active = [f for f in range(store.num_features) if store.top_tokens(f, 1)]
+    assert f"{len(active)} of {store.num_features} features" in out
+    assert list(map(int, table)) == active
+    for feature, said in table.items():
+        hits = store.top_tokens(int(feature), 3)
+        best = {tokenizer.decode([hit.tokens[hit.at]]).strip() for hit in hits}
+        assert set(said) <= best
+        assert len(said) == min(2, len(best))
+
+    with pytest.raises(SwitchSAEError, match="no SAE in"):
+        run("describe", folder / "store", folder, *words)
+    with pytest.raises(SwitchSAEError, match="no tokenizer at"):
+        run("describe", folder / "store", folder / "sae", "--tokenizer", folder / "nowhere")

@@ -195,6 +195,17 @@ def test_bad_data_is_told_too(lm, tmp_path):
     short.write_text("the ship")
     with pytest.raises(TextError):
         train(lm, tmp_path / "out", data=short)
+    with pytest.raises(TextError, match="empty"):
+        train(lm, tmp_path / "out", "--eval_dataset", empty)
+    with pytest.raises(TextError, match="fewer than one"):
+        train(lm, tmp_path / "out", "--eval_dataset", short)
+    other = tmp_path / "other"
+    tiny.llama(vocab_size=5).save_pretrained(other)
+    activations.tokenizer().save_pretrained(other)
+    with pytest.raises(TextError, match="another model's tokenizer"):
+        train(other, tmp_path / "out", data=lm / "text.jsonl")
+    with pytest.raises(ConfigError, match="takes a whole number"):
+        train(lm, tmp_path / "out", "--cache_rows", "many")
     with pytest.raises(ConfigError, match="where is the SAE to read"):
         train(lm, tmp_path / "out", layer=None)
     with pytest.raises(ConfigError, match="LM and DATASET come first"):

@@ -11,6 +11,7 @@ from hf_switch_sae.cli import (
     calibrate,
     convert,
     demo,
+    describe,
     evaluate,
     inspect,
     pull,
@@ -49,6 +50,7 @@ app.command("demo")(demo.demo)
 app.command("cache")(cache.cache)
 app.command("calibrate")(calibrate.calibrate_sae)
 app.command("convert")(convert.convert)
+app.command("describe")(describe.describe_features)
 app.command("eval")(evaluate.evaluate_sae)
 app.command("inspect")(inspect.inspect)
 app.command("pull")(pull.pull)

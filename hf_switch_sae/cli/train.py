@@ -77,6 +77,19 @@ def train(
             "LM and DATASET come first: hf-switch-sae train LM DATASET --layer 15 ..."
         )
     args, settings, sae_said, own = _told(context, config)
+    _train(lm, dataset, args, settings, sae_said, own, _command(context, own))
+
+
+def _train(
+    lm: str,
+    dataset: str,
+    args: SwitchSAETrainingArguments,
+    settings: ActivationSettings,
+    sae_said: dict[str, Any],
+    own: dict[str, Any],
+    command: str,
+) -> None:
+    """From what was told to a release in `args.output_dir`."""
     most = own.get("eval_tokens")
     if most is not None and most < settings.context:
         raise ConfigError(f"--eval_tokens {most} is less than one context of {settings.context}.")
@@ -110,7 +123,7 @@ def train(
         processing_class=tokenizer,
         activation_settings=settings,
     )
-    trainer.command = _command(context, own)
+    trainer.command = command
     trainer.train()
     trainer.save_model(_internal_call=True)  # pushed when all of it is there
     if trainer.is_world_process_zero():

@@ -86,12 +86,11 @@ def evaluate(
             f"max_tokens={max_tokens} is less than one context of {harvest.settings.context}."
         )
     was_training = sae.training
-    sae.eval()
+    sae.train(False)
     try:
-        sums = _Sweep(sae, harvest, max_tokens).run()
+        return _Sweep(sae, harvest, max_tokens).run()
     finally:
         sae.train(was_training)
-    return sums
 
 
 def write_metrics(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
