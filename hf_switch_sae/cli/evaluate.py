@@ -81,6 +81,7 @@ def table(shown: dict[str, Any]) -> str:
     width = max(map(len, figures))
     lines = [f"{name:<{width}}  {value}" for name, value in figures.items()]
     bound = "none" if on["outlier_norm"] is None else f"norms over {on['outlier_norm']:.5g}"
-    text = on["dataset"].get("name") or on["dataset"]["kind"]
+    files = ", ".join(file["name"] for file in on["dataset"].get("files", ()))
+    text = files or on["dataset"].get("name") or "a list of texts"
     said = f"{on['contexts']} contexts of {on['context']} tokens of {text}; outliers: {bound}"
     return "\n".join([*lines, f"at {on['hookpoint']}, {said}"])
