@@ -26,7 +26,7 @@ _PUBLISHED: dict[str, Any] = {
     "loss": "published",
     "start": "geometric_median",
     "learning_rate": None,
-    "learning_rate_factor": 1.0,
+    "learning_rate_law": "published",
     "warmup_steps": 0,
     "decay_share": 0.2,
     "adam_beta1": 0.9,
@@ -68,8 +68,10 @@ class SwitchSAETrainingArguments(TrainingArguments):
             their geometric median. "none": as it is. The outlier norm is that of the activations
             in any case.
         start_rows: rows to measure that on.
-        learning_rate: of all SAEs; None: for each by `learning_rate_factor`.
-        learning_rate_factor: times 2e-4 / sqrt(num_features / 2**14), the published law.
+        learning_rate: of all SAEs; None: for each by the law.
+        learning_rate_law: "steps": what short runs found, see `rate_by_steps`. "published":
+            2e-4 / sqrt(num_features / 2**14), meant for 100,000 steps.
+        learning_rate_factor: times the law.
         decay_share: share of the steps, the last, over which the learning rate falls to 0.
         num_train_tokens: stop after so many tokens, of all processes together; instead of epochs
             and `max_steps`.
@@ -90,7 +92,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "None: by learning_rate_factor, for each SAE."}
+        default=None, metadata={"help": "None: by learning_rate_law, for each SAE."}
     )
     lr_scheduler_type: SchedulerType | str = field(
         default="warmup_stable_decay", metadata={"help": "The schedule of the learning rate."}
@@ -112,9 +114,8 @@ class SwitchSAETrainingArguments(TrainingArguments):
     load_balance_alpha: float = field(default=3.0, metadata={"help": "Of the published loss."})
     start: str = field(default="data", metadata={"help": "data, geometric_median or none."})
     start_rows: int = field(default=16384, metadata={"help": "Rows to measure the start on."})
-    learning_rate_factor: float = field(
-        default=10.0, metadata={"help": "Times the law 2e-4 / sqrt(num_features / 2**14)."}
-    )
+    learning_rate_law: str = field(default="steps", metadata={"help": "steps or published."})
+    learning_rate_factor: float = field(default=1.0, metadata={"help": "Times the law."})
     decay_share: float = field(default=0.3, metadata={"help": "Share of the steps of decay."})
     num_train_tokens: int | None = field(default=None, metadata={"help": "Stop after so many."})
     calibration_rows: int = field(default=65536, metadata={"help": "Rows to calibrate on."})
@@ -151,6 +152,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
         for name, allowed in (
             ("loss", ("relative", "published")),
             ("start", ("data", "geometric_median", "none")),
+            ("learning_rate_law", ("steps", "published")),
             ("save_dtype", ("float32", "bfloat16", "float16")),
         ):
             if getattr(self, name) not in allowed:
@@ -182,12 +184,26 @@ class SwitchSAETrainingArguments(TrainingArguments):
             raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **changes})
 
-    def rate_for(self, config: SwitchSAEConfig) -> float:
-        """The learning rate of an SAE of this configuration."""
+    def rate_for(self, config: SwitchSAEConfig, steps: int) -> float:
+        """The learning rate of an SAE of this configuration in a run of so many steps."""
         if self.learning_rate is not None:
             return float(self.learning_rate)
-        law = 2e-4 / float((config.num_features / 2**14) ** 0.5)
+        if self.learning_rate_law == "published":
+            law = 2e-4 / float((config.num_features / 2**14) ** 0.5)
+        else:
+            law = rate_by_steps(config.num_features, steps)
         return float(self.learning_rate_factor) * law
+
+
+def rate_by_steps(num_features: int, steps: int) -> float:
+    """The learning rate for a run of so many steps, of an SAE whose loss is free of scale.
+
+    Follows the best rates of short runs (195 to 1,953 steps of 512 tokens, 1,536 and 6,144
+    features, tests/bench/ABLATIONS.md): longer runs and wider SAEs want less; beyond that it is an
+    extrapolation. It is never above 0.006, over which no run was better.
+    """
+    law = 2.6e-3 * (num_features / 6144) ** -0.27 * (max(1, steps) / 1000) ** -0.35
+    return float(min(law, 6e-3))
 
 
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:

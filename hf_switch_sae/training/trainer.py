@@ -187,13 +187,10 @@ class SwitchSAETrainer(Saving, Stepping):
 
     def _plan(self, checkpoint: str | None) -> str:
         args, batch = self.args, self.get_total_train_batch_size(self.args)
-        steps = args.max_steps
-        if steps <= 0:
-            rows = self.activations.num_rows or 0
-            steps = math.ceil(args.num_train_epochs * max(1, rows // batch))
+        steps, rates = self._planned_steps(), self.learning_rates
         sizes = ", ".join(
             f"{name} ({sae.config.num_experts} x {sae.config.features_per_expert:,} features, "
-            f"k={sae.config.k}, lr {args.rate_for(sae.config):.2g})"
+            f"k={sae.config.k}, lr {rates[name]:.2g})"
             for name, sae in self.saes.items()
         )
         told = ", ".join(
@@ -205,6 +202,9 @@ class SwitchSAETrainer(Saving, Stepping):
             f"training{begun}: {sizes}\n{steps:,} steps of {batch:,} tokens, "
             f"{steps * batch:,} tokens on {args.world_size} process(es)\nactivations: {told}"
         )
+
+    def _run_notes(self) -> dict[str, Any]:
+        return {**super()._run_notes(), "learning_rates": self.learning_rates}
 
     def _say(self, text: str) -> None:
         if not self.args.disable_tqdm:
