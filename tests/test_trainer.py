@@ -314,7 +314,8 @@ def test_learning_rates_follow_the_law_of_each_sae():
 def test_the_rate_of_a_run_is_told_and_kept(tmp_path):
     run = trainer(tmp_path, learning_rate=None, max_steps=4)
     found = run.args.rate_for(run.sae.config, 4)
-    assert run.learning_rates == {PLACE: found} and f"lr {found:.2g}" in run._plan(None)
+    assert run.learning_rates == {PLACE: found}
+    assert f"lr {found:.2g}" in run._plan(None)
     run.train()
     run.save_model()
     notes = json.loads((tmp_path / PLACE / "training.json").read_text())

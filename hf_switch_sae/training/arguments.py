@@ -2,6 +2,8 @@
 
 `SwitchSAETrainingArguments.preset("published", ...)` is the recipe of Mudide et al. 2024 as their
 code runs it (arXiv:2410.08201), without its defects: biases of their own, and no inert AuxK.
+`SAE_PRESETS` says what the SAE itself is in each recipe. What they rest on is in
+tests/bench/ABLATIONS.md.
 """
 
 from __future__ import annotations
@@ -37,6 +39,17 @@ _PUBLISHED: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "published": _PUBLISHED}
 """Name -> fields of `SwitchSAETrainingArguments`."""
+SAE_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "activation": "batch_topk",
+        "apply_router_probs": False,
+        "router_best_expert_loss_coef": 0.1,
+        "router_best_expert_temperature": 0.02,
+    },
+    "published": {},
+}
+"""Name -> fields of `SwitchSAEConfig` for an SAE that is trained so; its own defaults are the
+published ones, as an SAE needs a calibration before `batch_topk` means anything."""
 
 # what TrainingArguments has for models of text and can mean nothing here: name -> what it must be
 _WITHOUT_MEANING: dict[str, Any] = {
@@ -98,7 +111,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
         default="warmup_stable_decay", metadata={"help": "The schedule of the learning rate."}
     )
     warmup_steps: float = field(
-        default=0.03, metadata={"help": "Steps (below 1: share of them) of linear warm-up."}
+        default=0.05, metadata={"help": "Steps (below 1: share of them) of linear warm-up."}
     )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     logging_nan_inf_filter: bool = field(
