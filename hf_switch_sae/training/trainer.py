@@ -66,6 +66,7 @@ class SwitchSAETrainer(Saving, Stepping):
         sae: a SwitchSAEConfig or a SwitchSAE, or {name: either} to train several over one pass of
             the language model. A `hookpoint` in the config says where it reads. An SAE that was
             trained before goes on from there; a fresh one starts from the data (`args.start`).
+            `SAE_PRESETS` has the fields of the recipe.
         lm: the language model, in eval mode; None if `train_dataset` is `Activations`.
         args: what the run is told; batch sizes count tokens.
         train_dataset: texts, files, a folder, a Hub id or a `datasets` data set, as
