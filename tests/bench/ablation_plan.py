@@ -39,6 +39,7 @@ PLAN = [
         (
             "tokens=1000000 experts=1",
             "tokens=1000000 experts=1 lr=0.0015",
+            "tokens=1000000 experts=1 lr=0.0016 batch=256",
             "tokens=1000000 lr=0.002 distill_tau=0.02",
             "tokens=2400000 features=12288 batch=1024 lr=0.0016 distill_tau=0.02",
         ),
@@ -107,6 +108,7 @@ PLAN = [
             "lr=0.005 decay=0.7",
             "lr=0.005 distill_tau=0.02 balance=0.05",
             "lr=0.004 batch=256",
+            "lr=0.006 batch=1024",
         ),
     ),
     Part(
