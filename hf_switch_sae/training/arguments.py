@@ -98,7 +98,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(default="sae", metadata={"help": "Where to write it."})
     per_device_train_batch_size: int = field(
-        default=1024, metadata={"help": "Tokens a step, of each device."}
+        default=512, metadata={"help": "Tokens a step, of each device."}
     )
     per_device_eval_batch_size: int = field(
         default=4096, metadata={"help": "Tokens a step in evaluation, of each device."}
