@@ -129,7 +129,7 @@ DEFAULTS = """
 | `encoder_bias=False` | `bias=1`: within noise | bias and average |
 | `decay_share=0.3` | 0.7: within noise | batch, schedule and balance |
 | `router_aux_loss_coef=0.16` | 0.05: within noise, loads less even | batch, schedule and balance |
-| `per_device_train_batch_size=512` | 1024: 2.5 % worse; 256: 1 % better, slower | batch, schedule and balance |
+| `per_device_train_batch_size=512` | 1024: 2.5 % worse; 256: 1 % better | batch, schedule and balance |
 | learning rate by `rate_by_steps` | 0.0025 to 0.02 | learning rate; targets |
 
 Not measured: AuxK, warm-up, Adam's other numbers, the norm that gradients are clipped to, other
