@@ -100,7 +100,7 @@ PLAN = [
         ),
     ),
     Part(
-        "Batch, schedule and balance, width 1536",
+        "Batch and schedule, width 1536",
         "One or two changes to the recipe, at the best learning rate.",
         "features=1536",
         (
@@ -127,9 +127,9 @@ DEFAULTS = """
 | `router_best_expert_temperature=0.02` | 0.05: within noise | width 1536 |
 | the router starts at clusters | `router_init=uniform` | widths 1536 and 6144 |
 | `encoder_bias=False` | `bias=1`: within noise | bias and average |
-| `decay_share=0.3` | 0.7: within noise | batch, schedule and balance |
-| `router_aux_loss_coef=0.16` | 0.05: within noise, loads less even | batch, schedule and balance |
-| `per_device_train_batch_size=512` | 1024: 2.5 % worse; 256: 1 % better | batch, schedule and balance |
+| `decay_share=0.3` | 0.7: within noise | batch and schedule |
+| `router_aux_loss_coef=0.16` | 0.05: within noise, loads less even | batch and schedule |
+| `per_device_train_batch_size=512` | 1024: 2.5 % worse; 256: 1 % better | batch and schedule |
 | learning rate by `rate_by_steps` | 0.0025 to 0.02 | learning rate; targets |
 
 Not measured: AuxK, warm-up, Adam's other numbers, the norm that gradients are clipped to, other
