@@ -1,6 +1,7 @@
 """SwitchSAETrainer trains, and is a transformers.Trainer."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -297,8 +298,25 @@ def test_the_published_steps_and_schedule(tmp_path):
 
 def test_learning_rates_follow_the_law_of_each_sae():
     args = SwitchSAETrainingArguments(use_cpu=True)
-    rate = args.rate_for(SwitchSAEConfig(num_features=2**14, num_experts=1))
-    assert rate == pytest.approx(2e-3)
+    narrow, wide = (SwitchSAEConfig(num_features=n, num_experts=1) for n in (6144, 4 * 6144))
+    assert args.rate_for(narrow, 1000) == pytest.approx(2.6e-3)
+    assert args.rate_for(narrow, 16_000) < args.rate_for(narrow, 1000)
+    assert args.rate_for(wide, 1000) < args.rate_for(narrow, 1000)
+    assert args.rate_for(narrow, 1) == 6e-3
+    halved = SwitchSAETrainingArguments(use_cpu=True, learning_rate_factor=0.5)
+    assert halved.rate_for(narrow, 1000) == pytest.approx(2.6e-3 / 2)
     published = SwitchSAETrainingArguments.preset("published", use_cpu=True)
-    rate = published.rate_for(SwitchSAEConfig(num_features=24576, num_experts=16))
-    assert rate == pytest.approx(1.633e-4, rel=1e-3)
+    for steps in (1, 100_000):
+        rate = published.rate_for(SwitchSAEConfig(num_features=24576, num_experts=16), steps)
+        assert rate == pytest.approx(1.633e-4, rel=1e-3)
+
+
+def test_the_rate_of_a_run_is_told_and_kept(tmp_path):
+    run = trainer(tmp_path, learning_rate=None, max_steps=4)
+    found = run.args.rate_for(run.sae.config, 4)
+    assert run.learning_rates == {PLACE: found}
+    assert f"lr {found:.2g}" in run._plan(None)
+    run.train()
+    run.save_model()
+    notes = json.loads((tmp_path / PLACE / "training.json").read_text())
+    assert notes["learning_rates"] == {PLACE: found}

@@ -24,6 +24,12 @@ from hf_switch_sae.cli.app import app
 from hf_switch_sae.cli.options import pairs_of, typed
 
 PLACE = "layers.1.resid_post"
+RECIPE = {
+    "activation": "batch_topk",
+    "apply_router_probs": False,
+    "router_best_expert_loss_coef": 0.1,
+    "router_best_expert_temperature": 0.02,
+}
 SENTENCE = " ".join(activations.WORDS[3:])
 
 
@@ -70,6 +76,7 @@ def test_one_command_goes_from_nothing_to_an_sae_that_attaches(lm, tmp_path):
     assert 1 < float(sae.outlier_norm) < float("inf")
     assert set(sae.config.metrics) >= {"fvu", "l0", "dead_share", "tokens"}
     notes = json.loads((tmp_path / PLACE / "training.json").read_text())
+    assert {name: getattr(sae.config, name) for name in RECIPE} == RECIPE
     assert notes["policy"]["skip_first"] is True
     assert notes["policy"]["outlier_norm"][PLACE] == pytest.approx(float(sae.outlier_norm))
     assert notes["tokens"] == 640
@@ -136,6 +143,7 @@ def test_a_file_of_options_and_options_that_go_before_it(lm, tmp_path):
     assert notes["tokens"] == 640
     assert notes["arguments"]["learning_rate"] == 1e-3
     assert notes["arguments"]["loss"] == "published"
+    assert (sae.config.activation, sae.config.apply_router_probs) == ("topk", True)
 
 
 def test_a_cache_is_filled_and_trained_from_and_several_layers_at_once(lm, tmp_path):

@@ -26,7 +26,7 @@ from hf_switch_sae.training import (
     cache_activations,
     evaluate,
 )
-from hf_switch_sae.training.arguments import PRESETS, read_options
+from hf_switch_sae.training.arguments import PRESETS, SAE_PRESETS, read_options
 from hf_switch_sae.training.cache import read_manifest
 from hf_switch_sae.training.evaluation import write_metrics
 
@@ -152,7 +152,8 @@ def _told(
         **{name: typed(name, value) for name, value in {**rows, **rows_said}.items()},
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-    sae = {name: typed(name, value) for name, value in {**sae, **sae_said}.items()}
+    told = {name: typed(name, value) for name, value in {**sae, **sae_said}.items()}
+    sae = {**SAE_PRESETS[name], **told}
     return args, settings, sae, own
 
 

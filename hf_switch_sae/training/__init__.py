@@ -1,7 +1,7 @@
 """Training: text -> a language model's residual streams -> shuffled rows -> a Switch SAE."""
 
 from hf_switch_sae.training.activations import Activations
-from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
+from hf_switch_sae.training.arguments import SAE_PRESETS, SwitchSAETrainingArguments
 from hf_switch_sae.training.cache import cache_activations
 from hf_switch_sae.training.cached import CachedActivations
 from hf_switch_sae.training.evaluation import evaluate
@@ -13,6 +13,7 @@ from hf_switch_sae.training.stored import TensorActivations
 from hf_switch_sae.training.trainer import SwitchSAETrainer
 
 __all__ = [
+    "SAE_PRESETS",
     "ActivationSettings",
     "Activations",
     "CachedActivations",

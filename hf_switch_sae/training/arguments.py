@@ -2,6 +2,8 @@
 
 `SwitchSAETrainingArguments.preset("published", ...)` is the recipe of Mudide et al. 2024 as their
 code runs it (arXiv:2410.08201), without its defects: biases of their own, and no inert AuxK.
+`SAE_PRESETS` says what the SAE itself is in each recipe. What they rest on is in
+tests/bench/ABLATIONS.md.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _PUBLISHED: dict[str, Any] = {
     "loss": "published",
     "start": "geometric_median",
     "learning_rate": None,
-    "learning_rate_factor": 1.0,
+    "learning_rate_law": "published",
     "warmup_steps": 0,
     "decay_share": 0.2,
     "adam_beta1": 0.9,
@@ -37,6 +39,17 @@ _PUBLISHED: dict[str, Any] = {
 }
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "published": _PUBLISHED}
 """Name -> fields of `SwitchSAETrainingArguments`."""
+SAE_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "activation": "batch_topk",
+        "apply_router_probs": False,
+        "router_best_expert_loss_coef": 0.1,
+        "router_best_expert_temperature": 0.02,
+    },
+    "published": {},
+}
+"""Name -> fields of `SwitchSAEConfig` for an SAE that is trained so; its own defaults are the
+published ones, as an SAE needs a calibration before `batch_topk` means anything."""
 
 # what TrainingArguments has for models of text and can mean nothing here: name -> what it must be
 _WITHOUT_MEANING: dict[str, Any] = {
@@ -68,8 +81,10 @@ class SwitchSAETrainingArguments(TrainingArguments):
             their geometric median. "none": as it is. The outlier norm is that of the activations
             in any case.
         start_rows: rows to measure that on.
-        learning_rate: of all SAEs; None: for each by `learning_rate_factor`.
-        learning_rate_factor: times 2e-4 / sqrt(num_features / 2**14), the published law.
+        learning_rate: of all SAEs; None: for each by the law.
+        learning_rate_law: "steps": what short runs found, see `rate_by_steps`. "published":
+            2e-4 / sqrt(num_features / 2**14), meant for 100,000 steps.
+        learning_rate_factor: times the law.
         decay_share: share of the steps, the last, over which the learning rate falls to 0.
         num_train_tokens: stop after so many tokens, of all processes together; instead of epochs
             and `max_steps`.
@@ -83,20 +98,20 @@ class SwitchSAETrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(default="sae", metadata={"help": "Where to write it."})
     per_device_train_batch_size: int = field(
-        default=1024, metadata={"help": "Tokens a step, of each device."}
+        default=512, metadata={"help": "Tokens a step, of each device."}
     )
     per_device_eval_batch_size: int = field(
         default=4096, metadata={"help": "Tokens a step in evaluation, of each device."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "None: by learning_rate_factor, for each SAE."}
+        default=None, metadata={"help": "None: by learning_rate_law, for each SAE."}
     )
     lr_scheduler_type: SchedulerType | str = field(
         default="warmup_stable_decay", metadata={"help": "The schedule of the learning rate."}
     )
     warmup_steps: float = field(
-        default=0.03, metadata={"help": "Steps (below 1: share of them) of linear warm-up."}
+        default=0.05, metadata={"help": "Steps (below 1: share of them) of linear warm-up."}
     )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     logging_nan_inf_filter: bool = field(
@@ -112,9 +127,8 @@ class SwitchSAETrainingArguments(TrainingArguments):
     load_balance_alpha: float = field(default=3.0, metadata={"help": "Of the published loss."})
     start: str = field(default="data", metadata={"help": "data, geometric_median or none."})
     start_rows: int = field(default=16384, metadata={"help": "Rows to measure the start on."})
-    learning_rate_factor: float = field(
-        default=10.0, metadata={"help": "Times the law 2e-4 / sqrt(num_features / 2**14)."}
-    )
+    learning_rate_law: str = field(default="steps", metadata={"help": "steps or published."})
+    learning_rate_factor: float = field(default=1.0, metadata={"help": "Times the law."})
     decay_share: float = field(default=0.3, metadata={"help": "Share of the steps of decay."})
     num_train_tokens: int | None = field(default=None, metadata={"help": "Stop after so many."})
     calibration_rows: int = field(default=65536, metadata={"help": "Rows to calibrate on."})
@@ -151,6 +165,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
         for name, allowed in (
             ("loss", ("relative", "published")),
             ("start", ("data", "geometric_median", "none")),
+            ("learning_rate_law", ("steps", "published")),
             ("save_dtype", ("float32", "bfloat16", "float16")),
         ):
             if getattr(self, name) not in allowed:
@@ -182,12 +197,26 @@ class SwitchSAETrainingArguments(TrainingArguments):
             raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **changes})
 
-    def rate_for(self, config: SwitchSAEConfig) -> float:
-        """The learning rate of an SAE of this configuration."""
+    def rate_for(self, config: SwitchSAEConfig, steps: int) -> float:
+        """The learning rate of an SAE of this configuration in a run of so many steps."""
         if self.learning_rate is not None:
             return float(self.learning_rate)
-        law = 2e-4 / float((config.num_features / 2**14) ** 0.5)
+        if self.learning_rate_law == "published":
+            law = 2e-4 / float((config.num_features / 2**14) ** 0.5)
+        else:
+            law = rate_by_steps(config.num_features, steps)
         return float(self.learning_rate_factor) * law
+
+
+def rate_by_steps(num_features: int, steps: int) -> float:
+    """The learning rate for a run of so many steps, of an SAE whose loss is free of scale.
+
+    Follows the best rates of short runs (195 to 1,953 steps of 512 tokens, 1,536 and 6,144
+    features, tests/bench/ABLATIONS.md): longer runs and wider SAEs want less; beyond that it is an
+    extrapolation. It is never above 0.006, over which no run was better.
+    """
+    law = 2.6e-3 * (num_features / 6144) ** -0.27 * (max(1, steps) / 1000) ** -0.35
+    return float(min(law, 6e-3))
 
 
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:

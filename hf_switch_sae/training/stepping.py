@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import Trainer, get_scheduler
@@ -9,6 +10,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.optim import SwitchSAEAdam
+from hf_switch_sae.training.activations import Activations
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
 
 
@@ -17,6 +19,19 @@ class Stepping(Trainer):
 
     args: SwitchSAETrainingArguments
     saes: dict[str, SwitchSAE]
+    activations: Activations
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Of each SAE by name, at the schedule's height."""
+        steps = self._planned_steps()
+        return {name: self.args.rate_for(sae.config, steps) for name, sae in self.saes.items()}
+
+    def _planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        rows, batch = self.activations.num_rows or 0, self.get_total_train_batch_size(self.args)
+        return math.ceil(self.args.num_train_epochs * max(1, rows // batch))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """`SwitchSAEAdam`, with the learning rate of each SAE."""
@@ -24,7 +39,7 @@ class Stepping(Trainer):
             args, saes = self.args, list(self.saes.values())
             self.optimizer = SwitchSAEAdam(
                 saes,
-                lr=[args.rate_for(sae.config) for sae in saes],
+                lr=list(self.learning_rates.values()),
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
                 max_grad_norm=args.max_grad_norm or None,

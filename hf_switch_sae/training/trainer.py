@@ -66,6 +66,7 @@ class SwitchSAETrainer(Saving, Stepping):
         sae: a SwitchSAEConfig or a SwitchSAE, or {name: either} to train several over one pass of
             the language model. A `hookpoint` in the config says where it reads. An SAE that was
             trained before goes on from there; a fresh one starts from the data (`args.start`).
+            `SAE_PRESETS` has the fields of the recipe.
         lm: the language model, in eval mode; None if `train_dataset` is `Activations`.
         args: what the run is told; batch sizes count tokens.
         train_dataset: texts, files, a folder, a Hub id or a `datasets` data set, as
@@ -187,13 +188,10 @@ class SwitchSAETrainer(Saving, Stepping):
 
     def _plan(self, checkpoint: str | None) -> str:
         args, batch = self.args, self.get_total_train_batch_size(self.args)
-        steps = args.max_steps
-        if steps <= 0:
-            rows = self.activations.num_rows or 0
-            steps = math.ceil(args.num_train_epochs * max(1, rows // batch))
+        steps, rates = self._planned_steps(), self.learning_rates
         sizes = ", ".join(
             f"{name} ({sae.config.num_experts} x {sae.config.features_per_expert:,} features, "
-            f"k={sae.config.k}, lr {args.rate_for(sae.config):.2g})"
+            f"k={sae.config.k}, lr {rates[name]:.2g})"
             for name, sae in self.saes.items()
         )
         told = ", ".join(
@@ -205,6 +203,9 @@ class SwitchSAETrainer(Saving, Stepping):
             f"training{begun}: {sizes}\n{steps:,} steps of {batch:,} tokens, "
             f"{steps * batch:,} tokens on {args.world_size} process(es)\nactivations: {told}"
         )
+
+    def _run_notes(self) -> dict[str, Any]:
+        return {**super()._run_notes(), "learning_rates": self.learning_rates}
 
     def _say(self, text: str) -> None:
         if not self.args.disable_tqdm:
