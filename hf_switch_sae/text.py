@@ -146,6 +146,8 @@ def _of_files(files: list[Path], column: str) -> Documents:
     for file in files:
         if file.suffix == ".parquet":
             _check_column(file, column)
+        elif file.suffix == ".jsonl":
+            next(_read_json_lines(file, column), None)  # told before anything is made of it
     provenance = {
         "kind": "files",
         "column": column,
@@ -202,12 +204,17 @@ def _read_json_lines(file: Path, column: str) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)[column]
-            except (ValueError, KeyError, TypeError) as err:
+                row = json.loads(line)
+            except ValueError as err:
+                raise TextError(f"{file}, line {number}: no JSON ({err}).") from err
+            if not isinstance(row, dict):
+                raise TextError(f"{file}, line {number}: no JSON object, but {type(row).__name__}.")
+            if column not in row:
                 raise TextError(
-                    f"{file}, line {number}: no JSON object with {column!r} ({err}). Name the "
-                    "column that holds the text."
-                ) from err
+                    f"{file}, line {number}: no column {column!r}; it has {', '.join(row)}. Name "
+                    "the column that holds the text."
+                )
+            yield row[column]
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[Any]:

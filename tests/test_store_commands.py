@@ -79,6 +79,17 @@ def test_query_answers_by_feature_quantile_coactivation_and_text(folder):
     assert run(*at, "--text", "ship").count("\n") > 0
 
 
+def test_query_says_when_nothing_fires_on_a_text(folder):
+    record(folder)
+    words = ["query", str(folder / "store"), "--tokenizer", str(folder / "lm"), "--text"]
+    result = CliRunner().invoke(app, [*words, "ship ship ship ship"])
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "'ship ship ship ship' does not occur" in result.stderr
+    assert "--text ' ship ship ship ship'" in result.stderr
+    assert "does not occur" not in run(*words, "ship")
+
+
 def test_query_without_a_question_says_what_the_store_holds(folder):
     record(folder, "--no-index", "--max-documents", 1)
     out = run("query", folder / "store")
@@ -109,6 +120,22 @@ def test_wrong_questions_and_places_are_errors_of_one_line(folder):
         run("record", folder / "sae", folder / "nothing.txt", folder / "s", "--lm", folder / "lm")
     with pytest.raises(SwitchSAEError, match="no SAE at"):
         run("record", folder / "none", folder / "corpus.jsonl", folder / "s", "--lm", folder / "lm")
+    with pytest.raises(SwitchSAEError, match=r"no SAE at .*sae, subfolder layers\.9"):
+        run(
+            "record",
+            folder / "sae",
+            folder / "corpus.jsonl",
+            folder / "s",
+            "--subfolder",
+            "layers.9",
+        )
+
+
+def test_a_mistyped_column_leaves_no_store_behind(folder):
+    with pytest.raises(TextError, match="no column 'txt'; it has body"):
+        record(folder, "--column", "txt")
+    assert not (folder / "store").exists()
+    record(folder)
 
 
 def test_describe_writes_the_words_that_features_are_strongest_on(folder, tokenizer):

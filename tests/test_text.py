@@ -121,6 +121,12 @@ def test_a_bad_line_or_row_names_itself(folder):
     (folder / "d.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(TextError, match=r"d\.jsonl, line 2"):
         list(read_documents(folder / "d.jsonl"))
+    (folder / "d.jsonl").write_text('{"body": "a", "title": "b"}\n')
+    with pytest.raises(TextError, match="line 1: no column 'text'; it has body, title"):
+        list(read_documents(folder / "d.jsonl"))
+    (folder / "d.jsonl").write_text('["text"]\n')
+    with pytest.raises(TextError, match="line 1: no JSON object, but list"):
+        list(read_documents(folder / "d.jsonl"))
     (folder / "e.txt").write_bytes(b"ok\n\xff\xfe")
     with pytest.raises(TextError, match=r"e\.txt is not UTF-8"):
         list(read_documents(folder / "e.txt"))

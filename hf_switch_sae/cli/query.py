@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,10 @@ def query(
     if coactivation is not None:
         _show([_companion(each) for each in opened.coactivation(coactivation, n)], as_json)
     elif text is not None:
-        _show([_companion(each) for each in opened.features_of(text, n)], as_json)
+        found_on = opened.features_of(text, n)
+        if not found_on:
+            print(_nothing_on(text), file=sys.stderr)
+        _show([_companion(each) for each in found_on], as_json)
     elif quantiles:
         assert feature is not None
         found = opened.sample(feature, n=max(1, n // 5), context=context)
@@ -64,6 +68,13 @@ def _companion(companion: Companion) -> dict[str, Any]:
         "share": round(companion.share, 4),
         "mean_act": round(companion.mean_act, 4),
     }
+
+
+def _nothing_on(text: str) -> str:
+    said = f"{text!r} does not occur in the store as these tokens, or nothing fires on it."
+    if text.startswith(" "):
+        return said
+    return f"{said} Inside a text a word begins with its space: --text {' ' + text!r}."
 
 
 def _hit(hit: Hit, tokenizer: Any) -> dict[str, Any]:

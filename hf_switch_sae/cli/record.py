@@ -88,6 +88,7 @@ def load_sae(name: str, subfolder: str) -> SwitchSAE:
     try:
         sae = SwitchSAE.from_pretrained(name, subfolder=subfolder)
     except OSError as err:
-        raise SwitchSAEError(f"no SAE at {name}: {err}") from err
+        place = f"{name}, subfolder {subfolder}" if subfolder else name
+        raise SwitchSAEError(f"no SAE at {place}: {err}") from err
     torch.nn.Module.to(sae, "cuda" if torch.cuda.is_available() else "cpu")
     return sae

@@ -276,7 +276,9 @@ def _release(trainer: SwitchSAETrainer, metrics: dict[str, Any]) -> None:
         trainer.push_release(folder, "Release")
     for name in trainer.saes:
         print(f"{folder}/{name}: {trainer.state.num_input_tokens_seen:,} tokens")
-    print(json.dumps(metrics or _last(trainer.state.log_history), indent=2))
+    measured = metrics or _last(trainer.state.log_history)
+    if measured:  # a run shorter than --logging_steps logs none
+        print(json.dumps(measured, indent=2))
 
 
 def _last(history: list[dict[str, Any]]) -> dict[str, Any]:
