@@ -131,6 +131,17 @@ def test_eval_needs_a_folder_to_write_to_and_a_model_that_is_there(lm, tmp_path)
     assert not (tmp_path / PLACE / "metrics.json").exists()
 
 
+def test_a_finished_sae_is_not_written_over(lm, tmp_path):
+    out = tmp_path / "out"
+    train(lm, out, "--save_steps", 5, "--save_strategy=steps")
+    before = (out / PLACE / "model.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match="holds an SAE that a run has finished"):
+        train(lm, out)
+    assert (out / PLACE / "model.safetensors").read_bytes() == before
+    train(lm, out, "--resume_from_checkpoint", "true", "--num_train_tokens", 960)
+    assert json.loads((out / PLACE / "training.json").read_text())["tokens"] == 960
+
+
 def test_a_file_of_options_and_options_that_go_before_it(lm, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(

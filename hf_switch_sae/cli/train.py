@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_switch_sae.cli.language_model import has_head, load_lm
 from hf_switch_sae.cli.options import pairs_of, run_arguments, split_options, typed
 from hf_switch_sae.config import SwitchSAEConfig
-from hf_switch_sae.errors import ConfigError
+from hf_switch_sae.errors import ConfigError, TrainingError
 from hf_switch_sae.hookpoints import resolve
 from hf_switch_sae.hub import write_card
 from hf_switch_sae.model import SwitchSAE
@@ -29,6 +30,7 @@ from hf_switch_sae.training import (
 from hf_switch_sae.training.arguments import PRESETS, SAE_PRESETS, read_options
 from hf_switch_sae.training.cache import read_manifest
 from hf_switch_sae.training.evaluation import write_metrics
+from hf_switch_sae.training.finish import NOTES
 
 _OWN = {"layer", "config", "preset", "cache", "eval_dataset", "column", "split", "lm_dtype"}
 _OWN |= {"device_map", "revision", "gguf_file", "cache_rows", "eval_tokens"}
@@ -93,6 +95,7 @@ def _train(
     most = own.get("eval_tokens")
     if most is not None and most < settings.context:
         raise ConfigError(f"--eval_tokens {most} is less than one context of {settings.context}.")
+    _check_folder(args)
     places = _places(own.get("layer"), sae_said.pop("hookpoint", None))
     SwitchSAEConfig(**sae_said)  # numbers that contradict each other are told before the LM loads
     model, tokenizer = load_lm(
@@ -132,6 +135,21 @@ def _train(
             for name in (trainer.saes if held_out is not None else ())
         }
         _release(trainer, metrics)
+
+
+def _check_folder(args: SwitchSAETrainingArguments) -> None:
+    """Raise where a run that begins anew would write over an SAE that is finished."""
+    folder = Path(str(args.output_dir))
+    done = sorted(
+        file.parent
+        for file in folder.glob(f"**/{NOTES}")
+        if not any(part.startswith(PREFIX_CHECKPOINT_DIR) for part in file.parts)
+    )
+    if done and not args.resume_from_checkpoint:
+        raise TrainingError(
+            f"{done[0]} holds an SAE that a run has finished: choose another --output_dir, or "
+            "remove it; --resume_from_checkpoint true trains it further."
+        )
 
 
 def _told(

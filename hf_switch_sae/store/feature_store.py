@@ -135,7 +135,7 @@ class FeatureStore:
             old = (self.path / postings.FOLDER).is_dir()
             raise StoreError(
                 f"{self.path} has {'an index, but of other shards' if old else 'no index'}: "
-                "call store.index() first."
+                "call store.index() first, or run `hf-switch-sae record` as before."
             )
         return open_index(self._index_folder, self._reader)
 
