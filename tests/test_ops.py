@@ -648,6 +648,16 @@ def test_backward_within_autocast_gives_the_gradients_of_backward_outside():
     torch.testing.assert_close(gradients(again, inputs), inside, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("c", [1, 8, 15, 16, 65])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_few_bits_are_rounded_once(c, dtype):
+    z, W = torch.randn(c, 48).to(dtype), torch.randn(12, 48).to(dtype)
+    out = torch.empty(c, 12, dtype=dtype)
+    eager.products(z, W, out)
+    exact = z.double() @ W.double().T
+    assert ((out.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * 48**0.5).all()
+
+
 # ---------------------------------------------------------------- memory of gradients
 
 

@@ -28,6 +28,16 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWa
 
 _SAMPLED = (torch.float32, torch.float64)  # of which a CPU has products by entry
 
+_HARDWARE = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+_WITHOUT_HARDWARE = [
+    dtype
+    for dtype, known in _HARDWARE.items()
+    if not getattr(torch.ops.mkldnn, known, lambda: True)()
+]  # which a CPU multiplies one by one
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend can't compute there: it always can."""
@@ -54,9 +64,12 @@ def products(z: Tensor, W: Tensor, out: Tensor) -> None:
 
     Few rows of z leave a product waiting for W to come from memory, which the CPU's library then
     reads with one thread. Other forms of the same product read it with all: up to 3 times as fast.
+    Many rows in a dtype that the CPU has no products of go through float32: up to 7 times as fast.
     """
     (c, d), m = z.shape, len(W)
-    if z.device.type != "cpu" or z.dtype != torch.float32 or c > 64 or m % 4:
+    if c >= 16 and z.device.type == "cpu" and z.dtype in _WITHOUT_HARDWARE:
+        out.copy_(torch.mm(z.float(), W.float().T))
+    elif z.device.type != "cpu" or z.dtype != torch.float32 or c > 64 or m % 4:
         torch.mm(z, W.T, out=out)
     elif c == 1:
         out.copy_(torch.bmm(W.view(2, -1, d), z.T.expand(2, d, 1)).view(1, m))
