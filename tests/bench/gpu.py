@@ -1,11 +1,13 @@
 """The Triton kernels on a real GPU: first that they are right, then how near its limits they run.
 
-    python tests/bench/gpu.py [--check] [--write FILE]
+    python tests/bench/gpu.py [--check] [--write FILE] [--profile FILE]
 
-Compared are all primitives with `ops.reference`, and the model's loss and every gradient with the
-same model in float64 on the CPU. Then medians of interleaved rounds, each call after a flush of the
-cache, beside the time that its bytes or its FLOP take at least. One Markdown table; exit 1 where
-something is wrong. Without a CUDA device only the comparisons run, small, in Triton's interpreter.
+Compared are all primitives with `ops.reference`, the model's loss and every gradient with the same
+model in float64 on the CPU, and the optimizer's steps with those of torch's. Then medians of
+interleaved rounds, each call after a flush of the cache, beside the time that its bytes or its FLOP
+take at least, at the rates of a copy and of a product measured in the same run. One Markdown table;
+exit 1 where something is wrong. Without a CUDA device only the comparisons run, small, in Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from hf_switch_sae import SwitchSAE, SwitchSAEConfig
+from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
 from hf_switch_sae.ops import eager, reference, triton_kernels
 
 PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum")
-MEMORY_RATE, L2_RATE = 3.35e12, 5.5e12  # bytes/s of an H100 SXM
-GEMM = 4096  # rows, columns and depth of the GEMM whose rate is the limit
+L2_RATE = 5.5e12  # bytes/s of an H100's; memory's and the GEMM's rate are measured
+GEMM = 8192  # rows, columns and depth of the GEMM whose rate is the limit
+COPIED = 2**31  # bytes
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -148,6 +151,36 @@ def model_errors(device: torch.device, autocast: bool, n: int = 1024) -> dict[st
     }
 
 
+def optimizer_errors(device: torch.device, steps: int = 5) -> dict[str, float]:
+    """Distance of each weight after steps of `SwitchSAEAdam` from those after `plain_step`."""
+    torch.manual_seed(0)
+    config = SwitchSAEConfig(
+        hidden_size=64, num_features=512, num_experts=4, k=8, encoder_bias=True
+    )
+    mine = SwitchSAE(config).to(device)
+    theirs = copy.deepcopy(mine)
+    one, other = SwitchSAEAdam(mine, lr=1e-3), torch.optim.Adam(theirs.parameters(), lr=1e-3)
+    for _ in range(steps):
+        x = 3 * torch.randn(256, 64, device=device)
+        for sae in (mine, theirs):
+            sae.zero_grad()
+            sae(x).loss.backward()
+        for parameter, same in zip(mine.parameters(), theirs.parameters(), strict=True):
+            same.grad.copy_(parameter.grad)  # so that a choice between near features cannot differ
+        one.step()
+        plain_step(theirs, other)
+    other_weights = dict(theirs.named_parameters())
+    return {name: distance(p, other_weights[name]) for name, p in mine.named_parameters()}
+
+
+def plain_step(sae: SwitchSAE, optimizer: torch.optim.Optimizer) -> None:
+    """What `SwitchSAEAdam.step` does, one thing after the other."""
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+    sae.project_decoder_grad()
+    optimizer.step()
+    sae.normalize_decoder()
+
+
 def check(device: torch.device) -> list[tuple[str, float, float]]:
     """(what, distance, allowed) of everything that is compared."""
     size = ODD if device.type == "cuda" else SMALL
@@ -159,6 +192,8 @@ def check(device: torch.device) -> list[tuple[str, float, float]]:
         rule = "bfloat16 autocast" if autocast else "float32"
         for name, error in model_errors(device, autocast).items():
             found.append((f"model, {rule}: {name}", error, allowed))
+    for name, error in optimizer_errors(device).items():
+        found.append((f"optimizer: {name}", error, 1e-4))
     return found
 
 
@@ -187,18 +222,29 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int = 30) -> dict[str, 
     }
 
 
-def least_milliseconds(s: Size, item: int, gemm_rate: float) -> dict[str, float]:
+def limits(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """FLOP/s of a large product, and bytes/s of a large copy, read and written."""
+    square = torch.randn(GEMM, GEMM, device=device, dtype=dtype)
+    source = torch.randn(COPIED // 4, device=device)
+    target = torch.empty_like(source)
+    found = medians({"gemm": lambda: square @ square, "copy": lambda: target.copy_(source)}, 9)
+    return 2 * GEMM**3 / (1e-3 * found["gemm"]), 2 * COPIED / (1e-3 * found["copy"])
+
+
+def least_milliseconds(
+    s: Size, item: int, gemm_rate: float, memory_rate: float
+) -> dict[str, float]:
     """What a primitive takes at least: memory once over, rows of W from L2, FLOP of a GEMM."""
     tokens, weights = s.n * s.d * item, s.E * s.m * s.d * item
     pre, slots = s.n * s.m * item, s.n * s.k * (item + 8)
     rows = s.n * s.k * s.d * item / L2_RATE
     flop = 2 * s.n * s.m * s.d / gemm_rate
     seconds = {
-        "expert_products": max((tokens + weights + pre) / MEMORY_RATE, flop),
-        "relu_topk": (pre + slots) / MEMORY_RATE,
-        "gather_sum": max((tokens + weights + slots) / MEMORY_RATE, rows),
-        "row_dots": max((tokens + weights + slots) / MEMORY_RATE, rows),
-        "scatter_sum": max((tokens + weights + slots) / MEMORY_RATE, rows),
+        "expert_products": max((tokens + weights + pre) / memory_rate, flop),
+        "relu_topk": (pre + slots) / memory_rate,
+        "gather_sum": max((tokens + weights + slots) / memory_rate, rows),
+        "row_dots": max((tokens + weights + slots) / memory_rate, rows),
+        "scatter_sum": max((tokens + weights + slots) / memory_rate, rows),
     }
     return {name: 1e3 * value for name, value in seconds.items()}
 
@@ -206,20 +252,19 @@ def least_milliseconds(s: Size, item: int, gemm_rate: float) -> dict[str, float]
 def time_primitives(size: Size, dtype: torch.dtype, device: torch.device) -> list[tuple[str, ...]]:
     """Rows of the table: each primitive, the eager one where there is one, and the limit."""
     args = arguments(size, dtype, device)
-    square = torch.randn(GEMM, GEMM, device=device, dtype=dtype)
-    calls: dict[str, Callable[[], Any]] = {"gemm": lambda: square @ square}
+    calls: dict[str, Callable[[], Any]] = {}
     for name in PRIMITIVES:
         for backend in (triton_kernels, eager):
             if hasattr(backend, name):
                 label = f"{name} {backend.__name__}"
                 calls[label] = partial(getattr(backend, name), *args[name])
     found = medians(calls)
-    limits = least_milliseconds(size, dtype.itemsize, 2 * GEMM**3 / (1e-3 * found["gemm"]))
+    least = least_milliseconds(size, dtype.itemsize, *limits(dtype, device))
     rows = []
     for name in PRIMITIVES:
         other = found.get(f"{name} {eager.__name__}")
         label = f"{name} {str(dtype).removeprefix('torch.')}"
-        rows.append(_row(label, found[f"{name} {triton_kernels.__name__}"], limits[name], other))
+        rows.append(_row(label, found[f"{name} {triton_kernels.__name__}"], least[name], other))
     return rows
 
 
@@ -234,29 +279,44 @@ def _row(what: str, mine: float, limit: float | None, other: float | None) -> tu
     )
 
 
-def our_steps(size: Size, x: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A whole training step under bfloat16 autocast, and its forward and backward alone."""
-    sae = SwitchSAE(
-        SwitchSAEConfig(
-            hidden_size=size.d, num_features=size.E * size.m, num_experts=size.E, k=size.k
-        )
-    ).to(x.device)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+def our_steps(size: Size, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """A whole training step under bfloat16 autocast in several forms, and its passes alone."""
+    torch.manual_seed(0)
+    config = SwitchSAEConfig(
+        hidden_size=size.d, num_features=size.E * size.m, num_experts=size.E, k=size.k
+    )
+    saes = [SwitchSAE(config).to(x.device) for _ in range(3)]
+    plain, mine, compiled = saes
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-4, fused=True)
+    optimizers = [SwitchSAEAdam(sae, lr=1e-4) for sae in (mine, compiled)]
+    forward = torch.compile(compiled)
 
-    def passes() -> None:
-        optimizer.zero_grad()
+    def passes(sae: SwitchSAE, forward: Any = None) -> None:
+        sae.zero_grad()
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            loss = sae(x).loss
+            loss = (forward or sae)(x).loss
         loss.backward()
 
-    def step() -> None:
-        passes()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        sae.project_decoder_grad()
-        optimizer.step()
-        sae.normalize_decoder()
+    return {
+        "step": lambda: (passes(mine), optimizers[0].step()),
+        "plain": lambda: (passes(plain), plain_step(plain, adam)),
+        "compiled": lambda: (passes(compiled, forward), optimizers[1].step()),
+        "passes": lambda: passes(mine),
+    }
 
-    return step, passes
+
+def as_graph(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The same step as one CUDA graph: what the device takes, without the host's calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def sparsify_step(size: Size, x: Tensor) -> Callable[[], None] | None:
@@ -285,29 +345,57 @@ def sparsify_step(size: Size, x: Tensor) -> Callable[[], None] | None:
 def time_steps(size: Size, device: torch.device) -> list[tuple[str, ...]]:
     """Rows of the table: the training step beside its floor and sparsify's."""
     x = torch.randn(size.n, size.d, device=device)
-    step, passes = our_steps(size, x)
-    calls = {"step": step, "passes": passes}
+    calls = our_steps(size, x)
+    if device.type != "cuda":
+        del calls["compiled"]
+    else:
+        calls["graph"] = as_graph(our_steps(size, x)["step"])
     theirs = sparsify_step(size, x)
     if theirs is not None:
         calls["sparsify"] = theirs
     found = medians(calls)
     torch.cuda.reset_peak_memory_stats()
-    step()
+    calls["step"]()
     peak = torch.cuda.max_memory_allocated() / 2**30
     other = found.get("sparsify")
-    return [
+    rows = [
         _row(
             f"training step, bf16 autocast (peak {peak:.2f} GiB)", found["step"], STEP_FLOOR, other
-        ),
-        _row("its forward and backward", found["passes"], None, None),
+        )
     ]
+    told = {
+        "graph": "the same as a CUDA graph",
+        "compiled": "the same, SAE by torch.compile",
+        "plain": "the same with clip, project, torch's fused Adam, normalize",
+        "passes": "its forward and backward",
+    }
+    for name, text in told.items():
+        if name in found:
+            rows.append(_row(text, found[name], None if name == "passes" else STEP_FLOOR, None))
+    return rows
+
+
+def profile(size: Size, device: torch.device) -> str:
+    """Where the device's time of a step goes, kernel by kernel."""
+    step = our_steps(size, torch.randn(size.n, size.d, device=device))["step"]
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as found:
+        for _ in range(5):
+            step()
+        torch.cuda.synchronize()
+    averages = found.key_averages()
+    return "\n".join(
+        averages.table(sort_by=key, row_limit=40, max_name_column_width=60)
+        for key in ("self_cuda_time_total", "self_cpu_time_total")
+    )
 
 
 def table(rows: list[tuple[str, ...]], size: Size) -> str:
     lines = [
         f"**{torch.cuda.get_device_name()}**, torch {torch.__version__}, "
-        f"triton {triton_kernels.triton.__version__}; {size}. Limits are an H100's. Other: the "
-        "eager backend of a primitive, sparsify's whole step.",
+        f"triton {triton_kernels.triton.__version__}; {size}. Limits: see `least_milliseconds`; a "
+        "step's is an H100's. Other: the eager backend of a primitive, sparsify's whole step.",
         "",
         "| | ms | limit, ms | limit / ms | other, ms |",
         "|---|---|---|---|---|",
@@ -320,6 +408,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="also write the table to this file")
     parser.add_argument("--check", action="store_true", help="compare only, time nothing")
+    parser.add_argument("--profile", type=Path, help="where a step's time goes, to this file")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     declined = triton_kernels.why_not(device, torch.bfloat16)
@@ -348,6 +437,8 @@ def main() -> int:
     print(result)
     if options.write:
         options.write.write_text(result)
+    if options.profile:
+        options.profile.write_text(profile(FULL, device))
     return 0
 
 
