@@ -289,17 +289,21 @@ def test_on_a_gpu_it_declines_what_triton_cannot_do_there(monkeypatch):
 
 
 def test_the_tuner_tries_only_tiles_of_the_dtype_that_an_expert_fills():
-    triton = triton_kernels.triton
-    tiles = triton_kernels.TILES_16BIT + triton_kernels.TILES_32BIT
-    configs = [
-        triton.Config({"BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth}, num_warps=warps)
-        for rows, cols, depth, warps, _ in tiles
-    ]
-    for dtype, few, many in ((torch.bfloat16, 1, 6), (torch.float32, 1, 5)):
-        x = torch.zeros(1, dtype=dtype)
-        tried = triton_kernels._worth_it(configs, {"x_ptr": x, "share": 16})
-        assert [config.kwargs["BLOCK_M"] for config in tried] == [16] * few
-        assert len(triton_kernels._worth_it(configs, {"x_ptr": x, "share": 128})) == many
+    """Asked as Triton asks, in a process of its own, as this one interprets."""
+    code = (
+        "import torch; from hf_switch_sae.ops import triton_kernels as kernels\n"
+        "tuner = kernels._expert_products\n"
+        "for dtype in (torch.bfloat16, torch.float32):\n"
+        "    tuner.nargs = {'x_ptr': torch.zeros(1, dtype=dtype)}\n"
+        "    for share in (16, 128):\n"
+        "        tried = tuner.prune_configs({'share': share, 'E': 2, 'm': 3, 'd': 4})\n"
+        "        print(len(tried), max(config.kwargs['BLOCK_M'] for config in tried))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    assert done.stdout.split("\n")[:4] == ["1 16", "6 128", "1 16", "5 128"]
 
 
 def test_without_triton_the_module_imports_and_says_what_is_missing():

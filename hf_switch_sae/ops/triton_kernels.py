@@ -98,10 +98,13 @@ def _tuned(kernel: Any) -> Any:
     )(kernel)
 
 
-def _worth_it(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """Tiles of the dtype's own list that are no taller than an expert's usual share of tokens."""
+def _worth_it(configs: list[Any], arguments: dict[str, Any], **named: Any) -> list[Any]:
+    """Tiles of the dtype's own list that are no taller than an expert's usual share of tokens.
+
+    Triton gives the kernel's positional arguments as a dict and the others by name.
+    """
     tiles = TILES_32BIT if arguments["x_ptr"].element_size() == 4 else TILES_16BIT
-    wanted = {tile[:3] for tile in tiles if tile[0] <= arguments["share"]}
+    wanted = {tile[:3] for tile in tiles if tile[0] <= named["share"]}
     return [c for c in configs if tuple(c.kwargs[f"BLOCK_{axis}"] for axis in "MNK") in wanted]
 
 
