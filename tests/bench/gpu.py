@@ -294,7 +294,7 @@ def our_steps(size: Size, x: Tensor) -> dict[str, Callable[[], Any]]:
     def passes(sae: SwitchSAE, forward: Any = None) -> None:
         sae.zero_grad()
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            loss = (forward or sae)(x).loss
+            loss = (sae if forward is None else forward)(x).loss
         loss.backward()
 
     return {
