@@ -50,6 +50,8 @@ def run_one(cache: Path, run: Run) -> None:
 
 
 def machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{line.partition(': ')[2]}, {os.cpu_count()} threads; torch {torch.__version__}"

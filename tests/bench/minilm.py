@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 LAYER, WINDOW, WIDTH = 3, 128, 384
 ROWS, VALIDATION_ROWS = 400_000, 64_000
 BATCH = 64  # windows per forward
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def windows(tokenizer, path: Path) -> Iterator[list[int]]:
@@ -41,18 +42,19 @@ def residuals_of(model, parts: list[list[int]]) -> Tensor:
     for row, part in enumerate(parts):
         ids[row, : len(part)] = torch.tensor(part)
         mask[row, : len(part)] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
     inner = mask.clone()
     inner[:, 0] = 0
-    inner[torch.arange(len(parts)), mask.sum(1) - 1] = 0
-    return states[inner.bool()].to(torch.bfloat16)
+    inner[torch.arange(len(parts), device=mask.device), mask.sum(1) - 1] = 0
+    return states[inner.bool()].to(torch.bfloat16).cpu()
 
 
 def harvest(model_folder: Path, texts: Path, cache: Path, name: str, shards: int, rows: int):
     """Write the shards `name-0.npy` ... that are missing; yields one line for each."""
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModel.from_pretrained(model_folder, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(model_folder, dtype=torch.float32).eval().to(DEVICE)
     model.encoder.layer = model.encoder.layer[: LAYER + 1]
     source = windows(tokenizer, texts)
     for shard in range(shards):
@@ -93,7 +95,8 @@ def batches(cache: Path, tokens: int, size: int, seed: int, passes: int = 1) -> 
         for shard in range(-(-unique // ROWS)):
             rows = rows_of(cache, "train", shard)[: min(left, ROWS)]
             left -= len(rows)
+            rows = rows.to(DEVICE)
             for part in torch.randperm(len(rows), generator=generator).split(size):
                 if len(part) == size:
                     seen += size
-                    yield rows[part].float()
+                    yield rows[part.to(DEVICE)].float()

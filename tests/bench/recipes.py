@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
 from hf_switch_sae.training.clusters import directions_of
 
-from .minilm import WIDTH, batches, rows_of
+from .minilm import DEVICE, WIDTH, batches, rows_of
 
 SAMPLE = 16_384  # rows that the start and the threshold are measured on
 
@@ -164,9 +164,9 @@ def start(run: Run, cache: Path) -> Variant:
         k_aux=run.k_aux,
         dead_after_tokens=run.dead_after,
     )
-    sae = Variant(config).train()
+    sae = Variant(config).train().to(DEVICE)
     sae.rule = run.gate
-    sample = rows_of(cache, "train", 0)[:SAMPLE].float()
+    sample = rows_of(cache, "train", 0)[:SAMPLE].float().to(DEVICE)
     with torch.no_grad():
         power = float(sample.square().sum(-1).mean())
         sae.input_scale.fill_(run.rms * math.sqrt(WIDTH / power))
@@ -228,10 +228,11 @@ def measure(sae: Variant, cache: Path) -> dict[str, float]:
     """Held-out FVU and L0, features that never fire there, gates and loads."""
     sae.eval()
     if sae.config.activation == "batch_topk":
-        sae.calibrate(rows_of(cache, "train", 0)[:SAMPLE].float().split(2048))
-    rows, config = rows_of(cache, "validation", 0), sae.config
+        sae.calibrate(rows_of(cache, "train", 0)[:SAMPLE].float().to(DEVICE).split(2048))
+    rows, config = rows_of(cache, "validation", 0).to(DEVICE), sae.config
     error = active = gate = 0.0
-    fired, loads = torch.zeros(config.num_features), torch.zeros(config.num_experts)
+    fired = torch.zeros(config.num_features, device=DEVICE)
+    loads = torch.zeros(config.num_experts, device=DEVICE)
     for part in rows.split(4096):
         x = part.float()
         output = sae(x)
