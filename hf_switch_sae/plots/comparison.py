@@ -21,6 +21,7 @@ from hf_switch_sae.plots.style import (
     VERMILION,
     Tell,
     label_points,
+    legend_above,
     look,
     new_figure,
     save,
@@ -79,42 +80,47 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _costs(saes: Sequence[_SAE]) -> Any:
-    figure = new_figure(6.6, 4.6)
+    figure = new_figure(6.6, 4.8)
     axes = figure.add_subplot()
     points = [(float(sae["flops_per_token"]["total"]), float(sae["fvu"])) for sae in saes]
     front = [points[index] for index in pareto_front(points)]
+    stairs = [front[0]]
+    for x, y in front[1:]:
+        stairs += [(x, stairs[-1][1]), (x, y)]
     if len(front) > 1:
-        xs, ys = zip(*front, strict=True)
-        axes.step(xs, ys, where="post", color=GRAY, lw=1, zorder=1, label="Pareto front")
+        axes.plot(*zip(*stairs, strict=True), color=GRAY, lw=1, zorder=1, label="Pareto front")
     _scatter(axes, saes, points)
     axes.set_xscale("log")
-    axes.set_xlabel("floating-point operations per token (router + encoder + decoder)")
+    axes.set_xlabel("floating-point operations per token (router + encoder + decoder, log scale)")
     axes.set_ylabel("FVU (lower is better)")
     _room_for_labels(axes, points, log_x=True)
-    _legend(axes)
-    label_points(axes, points, [str(sae["label"]) for sae in saes])
+    legend_above(figure, axes, 5)
+    label_points(axes, points, [str(sae["label"]) for sae in saes], [stairs])
     return figure
 
 
 def _sparsity(saes: Sequence[_SAE], figure_of: str, said: str) -> Any:
-    figure = new_figure(6.6, 4.6)
+    figure = new_figure(6.6, 4.8)
     axes = figure.add_subplot()
     points = [(float(sae["l0"]), float(sae[figure_of])) for sae in saes]
     series: dict[tuple, list[int]] = {}
     for index, sae in enumerate(saes):  # an SAE at several k is a line
         kind = (sae["family"], sae["num_experts"], sae["num_features"])
         series.setdefault(kind, []).append(index)
-    for kind, members in series.items():
-        _, color, _, line = _family(kind[0])
-        xs, ys = zip(*sorted(points[index] for index in members), strict=True)
-        if len(members) > 1:
-            axes.plot(xs, ys, line, color=color, lw=1, zorder=1)
+    lines = [
+        (kind[0], sorted(points[index] for index in members))
+        for kind, members in series.items()
+        if len(members) > 1
+    ]
+    for name, line in lines:
+        _, color, _, style = _family(name)
+        axes.plot(*zip(*line, strict=True), style, color=color, lw=1, zorder=1)
     _scatter(axes, saes, points)
     axes.set_xlabel("L0 (active features per token)")
     axes.set_ylabel(said)
     _room_for_labels(axes, points, log_x=False)
-    _legend(axes)
-    label_points(axes, points, [str(sae["label"]) for sae in saes])
+    legend_above(figure, axes, 5)
+    label_points(axes, points, [str(sae["label"]) for sae in saes], [line for _, line in lines])
     return figure
 
 
@@ -144,9 +150,3 @@ def _room_for_labels(axes: Any, points: Sequence[tuple[float, float]], log_x: bo
     margin = max(0.14 * (max(ys) - min(ys)), 0.02 * max(map(abs, ys)))
     axes.set_ylim(min(ys) - margin, max(ys) + margin)
 
-
-def _legend(axes: Any) -> None:
-    """Above the axes: inside, it would be in the way of points."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, borderaxespad=0.2, handletextpad=0.4
-    )

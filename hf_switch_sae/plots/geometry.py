@@ -25,6 +25,7 @@ from hf_switch_sae.plots.style import (
     ORANGE,
     VERMILION,
     Tell,
+    legend_above,
     look,
     new_figure,
     save,
@@ -80,6 +81,7 @@ def _maps(geometry: Geometry) -> Any:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.grid(visible=False)
+        axes.spines[["left", "bottom"]].set_color("#BBBBBB")
         axes.set_title(f"{name} rows, {len(shown):,} of {len(table['expert']):,} features")
         if clusters.get("purity"):
             purity = clusters["purity"][name]
@@ -111,7 +113,7 @@ def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
     xs, ys = points.T.numpy()
     if experts > _NAMED_EXPERTS or experts == 1:
         color: Any = BLUE if experts == 1 else expert.numpy()
-        return axes.scatter(xs, ys, s=4, c=color, cmap="turbo", lw=0, rasterized=True)
+        return axes.scatter(xs, ys, s=4, c=color, cmap="viridis", lw=0, rasterized=True)
     last = None
     slices = torch.arange(len(expert)) * 20 // max(len(expert), 1)
     for part in range(20):
@@ -123,7 +125,8 @@ def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
                 s=7,
                 c=EXPERT_COLORS[each % len(EXPERT_COLORS)],
                 marker=EXPERT_MARKERS[(each + each // len(EXPERT_COLORS)) % len(EXPERT_MARKERS)],
-                lw=0,
+                lw=0.15,
+                edgecolors="#444444",
                 label=str(each) if part == 0 else None,
                 rasterized=True,
             )
@@ -131,7 +134,7 @@ def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
 
 
 def _duplicates(geometry: Geometry) -> Any:
-    figure = new_figure(6.2, 4.4)
+    figure = new_figure(6.2, 4.8)
     axes = figure.add_subplot()
     found = geometry.duplicates
     curve, at = found["curve"], found["threshold"]
@@ -161,13 +164,20 @@ def _duplicates(geometry: Geometry) -> Any:
                 label=f"{said}, {where}",
             )
     axes.axvline(at, color=GRAY, lw=1)
-    axes.text(at, 1.25, f"duplicate: > {at:g}", fontsize=8, ha="right", va="bottom", color="#555555")
+    axes.annotate(
+        f"duplicate\nabove {at:g}",
+        (at, lowest),
+        xytext=(4, 4),
+        textcoords="offset points",
+        fontsize=8,
+        color="#555555",
+    )
     axes.set_yscale("log")
     axes.set_ylim(lowest * 0.8, 1.25)
     axes.set_xlim(0, 1)
-    axes.set_xlabel("cosine of the nearest decoder row, at least")
-    axes.set_ylabel("share (log scale)")
-    axes.legend(loc="lower left", fontsize=8)
+    axes.set_xlabel("cosine")
+    axes.set_ylabel("share with a decoder row nearer than that (log scale)")
+    legend_above(figure, axes, len(kinds))
     return figure
 
 
@@ -201,20 +211,20 @@ def _similarity(geometry: Geometry) -> Any:
     null = geometry.similarity["null"]["other"]
     axes.set_xlabel("to a feature of expert")
     axes.set_ylabel("from the features of expert")
-    axes.set_title(f"random vectors: {null:.2f}", fontsize=8)
+    axes.set_title(f"of random vectors: {null:.2f}", fontsize=9)
     figure.colorbar(image, ax=axes, label="mean largest decoder cosine", shrink=0.85)
     return figure
 
 
 def _alignment(geometry: Geometry) -> Any:
-    figure = new_figure(6.2, 3.8)
+    figure = new_figure(6.2, 4.0)
     axes = figure.add_subplot()
     router = geometry.router or {}
     held = router["histogram"]
     edges, total = held["edges"], sum(held["own"])
     for name, said, color, style, mean in (
         ("own", "its own expert's row", GREEN, "-", router["own"]),
-        ("others", "the other experts' rows, their mean", ORANGE, "--", router["others"]),
+        ("others", "mean over the other experts' rows", ORANGE, "--", router["others"]),
     ):
         shares = [count / total for count in held[name]]
         axes.stairs(
@@ -225,12 +235,12 @@ def _alignment(geometry: Geometry) -> Any:
             alpha=0.55 if name == "own" else 1,
             lw=1.8,
             ls=style,
-            label=f"{said}: mean {mean:+.3f}",
+            label=f"{said} (on average {mean:+.3f})",
         )
     axes.set_xlim(*_used_range(edges, held["own"], held["others"]))
     axes.set_xlabel("cosine of an encoder row with the router's row")
     axes.set_ylabel("share of features")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2)
+    legend_above(figure, axes, 1)
     return figure
 
 

@@ -19,14 +19,16 @@ from hf_switch_sae.plots.style import (
     GRAY,
     VERMILION,
     Tell,
+    legend_above,
     look,
     new_figure,
+    plain_log_ticks,
     save,
     untold,
 )
 
 _CURVES = (
-    ("fvu", "FVU", True),
+    ("fvu", "FVU (log scale)", True),
     ("dead_share", "dead features, share", False),
     ("expert_load", "busiest expert over mean", False),
 )
@@ -116,7 +118,7 @@ def _load(num_experts: int, rate: Tensor | None, load: Sequence[float] | None) -
     axes.set_xlim(-0.6, num_experts - 0.4)
     axes.set_xlabel("expert")
     axes.set_ylabel(f"share of {said}")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
+    legend_above(figure, axes, 1)
     return figure
 
 
@@ -158,6 +160,7 @@ def _training(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]])
             axes.axhline(1, color=GRAY, lw=1)
         elif logarithmic:
             axes.set_yscale("log")
+            plain_log_ticks(axes.yaxis)
         axes.set_xlabel("tokens, millions")
         axes.set_ylabel(said)
         if len(curves[name]) > 1:

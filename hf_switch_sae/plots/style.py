@@ -80,43 +80,60 @@ def save(figure: Any, folder: Path, name: str) -> list[Path]:
     return files
 
 
-def label_points(axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Write a label beside each point where it covers no other label, point, or the frame.
+def legend_above(figure: Any, axes: Any, columns: int) -> None:
+    """The legend of axes over them: within, it would be in the way."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="outside upper left",
+        ncols=columns,
+        fontsize=8.5,
+        handlelength=2.8,
+        columnspacing=1.4,
+        handletextpad=0.5,
+    )
 
-    The first place that is free, from near to far, with a line to the point where it is far; where
-    none is free, the one that covers least.
+
+def plain_log_ticks(axis: Any) -> None:
+    """Ticks of a log axis as plain numbers, also between the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def label_points(
+    axes: Any,
+    points: Sequence[tuple[float, float]],
+    labels: Sequence[str],
+    lines: Sequence[Sequence[tuple[float, float]]] = (),
+) -> None:
+    """Write a label beside each point where it covers no other label, point or line, nor the frame.
+
+    The first place that is free, from near to far, with a line to the point unless it is right
+    beside it; where none is free, the one that covers least. The layout is final after this.
     """
     figure = axes.figure
-    figure.draw_without_rendering()  # the layout has to be known
+    figure.draw_without_rendering()  # the layout has to be known, and to stay
+    figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     at = axes.transData.transform(points)
-    dot = 5 * figure.dpi / 72
+    dot = 4.5 * figure.dpi / 72
     taken = [(x - dot, y - dot, x + dot, y + dot) for x, y in at]
-    legend = axes.get_legend()
-    if legend is not None:
-        box = legend.get_window_extent(renderer)
-        taken.append((box.x0, box.y0, box.x1, box.y1))
+    drawn = [box for line in lines for box in _boxes_along(axes.transData.transform(line))]
+    inverse = axes.transData.inverted()
     for own, (place, text) in enumerate(zip(at, labels, strict=True)):
         shape = axes.text(0, 0, text, fontsize=8)
         extent = shape.get_window_extent(renderer)
         shape.remove()
-        size = (extent.width + 2, extent.height + 2)
-        best, least, reach = None, float("inf"), 0.0
-        for step in range(1, 9):
-            for x, y in _around(place, size, dot * (0.6 + step * 0.9)):
-                box4 = (x, y, x + size[0], y + size[1])
-                others = [each for index, each in enumerate(taken) if index != own]
-                covered = sum(_overlap(box4, each) for each in others) + _outside(box4, frame)
-                if covered < least - 1e-9:
-                    best, least, reach = box4, covered, step
-            if least == 0:
-                break
-        if best is None:  # pragma: no cover - there is always a first place
-            continue
+        others = [box for index, box in enumerate(taken) if index != own] + drawn
+        best, beside = _free_place(place, (extent.width + 2, extent.height), dot, others, frame)
         taken.append(best)
         middle = ((best[0] + best[2]) / 2, (best[1] + best[3]) / 2)
-        inverse = axes.transData.inverted()
+        leader = {"arrowstyle": "-", "color": GRAY, "lw": 0.6, "shrinkA": 0, "shrinkB": 2}
         axes.annotate(
             text,
             xy=inverse.transform(place),
@@ -124,10 +141,39 @@ def label_points(axes: Any, points: Sequence[tuple[float, float]], labels: Seque
             fontsize=8,
             ha="center",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": GRAY, "lw": 0.6, "shrinkB": 3}
-            if reach > 1
-            else None,
+            bbox={"boxstyle": "square,pad=0.05", "fc": "none", "ec": "none"},
+            arrowprops=None if beside else leader,
         )
+
+
+def _free_place(
+    point: Sequence[float],
+    size: tuple[float, float],
+    dot: float,
+    others: Sequence[Sequence[float]],
+    frame: Any,
+) -> tuple[tuple[float, float, float, float], bool]:
+    """The box of a label, and whether it is right beside its point."""
+    found: tuple[float, tuple[float, float, float, float], bool] | None = None
+    for step in range(10):
+        for way, (x, y) in enumerate(_around(point, size, dot * (1.3 + step))):
+            box = (x, y, x + size[0], y + size[1])
+            covered = sum(_overlap(box, each) for each in others) + 3 * _outside(box, frame)
+            if found is None or covered < found[0] - 1e-9:
+                found = (covered, box, step == 0 and way < 4)
+            if covered == 0:
+                return box, found[2]
+    assert found is not None
+    return found[1], found[2]
+
+
+def _boxes_along(line: Any) -> Iterator[tuple[float, float, float, float]]:
+    """Small boxes that cover a line of straight pieces."""
+    for (x0, y0), (x1, y1) in zip(line[:-1], line[1:], strict=True):
+        many = max(int(max(abs(x1 - x0), abs(y1 - y0)) // 3), 1)
+        for step in range(many + 1):
+            x, y = x0 + (x1 - x0) * step / many, y0 + (y1 - y0) * step / many
+            yield (x - 1.5, y - 1.5, x + 1.5, y + 1.5)
 
 
 def _around(
