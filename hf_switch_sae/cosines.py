@@ -21,7 +21,7 @@ ROWS, COLUMNS = 2048, 8192
 def unit_rows(rows: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Rows [n, d] at length 1, in float32; rows of 0 stay."""
     wide = rows.to(device=device or rows.device, dtype=torch.float32)
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return wide / length.clamp_min(1e-30)
 
 

@@ -184,9 +184,7 @@ def measure_geometry(
         seed=seed,
         nearest=_nearest(found, null, shape),
         duplicates=_duplicates(found, null, rate, threshold),
-        pairs=_pairs(
-            found, unit_rows_of(encoder, device), rate, shape[1], threshold, listed_pairs
-        ),
+        pairs=_pairs(found, unit_rows_of(encoder, device), rate, shape[1], threshold, listed_pairs),
         similarity=_similarity(found, null, shape),
         router=router,
         clusters=None if drawn is None else drawn.to_dict(),
@@ -291,24 +289,24 @@ def _duplicates(
     found: _Neighbors, null: _Neighbors, rate: Tensor | None, threshold: float
 ) -> dict[str, Any]:
     told: dict[str, Any] = {"threshold": threshold}
+    weight = None if rate is None or not rate.any() else rate
     curve: dict[str, Any] = {"thresholds": list(THRESHOLDS)}
     for kind in _KINDS:
         if found.values[kind].isinf().any():
             told[kind] = curve[kind] = None
             continue
+        values = found.values[kind]
         each = [
             {
-                "share": _share(found.values[kind], at),
-                "of_activations": _share(found.values[kind], at, rate),
+                "share": _share(values, at),
+                "of_activations": None if weight is None else _share(values, at, weight),
                 "null": _share(null.values[kind], at),
             }
             for at in (threshold, *THRESHOLDS)
         ]
-        if rate is None or not rate.any():
-            each = [{**one, "of_activations": None} for one in each]
         told[kind] = each[0]
         curve[kind] = {name: [one[name] for one in each[1:]] for name in each[0]}
-        if each[0]["of_activations"] is None:
+        if weight is None:
             curve[kind]["of_activations"] = None
     return {**told, "null_rows": len(null.ids), "curve": curve}
 
@@ -331,7 +329,7 @@ def _pairs(
 ) -> dict[str, Any]:
     near = (found.values["any"].double() > threshold).nonzero()[:, 0]
     both = torch.stack([near, found.ids[near]], 1).sort(1).values
-    both, which = both.unique(dim=0, return_inverse=True)
+    both, which = torch.unique(both, dim=0, return_inverse=True)
     cosine = torch.full((len(both),), -torch.inf).scatter_reduce_(
         0, which, found.values["any"][near], "amax"
     )

@@ -109,9 +109,7 @@ def test_the_router_is_aligned_by_cosine_with_the_encoder_rows_of_its_expert():
 
     found = measure_geometry(sae, maps=False)
 
-    torch.testing.assert_close(
-        found.table["alignment"].double(), own - others, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(found.table["alignment"].double(), own - others, atol=1e-6, rtol=0)
     assert found.router["own"] == pytest.approx(float(own.mean()), abs=1e-6)
     assert found.router["others"] == pytest.approx(float(others.mean()), abs=1e-6)
     right = float((whole.argmax(1) == expert).double().mean())

@@ -1,8 +1,8 @@
 """comparison.json of several SAEs -> what they cost against what they lose.
 
-    flops_fvu          operations per token against FVU, with the Pareto front
-    l0_fvu             active features per token against FVU
-    l0_ce_recovered    the same against cross entropy recovered, where that was measured
+flops_fvu          operations per token against FVU, with the Pareto front
+l0_fvu             active features per token against FVU
+l0_ce_recovered    the same against cross entropy recovered, where that was measured
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hf_switch_sae.plots.style import (
     BLUE,
     GRAY,
     GREEN,
+    ORANGE,
     PINK,
     VERMILION,
     Tell,
@@ -31,6 +32,7 @@ from hf_switch_sae.plots.style import (
 _FAMILIES = {
     "switch": ("Switch SAE", BLUE, "o", "-"),
     "topk": ("TopK SAE", VERMILION, "s", "--"),
+    "batch_topk": ("BatchTopK SAE", ORANGE, "v", (0, (5, 1))),
     "relu": ("ReLU SAE", GREEN, "^", ":"),
     "jumprelu": ("JumpReLU SAE", PINK, "D", "-."),
 }
@@ -114,7 +116,7 @@ def _sparsity(saes: Sequence[_SAE], figure_of: str, said: str) -> Any:
     ]
     for name, line in lines:
         _, color, _, style = _family(name)
-        axes.plot(*zip(*line, strict=True), style, color=color, lw=1, zorder=1)
+        axes.plot(*zip(*line, strict=True), ls=style, color=color, lw=1, zorder=1)
     _scatter(axes, saes, points)
     axes.set_xlabel("L0 (active features per token)")
     axes.set_ylabel(said)
@@ -134,7 +136,7 @@ def _scatter(axes: Any, saes: Sequence[_SAE], points: Sequence[tuple[float, floa
         )
 
 
-def _family(name: str) -> tuple[str, str, str, str]:
+def _family(name: str) -> tuple[str, str, str, Any]:
     return _FAMILIES.get(name, (name, BLACK, "X", "-"))
 
 
@@ -149,4 +151,3 @@ def _room_for_labels(axes: Any, points: Sequence[tuple[float, float]], log_x: bo
         axes.set_xlim(min(xs) - margin, max(xs) + margin)
     margin = max(0.14 * (max(ys) - min(ys)), 0.02 * max(map(abs, ys)))
     axes.set_ylim(min(ys) - margin, max(ys) + margin)
-

@@ -1,9 +1,9 @@
 """An SAE's geometry -> pictures of it.
 
-    maps          t-SNE of encoder and decoder rows, by expert, with how pure neighborhoods are
-    duplicates    how many features have a neighbor nearer than a cosine, beside random vectors
-    similarity    mean largest cosine from expert to expert
-    alignment     cosines of encoder rows with the router's rows
+maps          t-SNE of encoder and decoder rows, by expert, with how pure neighborhoods are
+duplicates    how many features have a neighbor nearer than a cosine, beside random vectors
+similarity    mean largest cosine from expert to expert
+alignment     cosines of encoder rows with the router's rows
 """
 
 from __future__ import annotations

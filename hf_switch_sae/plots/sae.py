@@ -1,8 +1,8 @@
 """One SAE and how it was trained -> pictures of it.
 
-    load        how tokens, or activations, are spread over experts
-    density     how often features fire
-    training    FVU, dead features and the balance of experts over a run
+load        how tokens, or activations, are spread over experts
+density     how often features fire
+training    FVU, dead features and the balance of experts over a run
 """
 
 from __future__ import annotations

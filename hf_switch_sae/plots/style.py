@@ -5,6 +5,7 @@ Nothing here goes through pyplot, so no figure outlives its drawing and no backe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ EXPERT_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 Tell = Callable[[str], None]
 """Is told, in a sentence, of each figure that is left out and why."""
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
     "font.size": 9,
     "axes.titlesize": 10,
@@ -42,6 +43,18 @@ def untold(sentence: str) -> None:
     """Nobody is told."""
 
 
+def check_installed() -> None:
+    """Raise if figures can't be drawn here, before anything is measured for them.
+
+    Raises:
+        SwitchSAEError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SwitchSAEError('figures need matplotlib: pip install "hf-switch-sae[viz]".') from None
+
+
 @contextmanager
 def look() -> Iterator[None]:
     """Within it figures are made and written in our look; others' settings are as before after.
@@ -49,12 +62,9 @@ def look() -> Iterator[None]:
     Raises:
         SwitchSAEError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise SwitchSAEError(
-            'figures need matplotlib: pip install "hf-switch-sae[viz]".'
-        ) from None
+    check_installed()
+    import matplotlib
+
     with matplotlib.rc_context(_SETTINGS):
         yield
 
@@ -169,7 +179,7 @@ def _free_place(
 
 def _boxes_along(line: Any) -> Iterator[tuple[float, float, float, float]]:
     """Small boxes that cover a line of straight pieces."""
-    for (x0, y0), (x1, y1) in zip(line[:-1], line[1:], strict=True):
+    for (x0, y0), (x1, y1) in itertools.pairwise(line):
         many = max(int(max(abs(x1 - x0), abs(y1 - y0)) // 3), 1)
         for step in range(many + 1):
             x, y = x0 + (x1 - x0) * step / many, y0 + (y1 - y0) * step / many
