@@ -168,9 +168,13 @@ def _free_place(
     for step in range(10):
         for way, (x, y) in enumerate(_around(point, size, dot * (1.3 + step))):
             box = (x, y, x + size[0], y + size[1])
+            beside = step == 0 and way < 4
             covered = sum(_overlap(box, each) for each in others) + 3 * _outside(box, frame)
+            if not beside:  # a line will lead there
+                leader = list(_boxes_along((point, (x + size[0] / 2, y + size[1] / 2))))
+                covered += sum(_overlap(a, b) for a in leader for b in others)
             if found is None or covered < found[0] - 1e-9:
-                found = (covered, box, step == 0 and way < 4)
+                found = (covered, box, beside)
             if covered == 0:
                 return box, found[2]
     assert found is not None
