@@ -224,3 +224,8 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SwitchSAEError, match=r"pip install .hf-switch-sae\[viz\]."):
         draw_comparison({"format": 1, "saes": SAES}, tmp_path)
+
+
+def test_a_map_of_one_expert_is_drawn(tmp_path):
+    found = measure_geometry(make("plain_topk"), map_features=24)
+    assert names(draw_geometry(found, tmp_path)) == ["maps", "duplicates"]

@@ -101,7 +101,7 @@ def _maps(geometry: Geometry) -> Any:
             title="expert",
             handletextpad=0.1,
             columnspacing=1.0,
-            markerscale=2.5,
+            markerscale=2.5 if len(shown) > 2000 else 1.2,
         )
     elif experts > _NAMED_EXPERTS:
         figure.colorbar(last, ax=figure.axes, label="expert", shrink=0.7)
@@ -111,9 +111,12 @@ def _maps(geometry: Geometry) -> Any:
 def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
     """Dots of all experts in one order; of few, each with a color and marker of its own."""
     xs, ys = points.T.numpy()
-    if experts > _NAMED_EXPERTS or experts == 1:
-        color: Any = BLUE if experts == 1 else expert.numpy()
-        return axes.scatter(xs, ys, s=4, c=color, cmap="viridis", lw=0, rasterized=True)
+    size = min(max(24_000 / max(len(xs), 1), 5.0), 24.0)
+    if experts == 1:
+        return axes.scatter(xs, ys, s=size, color=BLUE, lw=0, rasterized=True)
+    if experts > _NAMED_EXPERTS:
+        numbers = expert.numpy()
+        return axes.scatter(xs, ys, s=size, c=numbers, cmap="viridis", lw=0, rasterized=True)
     last = None
     slices = torch.arange(len(expert)) * 20 // max(len(expert), 1)
     for part in range(20):
@@ -122,7 +125,7 @@ def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
             last = axes.scatter(
                 xs[mine],
                 ys[mine],
-                s=7,
+                s=size,
                 c=EXPERT_COLORS[each % len(EXPERT_COLORS)],
                 marker=EXPERT_MARKERS[(each + each // len(EXPERT_COLORS)) % len(EXPERT_MARKERS)],
                 lw=0.15,
