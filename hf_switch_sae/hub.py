@@ -25,11 +25,12 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, snapshot_download
 
-from hf_switch_sae.card import in_checkpoint, render_card, saes_in
+from hf_switch_sae.card import render_card
 from hf_switch_sae.convert import llama_scope
 from hf_switch_sae.convert.registry import weight_folders
 from hf_switch_sae.convert.source import check_inside, open_source
 from hf_switch_sae.errors import HubError
+from hf_switch_sae.facts import in_checkpoint, saes_in
 from hf_switch_sae.files import written_beside
 from hf_switch_sae.hub_errors import plain_hub_errors
 from hf_switch_sae.model import SwitchSAE
@@ -275,9 +276,9 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
     return found
 
 
-def write_card(folder: Path, repo_id: str) -> None:
+def write_card(folder: Path, repo_id: str, license_id: str | None = None) -> None:
     """Write or renew the README.md of a release; see `card.render_card`."""
-    card, readme = render_card(folder, repo_id), folder / "README.md"
+    card, readme = render_card(folder, repo_id, license_id), folder / "README.md"
     if readme.exists() and readme.read_text(encoding="utf-8") == card:
         return
     with written_beside(readme) as beside:

@@ -9,10 +9,12 @@ import typer
 from hf_switch_sae.cli import (
     cache,
     calibrate,
+    card,
     convert,
     demo,
     describe,
     evaluate,
+    geometry,
     inspect,
     pull,
     push,
@@ -49,9 +51,11 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("cache")(cache.cache)
 app.command("calibrate")(calibrate.calibrate_sae)
+app.command("card")(card.card)
 app.command("convert")(convert.convert)
 app.command("describe")(describe.describe_features)
 app.command("eval")(evaluate.evaluate_sae)
+app.command("geometry")(geometry.geometry)
 app.command("inspect")(inspect.inspect)
 app.command("pull")(pull.pull)
 app.command("push")(push.push)

@@ -1,0 +1,36 @@
+"""`hf-switch-sae card`: the README.md of a release, from its files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_switch_sae.card import is_a_persons, known_repo_id
+from hf_switch_sae.errors import SwitchSAEError
+from hf_switch_sae.hub import write_card
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder of a release.")],
+    repo_id: Annotated[
+        str | None,
+        typer.Option(help="What the snippet loads; as the card has it, or the folder's name."),
+    ] = None,
+    license_id: Annotated[
+        str | None, typer.Option("--license", help="As the Hub names it, such as apache-2.0.")
+    ] = None,
+) -> None:
+    """Write or renew a release's README.md from its files; a person's words are kept."""
+    if not folder.is_dir():
+        raise SwitchSAEError(f"there is no folder {folder}.")
+    write_card(folder, repo_id or known_repo_id(folder), license_id)
+    print(folder / "README.md")
+    if is_a_persons(folder):
+        print(
+            "left as it is: it has no marks of ours, so it is a person's. Move it away, or put "
+            "<!-- hf-switch-sae:begin --> and <!-- hf-switch-sae:end --> where ours is to be.",
+            file=sys.stderr,
+        )

@@ -1,0 +1,102 @@
+"""Rows of a dictionary -> each row's nearest other row in every expert, block by block.
+
+Nothing here is ever as large as [num_features, num_features]: a block of rows meets a block of
+columns, and what is kept of each is one number an expert.
+
+Beware Cosines are taken in float32 whatever the weights are stored in; a row of zeros has a cosine
+       of 0 with every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+ROWS, COLUMNS = 2048, 8192
+"""The largest block of cosines: 64 MiB."""
+
+
+def unit_rows(rows: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Rows [n, d] at length 1, in float32; rows of 0 stay."""
+    wide = rows.to(device=device or rows.device, dtype=torch.float32)
+    length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return wide / length.clamp_min(1e-30)
+
+
+def unit_rows_of(
+    weight: Tensor, device: torch.device | str | None = None
+) -> Callable[[int, int], Tensor]:
+    """`(first, last) -> unit rows`, of a weight [F, d], made when they are asked for."""
+    return lambda first, last: unit_rows(weight[first:last], device)
+
+
+def random_unit_rows(
+    num_features: int, hidden_size: int, seed: int, device: torch.device | str
+) -> Callable[[int, int], Tensor]:
+    """`(first, last) -> unit rows`, drawn evenly from the sphere; to be asked for in order, once.
+
+    Drawn on the CPU, so that they are the same on every device.
+    """
+    generator, drawn = torch.Generator().manual_seed(seed), 0
+
+    def rows(first: int, last: int) -> Tensor:
+        nonlocal drawn
+        if first != drawn or last > num_features:
+            raise ValueError(f"rows {first} to {last} are not the next after {drawn}.")
+        drawn = last
+        return unit_rows(torch.randn(last - first, hidden_size, generator=generator), device)
+
+    return rows
+
+
+def nearest_by_expert(
+    rows: Tensor,
+    own: Tensor,
+    columns: Callable[[int, int], Tensor],
+    num_experts: int,
+    features_per_expert: int,
+    most: int = COLUMNS,
+) -> tuple[Tensor, Tensor]:
+    """The largest cosine of each row with the features of each expert, itself left out.
+
+    Args:
+        rows: [n, d], of length 1.
+        own: [n] int64, which feature each row is.
+        columns: `(first, last) -> [last - first, d]` of length 1, asked for in order.
+        num_experts: E.
+        features_per_expert: m.
+        most: columns at a time.
+
+    Returns:
+        cosines [n, E] float32 in -1 to 1, and the ids [n, E] of the features they are with. With
+        one feature an expert, the cosine with a row's own expert is -inf: there is no other.
+    """
+    best = rows.new_full((len(rows), num_experts), -torch.inf)
+    ids = torch.zeros_like(best, dtype=torch.int64)
+    for first, last in _chunks(num_experts, features_per_expert, most):
+        cosines = (rows @ columns(first, last).T).clamp_(-1, 1)
+        inside = ((own >= first) & (own < last)).nonzero()[:, 0]
+        cosines[inside, own[inside] - first] = -torch.inf
+        width = min(features_per_expert, last - first)
+        largest, at = cosines.view(len(rows), -1, width).max(-1)
+        at += first + width * torch.arange(at.shape[1], device=at.device)
+        experts = slice(first // features_per_expert, first // features_per_expert + at.shape[1])
+        better = largest > best[:, experts]
+        ids[:, experts] = torch.where(better, at, ids[:, experts])
+        best[:, experts] = torch.where(better, largest, best[:, experts])
+    return best, ids
+
+
+def _chunks(num_experts: int, features_per_expert: int, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of features, in order: several whole experts, or a part of one."""
+    m = features_per_expert
+    if m <= most:
+        step = most // m * m
+        for first in range(0, num_experts * m, step):
+            yield first, min(first + step, num_experts * m)
+        return
+    for start in range(0, num_experts * m, m):
+        for first in range(start, start + m, most):
+            yield first, min(first + most, start + m)
