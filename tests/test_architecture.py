@@ -32,6 +32,7 @@ FLOOR = {
     "experts": 2,
     "statistics": 2,
     "store": 2,
+    "flops": 3,
     "model": 3,
     "recipe": 3,
     "convert": 4,
@@ -50,7 +51,8 @@ FLOOR = {
     "residuals": 8,
     "record": 9,
     "training": 10,
-    "cli": 11,
+    "comparison": 11,
+    "cli": 12,
 }
 """A room imports only from lower floors. `__init__` is the roof: it imports, nobody imports it."""
 
