@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.losses import WholeBatch
 from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
 
@@ -30,6 +31,12 @@ class SAEsTogether(nn.Module):
 
     def __init__(self, saes: Mapping[str, SwitchSAE], rule: str, load_balance_alpha: float) -> None:
         super().__init__()
+        for name, sae in saes.items():
+            if rule == "published" and sae.config.l1_loss_coef:
+                raise ConfigError(
+                    f"{name} has l1_loss_coef={sae.config.l1_loss_coef}, and the published loss "
+                    "has no such part: set loss='relative'."
+                )
         self.names = tuple(saes)
         self.saes = nn.ModuleList(saes.values())
         self.places = tuple(str(sae.config.hookpoint) for sae in saes.values())
