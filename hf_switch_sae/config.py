@@ -290,8 +290,8 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 "above 0; router_best_expert_loss_coef=0 is what turns that loss off."
             )
         coefficients = ("fvu_loss_coef", "router_aux_loss_coef", "router_z_loss_coef")
-        coefficients += ("router_best_expert_loss_coef", "l1_loss_coef", "auxk_loss_coef")
-        for name in coefficients:
+        others = ("router_best_expert_loss_coef", "l1_loss_coef", "auxk_loss_coef")
+        for name in (*coefficients, *others):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
 

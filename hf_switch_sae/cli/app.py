@@ -9,6 +9,7 @@ import typer
 from hf_switch_sae.cli import (
     cache,
     calibrate,
+    compare,
     convert,
     demo,
     describe,
@@ -49,6 +50,9 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("cache")(cache.cache)
 app.command("calibrate")(calibrate.calibrate_sae)
+app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    compare.compare_saes
+)
 app.command("convert")(convert.convert)
 app.command("describe")(describe.describe_features)
 app.command("eval")(evaluate.evaluate_sae)
