@@ -86,9 +86,8 @@ def compare_saes(
         device=device,
         command=_command(context),
     )
-    drawn = draw(found, to)
     print(table(found))
-    for file in [to / COMPARISON, *drawn]:
+    for file in [to / COMPARISON, *draw(found, to)]:
         print(file)
 
 

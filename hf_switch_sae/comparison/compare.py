@@ -225,11 +225,11 @@ def draw(comparison: dict[str, Any], folder: Path) -> list[Path]:
     """Its figures, if what draws them is installed; else one line that says how to install it."""
     try:
         import matplotlib  # noqa: F401
-    except ImportError:
-        logger.warning("no figures: pip install 'hf-switch-sae[viz]' draws them.")
-        return []
-    from hf_switch_sae import plots
 
+        from hf_switch_sae import plots
+    except ImportError as err:
+        logger.warning(f"no figures ({err}): pip install 'hf-switch-sae[viz]' for what draws them.")
+        return []
     drawn: list[Path] = plots.draw_comparison(comparison, folder)
     return drawn
 
