@@ -65,7 +65,10 @@ def compare_saes(
                 if named in SETS
                 else f"no set {named!r}; there are {', '.join(SETS)}."
             )
-        told = [*SETS[named](width, experts, int(of_sae.get("k") or 32)), *told]
+        told = [
+            *SETS[named](width, experts, int(of_sae.get("k") or 32), preset != "published"),
+            *told,
+        ]
     elif width is not None:
         raise ConfigError(f"--width {width} is of a set: give --set {next(iter(SETS))}.")
     planned = plan(told, of_sae, run, seeds, preset)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hf_switch_sae.errors import ConfigError, HookpointError, TrainingError, Wid
 from hf_switch_sae.files import written_beside
 from hf_switch_sae.flops import flops_per_token, parameter_count
 from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.training import CachedActivations
+from hf_switch_sae.training import CachedActivations, SwitchSAETrainingArguments
 from hf_switch_sae.training.finish import NOTES
 from hf_switch_sae.training.heldout import RowSums, measure_held_out
 
@@ -31,6 +32,7 @@ logger = logging.get_logger(__name__)
 
 COMPARISON, FORMAT = "comparison.json", 1
 _BATCH = 2048
+_DEFAULT_SEED = next(f.default for f in fields(SwitchSAETrainingArguments) if f.name == "seed")
 
 
 def compare(
@@ -171,7 +173,8 @@ def _entry(
     """Of comparison.json."""
     config = sae.config
     tokens = int(figures["tokens"])
-    seed = notes.get("arguments", {}).get("seed") if seed is None else seed
+    if seed is None and notes:
+        seed = notes["arguments"].get("seed", _DEFAULT_SEED)  # noted where it is not the default
     return {
         "name": name,
         "label": label_of(config),
@@ -235,8 +238,9 @@ def draw(comparison: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _notes_of(sae: SwitchSAE) -> dict[str, Any]:
+    """What training noted beside an SAE of a folder here, itself or in the place's subfolder."""
     source = Path(str(sae.config._name_or_path or ""))
-    return _read(source / NOTES)
+    return _read(source / NOTES) or _read(source / str(sae.config.hookpoint) / NOTES)
 
 
 def _read(file: Path) -> dict[str, Any]:

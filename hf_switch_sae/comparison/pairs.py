@@ -111,7 +111,7 @@ def _sentence(by_name: dict[str, Entry], pair: Entry) -> str:
 
 
 def _title(sae: Entry) -> str:
-    return f"{sae['label']} (seed {sae['seed']})"
+    return str(sae["label"]) + ("" if sae["seed"] is None else f" (seed {sae['seed']})")
 
 
 def _of(by_name: dict[str, Entry], pair: Entry) -> tuple[Entry, Entry]:
@@ -123,7 +123,8 @@ def _is_switch(sae: Entry) -> bool:
 
 
 def _alike(a: Entry, b: Entry) -> bool:
-    return a is not b and all(a[name] == b[name] for name in ("seed", "train_tokens"))
+    known = a["train_tokens"] is not None  # of a release it may not be
+    return a is not b and known and all(a[name] == b[name] for name in ("seed", "train_tokens"))
 
 
 def _is_dense_for(sae: Entry, other: Entry) -> bool:

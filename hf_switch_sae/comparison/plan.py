@@ -28,7 +28,7 @@ from hf_switch_sae.training.arguments import (
 _OF_RUN = {each.name for each in fields(SwitchSAETrainingArguments) if each.init}
 _OF_RUN -= {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub"}
 _WORDS = {"topk": "TopK", "batch_topk": "BatchTopK", "relu": "ReLU", "jumprelu": "JumpReLU"}
-_L1 = (0.03, 0.1, 0.3)  # from many active features to few: no one of them gives k
+_L1 = (0.05, 0.1, 0.2)  # from many active features to few: none of them gives k
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class Planned:
             raise ConfigError(f"the run {self.name}: {err}") from err
 
 
-def switch_set(width: int, experts: int = 8, k: int = 32) -> list[dict[str, Any]]:
+def switch_set(
+    width: int, experts: int = 8, k: int = 32, relu: bool = True
+) -> list[dict[str, Any]]:
     """The paper's comparison around a dense TopK SAE of some width, to be trained on equal tokens.
 
     Dense ones of `width`, and of a half, a quarter and an eighth of it: the FLOPs of the
@@ -67,6 +69,7 @@ def switch_set(width: int, experts: int = 8, k: int = 32) -> list[dict[str, Any]
         width: features of the dense SAE.
         experts: of the FLOP-matched one.
         k: active features per token.
+        relu: whether to have the ReLU SAEs, whose penalty is none of the published loss.
 
     Returns:
         Fields of `SwitchSAEConfig`.
@@ -86,15 +89,15 @@ def switch_set(width: int, experts: int = 8, k: int = 32) -> list[dict[str, Any]
     switches = [{"num_experts": e, "num_features": width, "k": k} for e in matched]
     flops = {"num_experts": experts, "num_features": experts * width, "k": k}
     topk = {"num_experts": 1, "num_features": width, "k": k, "activation": "topk"}
-    relu = [
+    penalized = [
         {**topk, "activation": "relu", "k": None, "encoder_bias": True, "l1_loss_coef": weight}
         for weight in _L1
     ]
-    return [*dense, *switches, flops, topk, *relu]
+    return [*dense, *switches, flops, topk, *(penalized if relu else [])]
 
 
 SETS: dict[str, Callable[..., list[dict[str, Any]]]] = {"switch": switch_set}
-"""Name -> (width, experts, k) -> fields of SAEs."""
+"""Name -> (width, experts, k, relu) -> fields of SAEs."""
 
 
 def plan(
@@ -125,12 +128,12 @@ def plan(
         of_sae = {**SAE_PRESETS[preset], **(sae or {}), **own_sae}
         of_run = {**PRESETS[preset], **(run or {}), **own_run}
         for seed in seeds:
-            planned = Planned(str(name or ""), of_sae, of_run, seed)
-            config = planned.config()
+            config = Planned(str(name or each), of_sae, of_run, seed).config()
             title = name or name_of(config)
             if not re.fullmatch(r"[\w.\-]+", str(title)) or str(title).startswith("."):
                 raise ConfigError(f"name={title!r} is to be a folder's: letters, digits, - and _.")
             found.append(Planned(f"{title}-seed{seed}", of_sae, of_run, seed))
+    found = [each for at, each in enumerate(found) if each not in found[:at]]
     twice = [name for name, count in Counter(each.name for each in found).items() if count > 1]
     if twice:
         raise ConfigError(f"two runs would be named {twice[0]}: give one of them a name=...")

@@ -18,6 +18,7 @@ from hf_switch_sae.errors import TrainingError
 from hf_switch_sae.files import written_beside
 from hf_switch_sae.training import CachedActivations, SwitchSAETrainer, SwitchSAETrainingArguments
 from hf_switch_sae.training.checkpoints import checkpoints_in
+from hf_switch_sae.training.together import check_loss
 
 logger = logging.get_logger(__name__)
 
@@ -54,8 +55,8 @@ class Runs:
         identity = rows.state_dict()["identity"]
         self._rows = {name: value for name, value in identity.items() if name != "seed"}
         for each in planned:
-            each.config(**known)
             args = self._arguments(each)
+            check_loss(each.name, each.config(**known), args.loss)
             if rows.num_rows < args.train_batch_size * args.world_size:
                 raise TrainingError(
                     f"the run {each.name}: {rows.num_rows:,} rows are fewer than a batch of "
