@@ -46,8 +46,12 @@ class RowSums:
             outlier |= x.norm(dim=-1) > self.outlier_norm
         self._add_outliers(x[outlier])
         x = x[~outlier]
-        found = sae.batch_sums(x)
-        self.batch = found if self.batch is None else self.batch + found
+        if self.batch is None:
+            chosen = sae.config.num_experts if sae.config.num_experts > 1 else 0
+            self.batch = self.error.new_zeros(2 + x.shape[1] + chosen)
+        if not len(x):
+            return
+        self.batch = self.batch + sae.batch_sums(x)
         features = sae.encode(x)
         x_hat = sae.decode(features, x).double()
         self.error += (x - x_hat).square().sum()
