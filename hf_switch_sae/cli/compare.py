@@ -6,14 +6,18 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from hf_switch_sae.cli.language_model import has_head, load_lm
 from hf_switch_sae.cli.options import pairs_of, split_options, typed
-from hf_switch_sae.cli.record import load_sae
+from hf_switch_sae.cli.record import load_sae, split_address
 from hf_switch_sae.comparison import SETS, compare, plan
 from hf_switch_sae.comparison.compare import COMPARISON, draw
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.text import read_documents
+from hf_switch_sae.training import ActivationSettings, evaluate
 
 _COLUMNS = ("fvu", "l0", "dead_share", "expert_load", "ce_recovered")
 
@@ -42,6 +46,21 @@ def compare_saes(
         str | None, typer.Option(help="Hookpoint, if the caches have several.")
     ] = None,
     preset: Annotated[str, typer.Option(help="default, or published: the paper's.")] = "default",
+    lm: Annotated[
+        str | None,
+        typer.Option(help="The language model, to measure what its predictions lose too."),
+    ] = None,
+    eval_dataset: Annotated[
+        str | None,
+        typer.Option("--eval-dataset", "--eval_dataset", help="Held-out text for that."),
+    ] = None,
+    eval_tokens: Annotated[
+        int | None,
+        typer.Option("--eval-tokens", "--eval_tokens", min=1, help="Of it, at most."),
+    ] = None,
+    eval_context: Annotated[
+        int, typer.Option("--eval-context", "--eval_context", min=1, help="Tokens at once.")
+    ] = 256,
     device: Annotated[str | None, typer.Option(help="To measure on.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "--dry_run", help="Only say what would be trained.")
@@ -88,10 +107,42 @@ def compare_saes(
         hookpoint=f"layers.{layer}.resid_post" if layer and layer.isdecimal() else layer,
         device=device,
         command=_command(context),
+        more=_predictions(lm, eval_dataset, eval_tokens, eval_context),
     )
     print(table(found))
     for file in [to / COMPARISON, *draw(found, to)]:
         print(file)
+
+
+def _load(address: str) -> tuple[str, SwitchSAE]:
+    """A short name and the SAE, not on a GPU yet."""
+    whole, subfolder = split_address(address)
+    name = "-".join(part for part in (Path(whole).name, subfolder.replace("/", "-")) if part)
+    loaded = load_sae(whole, subfolder)
+    torch.nn.Module.to(loaded, "cpu")
+    return name, loaded
+
+
+def _predictions(lm: str | None, text: str | None, tokens: int | None, length: int) -> Any:
+    """What measures SAEs through the language model, if it is asked for; checked now."""
+    if lm is None and text is None:
+        return None
+    if lm is None or text is None:
+        raise ConfigError("predictions are measured with both --lm and --eval-dataset.")
+    if tokens is not None and tokens < length:
+        raise ConfigError(f"--eval-tokens {tokens} is less than one context of {length}.")
+    documents, name, settings = read_documents(text), lm, ActivationSettings(context=length)
+    if not has_head(name):
+        raise ConfigError(f"{name} predicts no next token: leave out --lm and --eval-dataset.")
+
+    def measure(saes: dict[str, SwitchSAE]) -> dict[str, dict[str, Any]]:
+        model, tokenizer = load_lm(name, "auto", None)
+        device = next(model.parameters()).device
+        for sae in saes.values():
+            torch.nn.Module.to(sae, device)
+        return evaluate(saes, model, documents, tokenizer, settings, max_tokens=tokens)
+
+    return measure
 
 
 def table(found: dict[str, Any]) -> str:
@@ -139,15 +190,6 @@ def _told(context: typer.Context) -> tuple[dict[str, Any], dict[str, Any], list[
     return typed_run, typed_sae, [int(word) for word in words]
 
 
-def _load(address: str) -> tuple[str, SwitchSAE]:
-    """Its name and the SAE at `folder`, `org/repo` or either with `:subfolder`."""
-    whole, _, subfolder = (address, "", "") if Path(address).exists() else address.rpartition(":")
-    if not whole:
-        whole, subfolder = address, ""
-    name = "-".join(part for part in (Path(whole).name, subfolder.replace("/", "-")) if part)
-    return name, load_sae(whole, subfolder)
-
-
 def _command(context: typer.Context) -> str:
     """What was typed, without this machine's folders."""
     words = ["hf-switch-sae", "compare"]
@@ -165,9 +207,12 @@ def _command(context: typer.Context) -> str:
         words += ["--experts", str(given["experts"])]
     for option in ("train", "sae"):
         words += [word for each in given[option] or [] for word in (f"--{option}", _short(each))]
-    for option, default in (("layer", None), ("preset", "default")):
+    for option, default in (
+        *(("layer", None), ("preset", "default"), ("lm", None), ("eval_dataset", None)),
+        *(("eval_tokens", None), ("eval_context", 256)),
+    ):
         if given[option] != default:
-            words += [f"--{option}", str(given[option])]
+            words += [f"--{option.replace('_', '-')}", _short(given[option])]
     return shlex.join([*words, *context.args])
 
 

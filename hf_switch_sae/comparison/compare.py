@@ -6,6 +6,7 @@ any. Two caches make it: one to train on, one of other text of the same model an
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,18 @@ from hf_switch_sae.training.heldout import RowSums, measure_held_out
 
 logger = logging.get_logger(__name__)
 
-COMPARISON, FORMAT = "comparison.json", 1
+COMPARISON, FIGURES, FORMAT = "comparison.json", "figures", 1
 _BATCH = 2048
+_PREDICTIONS = {
+    "ce_clean",
+    "ce_spliced",
+    "ce_zero",
+    "ce_ablated",
+    "ce_recovered",
+    "kl",
+    "ce_tokens",
+}
+_PREDICTIONS |= {"ce_recovered_zero"}
 _DEFAULT_SEED = next(f.default for f in fields(SwitchSAETrainingArguments) if f.name == "seed")
 
 
@@ -60,7 +71,7 @@ def compare(
         hookpoint: of the caches' places, if they have several.
         device: to measure on; a GPU if there is one.
         command: what was typed.
-        more: gives further figures of the SAEs, by name, such as cross entropies.
+        more: gives figures of the predictions, by SAE, as `evaluate` does.
 
     Returns:
         What comparison.json says: `measured_on`, `command`, `saes` (one entry for each, with its
@@ -80,6 +91,32 @@ def compare(
     (place,) = rows.hookpoints
     for name, sae in loaded.items():
         _check_sae(name, sae, place, rows.hidden_size[place], {each.name for each in train})
+
+    def opened_rows(seed: int) -> CachedActivations:
+        return open_rows(Path(cache), place, seed)
+
+    trained = Runs(list(train), opened_rows, _known(rows), path, command).train()
+    notes = {name: _read(folder / NOTES) for name, folder in trained.items()}
+    notes |= {name: _notes_of(sae) for name, sae in loaded.items()}
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    seeds = {each.name: each.seed for each in train}
+    opened = {name: SwitchSAE.from_pretrained(folder) for name, folder in trained.items()} | loaded
+    figures = _measure(opened, test, where)
+    on = _measured_on(test, rows)
+    if more is not None:
+        for name, found in more(opened).items():
+            figures[name] |= {key: value for key, value in found.items() if key in _PREDICTIONS}
+            on["predictions"] = found["measured_on"]
+    entries = [
+        _entry(name, sae, notes[name], seeds.get(name), figures[name])
+        for name, sae in opened.items()
+    ]
+    return _write(path, entries, on, command)
+
+
+def _known(rows: CachedActivations) -> dict[str, Any]:
+    """Fields of an SAE's config that the place gives."""
+    (place,) = rows.hookpoints
     lm = rows.manifest["lm"]
     known = {
         "hidden_size": rows.hidden_size[place],
@@ -88,21 +125,7 @@ def compare(
         "base_model_revision": lm["revision"],
         "base_model_fingerprint": lm["fingerprint"],
     }
-    known = {name: value for name, value in known.items() if value is not None}
-    runs = Runs(list(train), lambda seed: open_rows(Path(cache), place, seed), known, path, command)
-    trained = runs.train()
-    notes = {name: _read(folder / NOTES) for name, folder in trained.items()}
-    notes |= {name: _notes_of(sae) for name, sae in loaded.items()}
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    seeds = {each.name: each.seed for each in train}
-    opened = {name: SwitchSAE.from_pretrained(folder) for name, folder in trained.items()} | loaded
-    figures = _measure(opened, test, where)
-    extra = {} if more is None else more(opened)
-    entries = [
-        _entry(name, sae, notes[name], seeds.get(name), {**figures[name], **extra.get(name, {})})
-        for name, sae in opened.items()
-    ]
-    return _write(path, entries, _measured_on(test, rows, lm), command)
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _check_rows(rows: CachedActivations, test: CachedActivations) -> None:
@@ -193,8 +216,9 @@ def _entry(
     }
 
 
-def _measured_on(test: CachedActivations, rows: CachedActivations, lm: Any) -> dict[str, Any]:
+def _measured_on(test: CachedActivations, rows: CachedActivations) -> dict[str, Any]:
     (place,) = test.hookpoints
+    lm = rows.manifest["lm"]
     return {
         "rows": test.num_rows,
         "hookpoint": place,
@@ -227,13 +251,12 @@ def _write(
 def draw(comparison: dict[str, Any], folder: Path) -> list[Path]:
     """Its figures, if what draws them is installed; else one line that says how to install it."""
     try:
-        import matplotlib  # noqa: F401
-
-        from hf_switch_sae import plots
+        importlib.import_module("matplotlib")
+        plots: Any = importlib.import_module("hf_switch_sae.plots")
     except ImportError as err:
         logger.warning(f"no figures ({err}): pip install 'hf-switch-sae[viz]' for what draws them.")
         return []
-    drawn: list[Path] = plots.draw_comparison(comparison, folder)
+    drawn: list[Path] = plots.draw_comparison(comparison, folder / FIGURES)
     return drawn
 
 

@@ -29,7 +29,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,32 +50,6 @@ _MEAN_ROWS = 16_384
 _LOGITS_A_PASS = 1 << 26  # of the vocabulary times tokens: three such are held at most
 _MEASURED = ("ce_clean", "ce_spliced", "ce_ablated", "ce_zero", "kl")
 _ROWS_AT_ONCE = 256  # of logits, in float64
-
-
-@overload
-def evaluate(
-    sae: SwitchSAE,
-    lm: nn.Module,
-    dataset: Any,
-    tokenizer: Any = None,
-    settings: ActivationSettings | None = None,
-    *,
-    max_tokens: int | None = None,
-    allow_mismatch: bool = False,
-) -> dict[str, Any]: ...
-
-
-@overload
-def evaluate(
-    sae: Mapping[str, SwitchSAE],
-    lm: nn.Module,
-    dataset: Any,
-    tokenizer: Any = None,
-    settings: ActivationSettings | None = None,
-    *,
-    max_tokens: int | None = None,
-    allow_mismatch: bool = False,
-) -> dict[str, dict[str, Any]]: ...
 
 
 def evaluate(
@@ -131,7 +105,7 @@ def evaluate(
     finally:
         for name, each in saes.items():
             each.train(modes[name])
-    return found if isinstance(sae, Mapping) else found[""]
+    return dict(found) if isinstance(sae, Mapping) else found[""]
 
 
 def _check_places(saes: Mapping[str, SwitchSAE]) -> None:
