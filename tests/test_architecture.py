@@ -92,6 +92,7 @@ FACE = [
     "TrainingError",
     "WidthError",
     "attach",
+    "compare",
     "convert",
     "explain_backends",
     "export",
