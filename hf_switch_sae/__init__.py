@@ -39,6 +39,7 @@ from hf_switch_sae.steering_files import export_recipe
 from hf_switch_sae.store import FeatureStore
 
 if TYPE_CHECKING:
+    from hf_switch_sae.comparison import compare
     from hf_switch_sae.training import SwitchSAETrainer, SwitchSAETrainingArguments
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ __all__ = [
     "TrainingError",
     "WidthError",
     "attach",
+    "compare",
     "convert",
     "explain_backends",
     "export",
@@ -97,13 +99,13 @@ __all__ = [
     "use_backend",
 ]
 
-_LATE = ("SwitchSAETrainer", "SwitchSAETrainingArguments")
+_LATE = ("SwitchSAETrainer", "SwitchSAETrainingArguments", "compare")
 
 
 def __getattr__(name: str) -> Any:
     # transformers' Trainer takes seconds to import, and attaching an SAE needs none of it
     if name in _LATE:
-        from hf_switch_sae import training
+        from hf_switch_sae import comparison, training
 
-        return getattr(training, name)
+        return getattr(comparison if name == "compare" else training, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -184,6 +184,14 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     router_best_expert_temperature: float | int = 0.05
     """How much better, as a share of the error, an expert must be to be the router's target."""
 
+    l1_loss_coef: float | int = 0.0
+    """Weight, in `loss`, of how much is active; only for `relu` and `jumprelu`, without `k`.
+
+    The mean over tokens of sum_j acts[j] * |W_dec[ids[j]]|, as a share of the length that tokens
+    were scaled to (sqrt(hidden_size) / input_scale): free of scale, and of how encoder and decoder
+    share a feature's length.
+    """
+
     auxk_loss_coef: float | int = 0.0
     """Weight of AuxK in `loss`: the share of the error that dead features leave unexplained."""
 
@@ -263,6 +271,14 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"with {self.features_per_expert} features each."
             )
 
+        if self.l1_loss_coef > 0 and (
+            self.k is not None or self.activation not in ("relu", "jumprelu")
+        ):
+            raise ConfigError(
+                f"l1_loss_coef={self.l1_loss_coef} makes fewer features active, and with "
+                f"activation={self.activation!r} k={self.k} says how many are: set "
+                "activation='relu' and k=None, or l1_loss_coef=0."
+            )
         if self.dead_after_tokens < 1 or (self.k_aux is not None and self.k_aux < 1):
             raise ConfigError(
                 f"dead_after_tokens={self.dead_after_tokens} and k_aux={self.k_aux} "
@@ -274,7 +290,8 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 "above 0; router_best_expert_loss_coef=0 is what turns that loss off."
             )
         coefficients = ("fvu_loss_coef", "router_aux_loss_coef", "router_z_loss_coef")
-        for name in (*coefficients, "router_best_expert_loss_coef", "auxk_loss_coef"):
+        others = ("router_best_expert_loss_coef", "l1_loss_coef", "auxk_loss_coef")
+        for name in (*coefficients, *others):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
 

@@ -245,3 +245,17 @@ def router_best_expert_loss_of(
     if counts is None:
         return entropy.sum() / max(1, len(entropy))
     return entropy.where(counts, 0).sum() / counts.sum().clamp_min(1)
+
+
+def l1_loss_of(acts: Tensor, lengths: Tensor, counts: Tensor | None) -> Tensor:
+    """mean over the tokens that count of sum_j acts[n, j] * lengths[n, j]; 0-d.
+
+    Args:
+        acts: [n, slots], >= 0; differentiated.
+        lengths: [n, slots], of the features' decoder rows; differentiated.
+        counts: [n] bool, which tokens count; None for all.
+    """
+    sums = (acts * lengths).sum(1)
+    if counts is None:
+        return sums.sum() / max(1, len(sums))
+    return sums.where(counts, 0).sum() / counts.sum().clamp_min(1)

@@ -53,6 +53,7 @@ from hf_switch_sae.losses import (
     balance_of,
     batch_sums,
     fvu_of,
+    l1_loss_of,
     router_best_expert_loss_of,
     router_z_loss_of,
 )
@@ -65,9 +66,9 @@ class SwitchSAEOutput(ModelOutput):
     """What `SwitchSAE.forward` returns; n is the number of tokens, [...] their shape."""
 
     loss: Tensor | None = None
-    """0-d: the five losses below, each times its coefficient in the config; over the mask's tokens.
+    """0-d: the six losses below, each times its coefficient in the config; over the mask's tokens.
 
-    In training it is what to minimize; the last two are losses of training alone.
+    In training it is what to minimize; the last three are losses of training alone.
     """
     reconstruction: Tensor | None = None
     """[..., hidden_size], in the LM's own units and the dtype of the input."""
@@ -84,6 +85,9 @@ class SwitchSAEOutput(ModelOutput):
     router_best_expert_loss: Tensor | None = None
     """0-d float32: the router's cross entropy to the experts that reconstruct best, measured on
     some of the tokens; 0 if its coefficient is, and outside training."""
+    l1_loss: Tensor | None = None
+    """0-d float32: how much is active, as a share of a token's length; 0 if its coefficient is, and
+    outside training."""
     auxk_loss: Tensor | None = None
     """0-d float32: share of the error that dead features leave unexplained; 0 if none is dead, if
     its coefficient is, and outside training."""
@@ -473,7 +477,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         in_order = counts if counts is None or code.order is None else counts[code.order]
         fvu, reconstruction = self._error(code, y, hidden_states, counts, whole_batch)
         logits, balance = None, torch.zeros_like(fvu)
-        z_loss, best, auxk = balance, balance, balance
+        z_loss, best, l1, auxk = balance, balance, balance, balance
         if code.router is not None:
             logits, probs, expert_ids = code.router
             balance = balance_of(probs, expert_ids, counts, whole_batch)
@@ -483,17 +487,20 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             if self.config.activation == "batch_topk":
                 self._follow_threshold(code.acts)
             auxk = self._auxk_loss(code, y, in_order)
+            if self.config.l1_loss_coef:
+                l1 = self._l1_loss(code, in_order)
             if logits is not None and self.config.router_best_expert_loss_coef:
                 best = self._best_expert_loss(code, logits, counts)
         if whole_batch is not None:  # these are means over this part, which is a share of the whole
             share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
-            z_loss, best, auxk = z_loss * share, best * share, auxk * share
+            z_loss, best, l1, auxk = (loss * share for loss in (z_loss, best, l1, auxk))
         c = self.config
         output = SwitchSAEOutput(
             loss=c.fvu_loss_coef * fvu
             + c.router_aux_loss_coef * balance
             + c.router_z_loss_coef * z_loss
             + c.router_best_expert_loss_coef * best
+            + c.l1_loss_coef * l1
             + c.auxk_loss_coef * auxk,
             reconstruction=reconstruction.reshape(hidden_states.shape).to(hidden_states),
             features=self._features(code, hidden_states.shape),
@@ -502,6 +509,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             router_aux_loss=balance,
             router_z_loss=z_loss,
             router_best_expert_loss=best,
+            l1_loss=l1,
             auxk_loss=auxk,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
@@ -564,6 +572,12 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         )
         # an error of nothing at all, as of a single token, has no share
         return fvu_of(rest, explained, counts).nan_to_num(0.0, 0.0, 0.0)
+
+    def _l1_loss(self, code: _Encoded, counts: Tensor | None) -> Tensor:
+        """How much is active, each feature as long as what it adds, in lengths of a token."""
+        lengths = torch.cat([wide(g.W_dec).norm(dim=-1).flatten() for g in self.experts])
+        size = self.input_scale / math.sqrt(len(self.b_dec))
+        return l1_loss_of(wide(code.acts) * size, lengths[code.ids], counts)
 
     def _best_expert_loss(self, code: _Encoded, logits: Tensor, counts: Tensor | None) -> Tensor:
         """Where the router should have sent every num_experts-th token: all experts are tried."""

@@ -23,8 +23,11 @@ from hf_switch_sae.text import read_documents
 from hf_switch_sae.training import evaluate
 from hf_switch_sae.training.packing import Marks, Packer
 
-KEYS = {"fvu", "l0", "dead_share", "expert_load", "tokens"}
-CE = {"ce_clean", "ce_spliced", "ce_ablated", "ce_recovered", "kl", "ce_tokens"}
+KEYS = {"fvu", "mse", "cosine", "l0", "dead_share", "expert_load", "routing_entropy", "tokens"}
+KEYS |= {"fvu_all_tokens", "outlier_tokens"}
+CE = {"ce_clean", "ce_spliced", "ce_ablated", "ce_zero", "kl", "ce_tokens"}
+CE |= {"ce_recovered", "ce_recovered_zero"}
+BESIDE = {"measured_on", "density"}
 
 
 @pytest.fixture
@@ -54,17 +57,22 @@ def stream_of(lm: nn.Module, tokens: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def definition(lm: nn.Module, sae: SwitchSAE, texts: list[list[int]], first: int) -> dict:
     """In float64, one context after the other: what each figure means."""
-    kept, ce, fired = [], {"clean": [], "spliced": [], "ablated": []}, torch.zeros(64).double()
+    ce = {"clean": [], "spliced": [], "ablated": [], "zero": []}
+    kept, fired = [], torch.zeros(64).double()
     streams = [stream_of(lm, tokens) for tokens in texts]
     reads = [~sae.is_outlier(stream) for stream in streams]
     kept = torch.cat([s[first:][r[first:]] for s, r in zip(streams, reads, strict=True)])
     features = sae.encode(kept)
     fired.index_add_(0, features.ids.flatten(), (features.acts > 0).double().flatten())
-    error = (kept - sae.decode(features)).double().square().sum()
+    x_hat = sae.decode(features).double()
+    error = (kept.double() - x_hat).square().sum()
+    whole = torch.cat([s[first:] for s in streams]).double()
+    whole_hat = sae.decode(sae.encode(whole.float())).double()
     mean, kl = kept.double().mean(0), []
     chosen = (features.ids[:, 0] // sae.config.features_per_expert).bincount(minlength=4).double()
     for tokens, stream, read in zip(texts, streams, reads, strict=True):
         new = {"clean": stream, "spliced": sae.decode(sae.encode(stream)), "ablated": mean.float()}
+        new["zero"] = torch.zeros(stream.shape[1])
         log = {}
         for name, put in new.items():
             put = torch.where(read[:, None], put, stream)
@@ -76,7 +84,19 @@ def definition(lm: nn.Module, sae: SwitchSAE, texts: list[list[int]], first: int
         clean, spliced = log["clean"], log["spliced"]
         kl += [(clean[i].exp() * (clean[i] - spliced[i])).sum() for i in at]
     ce = {name: torch.stack(values).mean() for name, values in ce.items()}
+    share = chosen / chosen.sum()
     return {
+        "mse": (kept.double() - x_hat).square().mean(),
+        "cosine": torch.stack(
+            [a @ b / a.norm() / b.norm() for a, b in zip(kept.double(), x_hat, strict=True)]
+        ).mean(),
+        "routing_entropy": -(share * share.log()).nansum() / torch.tensor(4.0).log(),
+        "fvu_all_tokens": (whole - whole_hat).square().sum()
+        / (whole - whole.mean(0)).square().sum(),
+        "outlier_tokens": len(whole) - len(kept),
+        "ce_zero": ce["zero"],
+        "ce_recovered_zero": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
+        "density": (fired / len(kept)).tolist(),
         "fvu": error / (kept.double() - mean).square().sum(),
         "l0": fired.sum() / len(kept),
         "dead_share": (fired == 0).double().mean(),
@@ -108,16 +128,60 @@ def test_every_figure_is_its_definition_whatever_the_passes(lm, packing, tokens_
         outlying(sae, torch.cat([stream_of(lm, tokens) for tokens in texts]).norm(dim=-1))
     found = measured(lm, sae, packing=packing, tokens_per_pass=tokens_per_pass, skip_special=False)
     expected = definition(lm, sae, texts, first=int(packing == "packed"))
-    assert found.keys() == expected.keys() | {"measured_on"} == KEYS | CE | {"measured_on"}
+    assert found.keys() == expected.keys() | BESIDE == KEYS | CE | BESIDE
+    assert_histogram(found["density"], expected.pop("density"))
     assert found["tokens"] == expected["tokens"]
     assert found["ce_tokens"] == expected["ce_tokens"]
-    ratio = expected.pop("ce_recovered")  # of small differences of the model's float32 numbers
-    assert found["ce_recovered"] == pytest.approx(float(ratio), rel=2e-5)
-    span = found["ce_ablated"] - found["ce_clean"]
-    assert found["ce_recovered"] == (found["ce_ablated"] - found["ce_spliced"]) / span
+    for name, without in (("ce_recovered", "ce_ablated"), ("ce_recovered_zero", "ce_zero")):
+        ratio = expected.pop(name)  # of small differences of the model's float32 numbers
+        assert found[name] == pytest.approx(float(ratio), rel=2e-5)
+        span = found[without] - found["ce_clean"]
+        assert found[name] == (found[without] - found["ce_spliced"]) / span
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-6, abs=1e-6), name
     assert outliers == (found["measured_on"]["outlier_norm"] is not None)
+    assert outliers == (found["outlier_tokens"] > 0)
+
+
+def assert_histogram(found, rates: list[float]):
+    """Each feature counted in the bin of log10 of its rate, or among those of never."""
+    edges, counts = found["log10_edges"], [0] * len(found["counts"])
+    assert (edges[0], edges[-1], len(edges)) == (-6, 0, len(counts) + 1)
+    for rate in rates:
+        if rate > 0:
+            log = torch.tensor(rate).double().log10()
+            counts[max(i for i, edge in enumerate(edges[:-1]) if log >= edge)] += 1
+    assert found["counts"] == counts
+    assert found["never"] == sum(rate == 0 for rate in rates)
+    assert sum(counts) + found["never"] == len(rates)
+
+
+def test_several_saes_share_the_model_as_it_is_and_their_tokens(lm):
+    one, other = tiny.sae_for(lm), tiny.sae_for(lm, seed=7, num_experts=1, k=6)
+    texts = contexts(False)
+    outlying(one, torch.cat([stream_of(lm, tokens) for tokens in texts]).norm(dim=-1))
+    passes = []
+    lm.register_forward_hook(lambda *_: passes.append(1))
+    both = measured(lm, {"one": one, "other": other}, skip_special=False)
+    together = len(passes)
+    assert both["one"] == measured(lm, one, skip_special=False)
+    alone = len(passes) - together
+    assert together < 1.5 * alone  # one more pass spliced, of six
+    other.outlier_norm.copy_(one.outlier_norm)
+    expected = measured(lm, other, skip_special=False)
+    assert both["other"]["outlier_tokens"] == both["one"]["outlier_tokens"] > 0
+    for name in (KEYS | CE) - {"expert_load", "routing_entropy", "fvu_all_tokens"}:
+        if "spliced" not in name and "recovered" not in name and name != "kl":
+            assert both["other"][name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_several_saes_are_of_one_place_and_at_least_one(lm):
+    with pytest.raises(
+        ConfigError, match=r"one place, not a at layers.2.resid_post, b at layers.1"
+    ):
+        measured(lm, {"a": tiny.sae_for(lm), "b": tiny.sae_for(lm, 1)})
+    with pytest.raises(ConfigError, match="no SAE to measure"):
+        measured(lm, {})
 
 
 def test_so_many_tokens_are_whole_contexts_whatever_the_passes(lm):

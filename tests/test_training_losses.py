@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_switch_sae import ConfigError, SwitchSAE
 from hf_switch_sae.statistics import count_since_fired
+from hf_switch_sae.training.together import SAEsTogether
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
 DEAD_AFTER = 1000
@@ -163,7 +164,7 @@ def test_auxk_of_no_features_or_no_tokens_is_refused_with_the_switch_that_turns_
         config(router_best_expert_temperature=0)
 
 
-@pytest.mark.parametrize("name", ["router_z_loss_coef", "auxk_loss_coef"])
+@pytest.mark.parametrize("name", ["router_z_loss_coef", "l1_loss_coef", "auxk_loss_coef"])
 def test_a_negative_coefficient_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name}=-1 must not be negative"):
         config(**{name: -1})
@@ -308,3 +309,89 @@ def test_float64_stays_float64_and_low_precision_keeps_its_router_in_float32():
     low = make("switch_with_bias").bfloat16()
     assert low.router.weight.dtype == low.input_scale.dtype == torch.float32
     assert low.W_enc.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- how much is active
+
+L1_KINDS = ["relu", "jumprelu", "plain_relu"]
+
+
+def naive_l1(sae: SwitchSAE, x: Tensor) -> Tensor:
+    """Mean over tokens of what all features add, each as long as it is, in lengths of a token."""
+    c, s = sae.config, sae.input_scale
+    u = x - sae.b_dec / s if c.subtract_b_dec else x
+    acts = torch.einsum("nd,emd->nem", u, sae.W_enc)
+    acts = (acts if sae.b_enc is None else acts + sae.b_enc / s).relu()
+    if c.num_experts > 1:
+        probs = ((s * x - sae.b_router) @ sae.router.weight.T).softmax(-1)
+        top = torch.nn.functional.one_hot(probs.argmax(-1), c.num_experts)
+        acts = acts * (probs * top)[..., None]
+    if c.activation == "jumprelu":
+        acts = acts.where(acts * s > sae.threshold.view(c.num_experts, -1), 0)
+    return (acts * sae.W_dec.norm(dim=-1)).sum((1, 2)).mean() * s / D**0.5
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", L1_KINDS)
+def test_the_l1_loss_and_every_gradient_are_those_of_the_formula(kind, groups):
+    if "plain" in kind and groups > 1:
+        pytest.skip("one expert is one group")
+    fields = {"fvu_loss_coef": 0, "router_aux_loss_coef": 0, "l1_loss_coef": 0.7}
+
+    def longer(sae: SwitchSAE) -> SwitchSAE:
+        """Decoder rows of other lengths than 1."""
+        with torch.no_grad():
+            for at, group in enumerate(sae.experts):
+                group.W_dec.mul_(2 + at / 3)
+        return sae
+
+    sae, x = longer(exact_sae(kind, 1, **fields)), rows().double().requires_grad_()
+    if groups > 1:
+        sae = longer(exact_sae(kind, groups, **fields))
+    wanted = naive_l1(sae, x)
+    (0.7 * wanted).backward()
+    expected, expected_x, x.grad = whole_gradients(sae), x.grad, None
+    sae.zero_grad()
+
+    output = sae(x)
+    output.loss.backward()
+
+    assert wanted > 0.1
+    torch.testing.assert_close(output.l1_loss, wanted.detach(), **EXACT)
+    torch.testing.assert_close(output.loss, 0.7 * wanted.detach(), **EXACT)
+    torch.testing.assert_close(whole_gradients(sae), expected, **EXACT)
+    torch.testing.assert_close(x.grad, expected_x, **EXACT)
+    mask = torch.arange(len(x)) % 2 > 0
+    alone = sae(x[mask]).l1_loss
+    torch.testing.assert_close(sae(x, attention_mask=mask).l1_loss, alone, **EXACT)
+
+
+def test_the_l1_loss_does_not_depend_on_who_of_encoder_and_decoder_is_long_nor_on_the_scale():
+    sae, x = exact_sae("plain_relu", l1_loss_coef=1.0, subtract_b_dec=True), rows().double()
+    before = sae(x).l1_loss
+    with torch.no_grad():
+        sae.W_enc.mul_(3)
+        sae.b_enc.mul_(3)
+        sae.W_dec.div_(3)
+    torch.testing.assert_close(sae(x).l1_loss, before, **EXACT)
+    sae.input_scale.div_(10)
+    torch.testing.assert_close(sae(10 * x).l1_loss, before, **EXACT)
+
+
+def test_l1_is_added_in_training_alone_and_both_losses_matter():
+    sae, x = exact_sae("plain_relu", l1_loss_coef=0.5), rows().double()
+    output = sae(x)
+    torch.testing.assert_close(output.loss, output.fvu + 0.5 * output.l1_loss, **EXACT)
+    assert output.l1_loss > 0
+    assert sae.eval()(x).l1_loss == 0
+    assert exact_sae("plain_relu")(x).l1_loss == 0
+
+
+def test_l1_is_refused_where_k_says_how_many_are_active_and_in_the_published_loss():
+    for fields in ({"activation": "topk"}, {"activation": "relu", "k": 3}):
+        with pytest.raises(ConfigError, match="makes fewer features active"):
+            config(l1_loss_coef=0.1, **fields)
+    sae = make("relu", l1_loss_coef=0.1)
+    with pytest.raises(ConfigError, match="the published loss has no such part"):
+        SAEsTogether({"one": sae}, "published", 3.0)
+    SAEsTogether({"one": sae}, "relative", 3.0)

@@ -10,6 +10,7 @@ from hf_switch_sae.cli import (
     cache,
     calibrate,
     card,
+    compare,
     convert,
     demo,
     describe,
@@ -52,6 +53,9 @@ app.command("demo")(demo.demo)
 app.command("cache")(cache.cache)
 app.command("calibrate")(calibrate.calibrate_sae)
 app.command("card")(card.card)
+app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    compare.compare_saes
+)
 app.command("convert")(convert.convert)
 app.command("describe")(describe.describe_features)
 app.command("eval")(evaluate.evaluate_sae)

@@ -18,7 +18,9 @@ OF_ROWS = {each.name for each in fields(ActivationSettings)} - {"seed", "dtype"}
 OF_RUN = {each.name for each in fields(SwitchSAETrainingArguments) if each.init}
 
 
-def pairs_of(words: Sequence[str]) -> dict[str, list[str]]:
+def pairs_of(
+    words: Sequence[str], first: str = "LM and DATASET come first, and two"
+) -> dict[str, list[str]]:
     """`--a 1 --b=2 3 --c` -> {"a": ["1"], "b": ["2", "3"], "c": []}; dashes become underscores.
 
     Raises:
@@ -32,7 +34,7 @@ def pairs_of(words: Sequence[str]) -> dict[str, list[str]]:
             name = name.replace("-", "_")
             found[name] = [value] if has_value else []
         elif name is None:
-            raise ConfigError(f"{word!r} belongs to no option: LM and DATASET come first, and two.")
+            raise ConfigError(f"{word!r} belongs to no option: {first}.")
         else:
             found[name].append(word)
     return found

@@ -83,6 +83,14 @@ def record_corpus(
         )
 
 
+def split_address(address: str) -> tuple[str, str]:
+    """`folder` or `org/repo`, either with `:subfolder` -> it and the subfolder."""
+    if Path(address).exists() or ":" not in address:
+        return address, ""
+    name, _, subfolder = address.rpartition(":")
+    return name, subfolder
+
+
 def load_sae(name: str, subfolder: str) -> SwitchSAE:
     """An SAE that a command names, on a GPU if there is one."""
     try:

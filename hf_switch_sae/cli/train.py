@@ -295,6 +295,8 @@ def _release(trainer: SwitchSAETrainer, metrics: dict[str, Any]) -> None:
     for name in trainer.saes:
         print(f"{folder}/{name}: {trainer.state.num_input_tokens_seen:,} tokens")
     measured = metrics or _last(trainer.state.log_history)
+    for figures in metrics.values():  # a histogram is to be read from metrics.json
+        figures.pop("density", None)
     if measured:  # a run shorter than --logging_steps logs none
         print(json.dumps(measured, indent=2))
 

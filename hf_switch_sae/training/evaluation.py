@@ -1,13 +1,21 @@
-"""A finished SAE on held-out text -> the figures of metrics.json, and what they were measured on.
+"""Finished SAEs on held-out text -> the figures of metrics.json, and what they were measured on.
 
-    fvu, l0, dead_share, expert_load    of the rows that the token policy keeps (`RowSums`)
-    ce_clean, ce_spliced, ce_ablated    nats a token, of the predictions made at those rows: as the
-                                        model is, spliced (`attach`), its stream replaced by a mean
+    fvu, mse, cosine, l0, dead_share    of the rows that the token policy keeps (`RowSums`)
+    expert_load, routing_entropy        how evenly the experts are used
+    fvu_all_tokens, outlier_tokens      with those whose norm the policy would leave out
+    density                             how many features are active how often
+    ce_clean, ce_spliced                nats a token, of the predictions made at those rows: as the
+                                        model is, and spliced (`attach`)
+    ce_ablated, ce_zero                 likewise, its stream replaced by a mean, or by 0
     ce_recovered                        (ablated - spliced) / (ablated - clean)
+    ce_recovered_zero                   (zero - spliced) / (zero - clean), as others report it:
+                                        larger where a model without its stream is worse than chance
     kl                                  of the spliced predictions from the clean ones
 
 What is replaced is what the SAE reads: outliers stay in the stream, as when it is attached. The
 mean is that of the first rows of the text, so that it is the same for every SAE of the place.
+Several SAEs share one pass of the model as it is; tokens that one of them takes for outliers are
+left out for all.
 
 Beware The predictions are measured of models that have them alone: causal, and with a head.
 """
@@ -15,7 +23,8 @@ Beware The predictions are measured of models that have them alone: causal, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -39,11 +48,12 @@ from hf_switch_sae.training.packing import Context
 METRICS = "metrics.json"
 _MEAN_ROWS = 16_384
 _LOGITS_A_PASS = 1 << 26  # of the vocabulary times tokens: three such are held at most
+_MEASURED = ("ce_clean", "ce_spliced", "ce_ablated", "ce_zero", "kl")
 _ROWS_AT_ONCE = 256  # of logits, in float64
 
 
 def evaluate(
-    sae: SwitchSAE,
+    sae: SwitchSAE | Mapping[str, SwitchSAE],
     lm: nn.Module,
     dataset: Any,
     tokenizer: Any = None,
@@ -52,11 +62,13 @@ def evaluate(
     max_tokens: int | None = None,
     allow_mismatch: bool = False,
 ) -> dict[str, Any]:
-    """Measure an SAE on text it was not trained on, one pass over it; memory does not grow.
+    """Measure SAEs on text they were not trained on, one pass over it; memory does not grow.
 
     Args:
         sae: with its place in the config. Its own `outlier_norm` decides what is an outlier; an SAE
-            that has none (see `calibrate`) is measured on all tokens that the policy keeps.
+            that has none (see `calibrate`) is measured on all tokens that the policy keeps. Or
+            several of one place, by name, measured on the same tokens: none that is an outlier for
+            one of them.
         lm: its language model, in eval mode.
         dataset: held-out texts, or what else `text.read_documents` takes.
         tokenizer: the model's.
@@ -66,31 +78,45 @@ def evaluate(
 
     Returns:
         Numbers by name (see the module's header), `tokens` and `ce_tokens`: how many rows and
-        predictions they are of, and `measured_on`: text, contexts, token policy, language model.
-        JSON-able.
+        predictions they are of, `density` (see `RowSums.density`), and `measured_on`: text,
+        contexts, token policy, language model. JSON-able. Of several SAEs such a dict for each.
 
     Raises:
-        ConfigError: the SAE's config has no hookpoint.
+        ConfigError: the SAE's config has no hookpoint, or several SAEs have different ones.
         BaseModelError, WidthError, AttachError, HookpointError: SAE and model do not fit.
         TextError: an empty data set, texts shorter than a context, a tokenizer of another model.
         TrainingError: max_tokens is less than one context.
     """
-    place = sae.config.hookpoint
-    if place is None:
-        raise ConfigError("the SAE's config has no hookpoint: set it, such as layers.7.resid_post.")
+    saes = dict(sae) if isinstance(sae, Mapping) else {"": sae}
+    _check_places(saes)
     if not allow_mismatch:
-        check_base_model(lm, sae.config.base_model, sae.config.base_model_fingerprint)
-    harvest = _harvest(sae, lm, dataset, tokenizer, settings or ActivationSettings())
+        for each in saes.values():
+            check_base_model(lm, each.config.base_model, each.config.base_model_fingerprint)
+    harvest = _harvest(saes, lm, dataset, tokenizer, settings or ActivationSettings())
     if max_tokens is not None and max_tokens < harvest.settings.context:
         raise TrainingError(
             f"max_tokens={max_tokens} is less than one context of {harvest.settings.context}."
         )
-    was_training = sae.training
-    sae.train(False)
+    modes = {name: each.training for name, each in saes.items()}
     try:
-        return _Sweep(sae, harvest, max_tokens).run()
+        for each in saes.values():
+            each.train(False)
+        found = _Sweep(saes, harvest, max_tokens).run()
     finally:
-        sae.train(was_training)
+        for name, each in saes.items():
+            each.train(modes[name])
+    return dict(found) if isinstance(sae, Mapping) else found[""]
+
+
+def _check_places(saes: Mapping[str, SwitchSAE]) -> None:
+    if not saes:
+        raise ConfigError("there is no SAE to measure: an empty dict was given.")
+    places = {name: sae.config.hookpoint for name, sae in saes.items()}
+    if None in places.values():
+        raise ConfigError("the SAE's config has no hookpoint: set it, such as layers.7.resid_post.")
+    if len(set(places.values())) > 1:
+        said = ", ".join(f"{name} at {place}" for name, place in places.items())
+        raise ConfigError(f"SAEs measured together are of one place, not {said}.")
 
 
 def write_metrics(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +127,9 @@ def write_metrics(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     shown = shown_digits(found)
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["metrics"] = {name: value for name, value in shown.items() if name != "measured_on"}
+    config["metrics"] = {
+        name: value for name, value in shown.items() if name not in ("measured_on", "density")
+    }
     texts = {
         folder / METRICS: json.dumps(shown, indent=2),
         config_file: json.dumps(config, indent=2, sort_keys=True),
@@ -119,48 +147,61 @@ def shown_digits(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _harvest(
-    sae: SwitchSAE, lm: nn.Module, dataset: Any, tokenizer: Any, settings: ActivationSettings
+    saes: Mapping[str, SwitchSAE],
+    lm: nn.Module,
+    dataset: Any,
+    tokenizer: Any,
+    settings: ActivationSettings,
 ) -> Harvest:
-    """How the text becomes rows, with the SAE's own bound on their norm."""
-    place = str(sae.config.hookpoint)
+    """How the text becomes rows, with the SAEs' own bound on their norm."""
+    place = str(next(iter(saes.values())).config.hookpoint)
     vocabulary = vocabulary_size(unwrap(lm))
     if settings.tokens_per_pass is None and vocabulary:
         most = max(settings.context, min(2048, _LOGITS_A_PASS // vocabulary))
         settings = replace(settings, tokens_per_pass=most)
     harvest = Harvest(lm, place, dataset, tokenizer, replace(settings, outlier_factor=None))
     name = harvest.hookpoints[0]
-    if harvest.hidden_size[name] != sae.config.hidden_size:
-        raise WidthError(
-            f"the SAE has hidden_size={sae.config.hidden_size}, and the stream at {name} is "
-            f"{harvest.hidden_size[name]} wide: it is another model's, or another place's."
-        )
-    if bool(sae.outlier_norm.isfinite()):
-        harvest.set_outlier_norm({name: float(sae.outlier_norm)})
+    for sae in saes.values():
+        if harvest.hidden_size[name] != sae.config.hidden_size:
+            raise WidthError(
+                f"the SAE has hidden_size={sae.config.hidden_size}, and the stream at {name} is "
+                f"{harvest.hidden_size[name]} wide: it is another model's, or another place's."
+            )
+    bound = min(float(sae.outlier_norm) for sae in saes.values())
+    if math.isfinite(bound):
+        harvest.set_outlier_norm({name: bound})
     return harvest
 
 
 class _Sweep:
     """One pass over the text."""
 
-    def __init__(self, sae: SwitchSAE, harvest: Harvest, max_tokens: int | None) -> None:
-        self.sae, self.harvest, self.max_tokens = sae, harvest, max_tokens
+    def __init__(
+        self, saes: Mapping[str, SwitchSAE], harvest: Harvest, max_tokens: int | None
+    ) -> None:
+        self.saes, self.harvest, self.max_tokens = saes, harvest, max_tokens
         self.place = harvest.hookpoints[0]
         head = getattr(unwrap(harvest.lm), "get_output_embeddings", lambda: None)()
         self.predicts = harvest.causal and head is not None
-        self.rows = RowSums(sae)
-        self.sums = dict.fromkeys(("ce_clean", "ce_spliced", "ce_ablated", "kl"), 0.0)
+        self.bound: float = harvest.policy.outlier_norm.get(self.place, math.inf)
+        self.rows = {name: RowSums(sae, self.bound) for name, sae in saes.items()}
+        self.sums = dict.fromkeys(("ce_clean", "ce_ablated", "ce_zero"), 0.0)
+        self.spliced = {name: dict.fromkeys(("ce_spliced", "kl"), 0.0) for name in saes}
         self.contexts = self.predictions = 0
 
     @torch.no_grad()
-    def run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, dict[str, Any]]:
         mean = self._mean() if self.predicts else None
-        contexts = self._contexts()
+        contexts, kept = self._contexts(), 0
         while some := list(islice(contexts, self.harvest.contexts_per_pass)):
             self.contexts += len(some)
-            self._add(some, mean)
-        if self.rows.batch is None:
+            kept += self._add(some, mean)
+        if not kept:
             raise TrainingError("no token of this text is kept: there is nothing to measure on.")
-        return {**self._figures(), "measured_on": self._measured_on()}
+        return {
+            name: {**self._figures(name), "measured_on": self._measured_on(sae)}
+            for name, sae in self.saes.items()
+        }
 
     def _contexts(self) -> Iterator[Context]:
         """All, or as many as `max_tokens` allows: whatever the size of a pass."""
@@ -173,7 +214,8 @@ class _Sweep:
 
     def _mean(self) -> Tensor:
         """[d] float32: of the first rows, with nothing computed after the place."""
-        total, count = torch.zeros(self.sae.config.hidden_size, dtype=torch.float64), 0
+        width = self.harvest.hidden_size[self.place]
+        total, count = torch.zeros(width, dtype=torch.float64), 0
         with closing(self.harvest.passes(self._contexts())) as passes:
             for found in passes:
                 rows = found.rows[self.place][: _MEAN_ROWS - count]
@@ -183,20 +225,23 @@ class _Sweep:
                     break
         return (total / max(count, 1)).float()
 
-    def _add(self, contexts: list[Context], mean: Tensor | None) -> None:
+    def _add(self, contexts: list[Context], mean: Tensor | None) -> int:
+        """Measure a pass; how many rows of it are kept."""
         ids, mask, inputs = self.harvest.inputs(contexts)
         lm, policy, streams = self.harvest.lm, self.harvest.policy, dict[str, Tensor]()
 
-        def keep(stream: Tensor) -> None:
-            streams[self.place] = stream.clone()  # models add to it in place
+        def keep(residual: Tensor) -> None:
+            streams[self.place] = residual.clone()  # models add to it in place
 
         with hook_residual(lm, self.place, keep):
             clean = lm(**inputs)
-        stream = streams[self.place]
-        index = policy.rows(streams, policy.by_token(ids, mask))
-        self.rows.add(stream.flatten(0, 1).index_select(0, index))
+        stream, by_token = streams[self.place], policy.by_token(ids, mask)
+        index = policy.rows(streams, by_token)
+        some = stream.flatten(0, 1)[by_token.flatten().to(stream.device)]
+        for sums in self.rows.values():
+            sums.add(some)
         if mean is None:
-            return
+            return len(index)
         follows = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1).flatten().bool()
         at = index.cpu()
         at = at[follows[at]]  # a context's last token predicts none of it
@@ -204,32 +249,42 @@ class _Sweep:
         expected = _at(clean.logits, at)
         del clean
         self.sums["ce_clean"] += _scores(expected, target)[0]
-        with self.sae.attach(lm, at=self.place, splice=True, allow_mismatch=True):
-            found = _scores(_at(lm(**inputs).logits, at), target, expected)
-        self.sums["ce_spliced"] += found[0]
-        self.sums["kl"] += found[1]
-
-        def ablate(residual: Tensor) -> Tensor:
-            stays = self.sae.is_outlier(residual.to(self.sae.device)).to(residual.device)
-            return torch.where(stays[..., None], residual, mean.to(residual))
-
-        with hook_residual(lm, self.place, ablate):
-            self.sums["ce_ablated"] += _scores(_at(lm(**inputs).logits, at), target)[0]
+        for name, sae in self.saes.items():
+            with sae.attach(lm, at=self.place, splice=True, allow_mismatch=True):
+                found = _scores(_at(lm(**inputs).logits, at), target, expected)
+            self.spliced[name]["ce_spliced"] += found[0]
+            self.spliced[name]["kl"] += found[1]
+        for name, put in (("ce_ablated", mean), ("ce_zero", torch.zeros_like(mean))):
+            with hook_residual(lm, self.place, self._replace_by(put)):
+                self.sums[name] += _scores(_at(lm(**inputs).logits, at), target)[0]
         self.predictions += len(at)
+        return len(index)
 
-    def _figures(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.rows.figures(lambda each: each)
-        found["tokens"] = int(found["tokens"])
+    def _replace_by(self, put: Tensor) -> Callable[[Tensor], Tensor]:
+        def replace_all(residual: Tensor) -> Tensor:
+            stays = residual.float().norm(dim=-1, keepdim=True) > self.bound
+            return torch.where(stays, residual, put.to(residual))
+
+        return replace_all
+
+    def _figures(self, name: str) -> dict[str, Any]:
+        rows = self.rows[name]
+        found: dict[str, Any] = {**rows.figures(_as_it_is), **rows.figures_of_all(_as_it_is)}
+        found |= {count: int(found[count]) for count in ("tokens", "outlier_tokens")}
         if self.predictions:
-            found |= {name: total / self.predictions for name, total in self.sums.items()}
+            sums = {**self.sums, **self.spliced[name]}
+            found |= {of: sums[of] / self.predictions for of in _MEASURED}
             clean, spliced = found["ce_clean"], found["ce_spliced"]
-            if found["ce_ablated"] != clean:
-                span = found["ce_ablated"] - clean
-                found["ce_recovered"] = (found["ce_ablated"] - spliced) / span
+            for recovered, without in (
+                ("ce_recovered", found["ce_ablated"]),
+                ("ce_recovered_zero", found["ce_zero"]),
+            ):
+                if without != clean:
+                    found[recovered] = (without - spliced) / (without - clean)
             found["ce_tokens"] = self.predictions
-        return found
+        return {**found, "density": rows.density(_as_it_is)}
 
-    def _measured_on(self) -> dict[str, Any]:
+    def _measured_on(self, sae: SwitchSAE) -> dict[str, Any]:
         root = unwrap(self.harvest.lm)
         policy = self.harvest.policy_dict()
         del policy["outlier_factor"]
@@ -239,11 +294,16 @@ class _Sweep:
             "contexts": self.contexts,
             **policy,
             "hookpoint": self.place,
-            "base_model": self.sae.config.base_model,
+            "base_model": sae.config.base_model,
             "lm_dtype": str(getattr(root, "dtype", "")).removeprefix("torch."),
-            "sae_dtype": str(self.sae.dtype).removeprefix("torch."),
+            "sae_dtype": str(sae.dtype).removeprefix("torch."),
             **({"ablated_to": f"mean of the first {_MEAN_ROWS:,} rows"} if self.predicts else {}),
         }
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    """Sums of one process are those of all."""
+    return tensor
 
 
 def _at(logits: Tensor, at: Tensor) -> Tensor:

@@ -2,55 +2,116 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import TrainingError
-from hf_switch_sae.losses import WholeBatch
+from hf_switch_sae.losses import WholeBatch, batch_sums
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.training.activations import Activations
 from hf_switch_sae.training.monitor import Reduce
 
+_EDGES = tuple(at / 4 for at in range(-24, 1))  # of the density's bins: rates of 1e-6 to 1
 _FEW = 256  # rows a batch where it is not known how many there will be
 
 
 class RowSums:
-    """What fvu, l0, dead_share and expert_load of one SAE are made of, in float64."""
+    """What the figures of one SAE are made of: sums in float64, which add up over processes.
 
-    def __init__(self, sae: SwitchSAE) -> None:
+    Args:
+        sae: as it is to be used.
+        outlier_norm: rows over it are outliers; by default the SAE's own.
+    """
+
+    def __init__(self, sae: SwitchSAE, outlier_norm: float | None = None) -> None:
         config, device = sae.config, sae.device
-        self.sae = sae
+        self.sae, self.outlier_norm = sae, outlier_norm
         self.batch: Tensor | None = None
+        self.outliers: Tensor | None = None
+        """[2 + d]: `batch_sums` of the rows over the norm."""
         self.fired = torch.zeros(config.num_features, dtype=torch.int64, device=device)
         self.error = torch.zeros((), dtype=torch.float64, device=device)
+        self.outlier_error = self.error.clone()
+        self.cosine = self.error.clone()
 
     def add(self, x: Tensor) -> None:
-        """Rows [n, d]; outliers among them are left out."""
+        """Rows [n, d]."""
         sae = self.sae
         x = x.to(sae.device).float()
-        x = x[~sae.is_outlier(x)]
-        found = sae.batch_sums(x)
-        self.batch = found if self.batch is None else self.batch + found
+        outlier = sae.is_outlier(x)
+        if self.outlier_norm is not None:
+            outlier |= x.norm(dim=-1) > self.outlier_norm
+        self._add_outliers(x[outlier])
+        x = x[~outlier]
+        if self.batch is None:
+            chosen = sae.config.num_experts if sae.config.num_experts > 1 else 0
+            self.batch = self.error.new_zeros(2 + x.shape[1] + chosen)
+        if not len(x):
+            return
+        self.batch = self.batch + sae.batch_sums(x)
         features = sae.encode(x)
-        self.error += (x - sae.decode(features, x)).double().square().sum()
+        x_hat = sae.decode(features, x).double()
+        self.error += (x - x_hat).square().sum()
+        self.cosine += torch.cosine_similarity(x.double(), x_hat, eps=1e-30).sum()
         self.fired.index_add_(0, features.ids.flatten(), (features.acts > 0).long().flatten())
 
+    def _add_outliers(self, x: Tensor) -> None:
+        found = batch_sums(x, None, None, 1)
+        self.outliers = found if self.outliers is None else self.outliers + found
+        if len(x):
+            x_hat = self.sae.decode(self.sae.encode(x), x)
+            self.outlier_error += (x - x_hat).double().square().sum()
+
     def figures(self, reduce: Reduce) -> dict[str, float]:
-        """Of all rows; `reduce` adds up over processes."""
+        """Of all rows but outliers; `reduce` adds up over processes."""
         config = self.sae.config
         assert self.batch is not None
         whole = WholeBatch.of(reduce(self.batch), config.hidden_size)
-        fired, tokens = reduce(self.fired), float(whole.tokens)
+        fired, tokens, error = reduce(self.fired), float(whole.tokens), reduce(self.error)
         found = {
-            "fvu": float(reduce(self.error) / whole.deviation),
+            "fvu": float(error / whole.deviation),
+            "mse": float(error) / max(tokens, 1) / config.hidden_size,
+            "cosine": float(reduce(self.cosine)) / max(tokens, 1),
             "l0": float(fired.sum()) / max(tokens, 1),
             "dead_share": float((fired == 0).float().mean()),
         }
         if whole.chosen is not None:
+            share = whole.chosen / whole.chosen.sum()
+            entropy = torch.special.entr(share).sum() / math.log(config.num_experts)
             found["expert_load"] = float(whole.chosen.max() / whole.chosen.mean())
+            found["routing_entropy"] = float(entropy)
         return {**found, "tokens": tokens}
+
+    def figures_of_all(self, reduce: Reduce) -> dict[str, float]:
+        """fvu_all_tokens, outliers included: they are reconstructed as the decoder's bias, and
+        what they deviate by is of the whole; and how many they are."""
+        assert self.batch is not None
+        assert self.outliers is not None
+        head = 2 + self.sae.config.hidden_size
+        outliers = reduce(self.outliers)
+        sums = reduce(self.batch)[:head] + outliers
+        error = reduce(self.error) + reduce(self.outlier_error)
+        deviation = WholeBatch.of(sums, head - 2).deviation
+        return {"fvu_all_tokens": float(error / deviation), "outlier_tokens": float(outliers[0])}
+
+    def density(self, reduce: Reduce) -> dict[str, list[float] | list[int] | int]:
+        """How many features are active how often: a histogram of log10 of their rates.
+
+        Returns:
+            log10_edges: of the bins, the last of which includes its end. counts: features in each;
+            rarer ones than the first edge are in the first. never: features in none.
+        """
+        assert self.batch is not None
+        fired = reduce(self.fired).double().cpu()
+        rates = (fired / reduce(self.batch)[0].cpu().clamp_min(1))[fired > 0].log10()
+        first, bins = _EDGES[0], len(_EDGES) - 1
+        at = ((rates - first) / (_EDGES[1] - first)).floor().long().clamp(0, bins - 1)
+        counts = torch.bincount(at, minlength=bins)
+        never = int((fired == 0).sum())
+        return {"log10_edges": list(_EDGES), "counts": counts.tolist(), "never": never}
 
 
 @torch.no_grad()
@@ -61,18 +122,32 @@ def measure_held_out(
     rank: int,
     world_size: int,
     reduce: Reduce,
+    sums: dict[str, RowSums] | None = None,
+    outlier_norm: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """One pass over held-out rows; the activations are left where they were.
 
+    Args:
+        saes: by name; each reads at its hookpoint.
+        activations: held-out rows; all SAEs see the same ones.
+        batch_rows: of each process at a time, at most.
+        rank, world_size: which process this is, of how many.
+        reduce: adds up over processes.
+        sums: is given each SAE's sums, for what else is to be known of these rows.
+        outlier_norm: rows over it are left out too.
+
     Returns:
-        For each SAE fvu (about the mean of all rows), l0, dead_share (features active on none of
-        these rows), expert_load (largest over mean; not with one expert), tokens.
+        For each SAE fvu (about the mean of all rows), mse (of an entry of the stream), cosine (of a
+        row and its reconstruction, the mean), l0, dead_share (features active on none of these
+        rows), tokens; and with several experts expert_load (largest over mean) and routing_entropy
+        (of the experts' shares, over that of equal ones: 1 is even).
 
     Raises:
         TrainingError: not one batch of rows.
     """
     before = activations.state_dict()
-    sums = {name: RowSums(sae) for name, sae in saes.items()}
+    sums = {} if sums is None else sums
+    sums |= {name: RowSums(sae, outlier_norm) for name, sae in saes.items()}
     modes = {name: sae.training for name, sae in saes.items()}
     try:
         for sae in saes.values():

@@ -12,11 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_switch_sae.config import SwitchSAEConfig
+from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.losses import WholeBatch
 from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
 
 MEASURED = ("loss", "fvu", "balance", "tokens", "active", "entropy")
 """What the first entries of a measure are; after them how often each expert was chosen."""
+
+
+def check_loss(name: str, config: SwitchSAEConfig, rule: str) -> None:
+    """Raise ConfigError if the config asks for what a loss does not have."""
+    if rule == "published" and config.l1_loss_coef:
+        raise ConfigError(
+            f"{name} has l1_loss_coef={config.l1_loss_coef}, and the published loss has no such "
+            "part: set loss='relative'."
+        )
 
 
 class SAEsTogether(nn.Module):
@@ -30,6 +41,8 @@ class SAEsTogether(nn.Module):
 
     def __init__(self, saes: Mapping[str, SwitchSAE], rule: str, load_balance_alpha: float) -> None:
         super().__init__()
+        for name, sae in saes.items():
+            check_loss(name, sae.config, rule)
         self.names = tuple(saes)
         self.saes = nn.ModuleList(saes.values())
         self.places = tuple(str(sae.config.hookpoint) for sae in saes.values())

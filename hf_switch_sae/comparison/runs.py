@@ -1,0 +1,146 @@
+"""A planned run and a cache of activations -> a trained SAE in a folder of its own; resumable.
+
+<folder>/<name>/                config.json, model.safetensors, training.json, and last run.json
+<folder>/.runs/<name>/          checkpoints of a run that goes on
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from hf_switch_sae.comparison.plan import Planned
+from hf_switch_sae.errors import TrainingError
+from hf_switch_sae.files import written_beside
+from hf_switch_sae.training import CachedActivations, SwitchSAETrainer, SwitchSAETrainingArguments
+from hf_switch_sae.training.checkpoints import checkpoints_in
+from hf_switch_sae.training.together import check_loss
+
+logger = logging.get_logger(__name__)
+
+RUN = "run.json"
+_RUNS = ".runs"
+
+
+class Runs:
+    """Trains the SAEs of a comparison that are not there yet, one after another.
+
+    Args:
+        planned: what to train.
+        cache: opens the rows, with a seed of their order.
+        known: fields of every SAE's config that the place gives.
+        folder: of the comparison.
+        command: what was typed, to note beside each.
+
+    Raises:
+        ConfigError: a run that makes no sense.
+        TrainingError: a folder holds another run's SAE, or there are fewer rows than a batch.
+    """
+
+    def __init__(
+        self,
+        planned: list[Planned],
+        cache: Any,
+        known: dict[str, Any],
+        folder: Path,
+        command: str | None,
+    ) -> None:
+        self.planned, self.known = planned, known
+        self._cache, self.folder, self.command = cache, folder, command
+        rows = cache(0)
+        identity = rows.state_dict()["identity"]
+        self._rows = {name: value for name, value in identity.items() if name != "seed"}
+        for each in planned:
+            args = self._arguments(each)
+            check_loss(each.name, each.config(**known), args.loss)
+            if rows.num_rows < args.train_batch_size * args.world_size:
+                raise TrainingError(
+                    f"the run {each.name}: {rows.num_rows:,} rows are fewer than a batch of "
+                    f"{args.train_batch_size:,}: give a smaller per_device_train_batch_size, or a "
+                    "larger cache."
+                )
+            for place in (folder / each.name, folder / _RUNS / each.name):
+                self._check_same(each, place)
+
+    def train(self) -> dict[str, Path]:
+        """Name -> folder of each trained SAE."""
+        found = {}
+        for at, each in enumerate(self.planned):
+            target = self.folder / each.name
+            if not (target / RUN).exists():
+                logger.warning(f"[{at + 1}/{len(self.planned)}] {each.name}")
+                self._train(each, target)
+            found[each.name] = target
+        runs = self.folder / _RUNS
+        if runs.is_dir() and not any(runs.iterdir()):
+            runs.rmdir()
+        return found
+
+    def _train(self, planned: Planned, target: Path) -> None:
+        working = self.folder / _RUNS / planned.name
+        working.mkdir(parents=True, exist_ok=True)
+        self._note(planned, working)
+        config = planned.config(**self.known)
+        trainer = SwitchSAETrainer(
+            {planned.name: config},
+            args=self._arguments(planned),
+            train_dataset=self._cache(planned.seed),
+        )
+        trainer.command = self.command
+        trainer.train(resume_from_checkpoint=bool(checkpoints_in(working)))
+        trainer.save_model(str(self.folder), _internal_call=True)
+        self._note(planned, target)
+        shutil.rmtree(working)
+
+    def _arguments(self, planned: Planned) -> SwitchSAETrainingArguments:
+        told = {"save_total_limit": 1, "report_to": "none", **planned.run}
+        working = self.folder / _RUNS / planned.name
+        return SwitchSAETrainingArguments(**told, output_dir=str(working), seed=planned.seed)
+
+    def _note(self, planned: Planned, folder: Path) -> None:
+        with written_beside(folder / RUN) as beside:
+            beside.write_text(json.dumps(self._identity(planned), indent=1) + "\n")
+
+    def _identity(self, planned: Planned) -> dict[str, Any]:
+        """JSON-able: what makes two runs the same."""
+        told = {"sae": planned.sae, "run": planned.run, "seed": planned.seed, "rows": self._rows}
+        found: dict[str, Any] = json.loads(json.dumps(told, default=str))
+        return found
+
+    def _check_same(self, planned: Planned, place: Path) -> None:
+        """Raise TrainingError if a folder of that name is another run's."""
+        note = place / RUN
+        if not note.exists():
+            if (place / "config.json").exists() and not (self.folder / _RUNS / place.name).exists():
+                raise TrainingError(
+                    f"{place} holds an SAE that no comparison trained: choose another folder, or "
+                    "give the run another name=..."
+                )
+            return
+        there, here = json.loads(note.read_text()), self._identity(planned)
+        other = [
+            f"{name} was {there[part].get(name)!r} and is {here[part].get(name)!r}"
+            for part in ("sae", "run")
+            for name in sorted(there[part].keys() | here[part].keys())
+            if there[part].get(name) != here[part].get(name)
+            and name not in ("logging_steps", "disable_tqdm", "save_steps", "save_strategy")
+        ]
+        other += ["the rows are of another cache"] if there["rows"] != here["rows"] else []
+        if other:
+            raise TrainingError(
+                f"{place} is of another run: {'; '.join(other)}. Choose another folder, remove "
+                "it, or give the run another name=..."
+            )
+
+
+def open_rows(folder: Path, hookpoint: str | None, seed: int = 0) -> CachedActivations:
+    """A cache's rows of one place.
+
+    Raises:
+        StoreError, HookpointError: see `CachedActivations`; several places and none chosen.
+    """
+    return CachedActivations(folder, hookpoint, seed=seed)
