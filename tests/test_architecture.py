@@ -45,6 +45,7 @@ FLOOR = {
     "geometry": 4,
     "optim": 4,
     "origin": 4,
+    "saebench": 4,
     "inspection": 5,
     "live": 5,
     "plots": 5,
