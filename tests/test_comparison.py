@@ -430,6 +430,7 @@ def test_without_what_draws_there_is_one_line_and_everything_else(
     command(caches, tmp_path, "--train", "num_experts=1 num_features=32 k=4")
     assert (tmp_path / "comparison.json").exists()
     assert not (tmp_path / "figures").exists()
+    assert "pip install 'hf-switch-sae[viz]'" in caplog.text
 
 
 def test_a_dry_run_names_the_runs_of_a_set_and_changes_nothing(caches, tmp_path):

@@ -284,3 +284,52 @@ def test_calibrate_measures_any_sae_in_its_place_or_elsewhere(lm, tmp_path):
         assert float(found.feature_max.max()) > 0
         assert float(found.outlier_norm) < float("inf")
     assert (tmp_path / "sae/features.json").exists()
+
+
+def test_eval_of_several_saes_is_one_table_and_each_ones_own_figures(lm, tmp_path):
+    for at, k in (("one", 2), ("two", 3)):
+        train(lm, tmp_path / at, "--k", k)
+    one, two = (tmp_path / at / PLACE for at in ("one", "two"))
+    words = ("--context", 16, "--packing", "windows", "--no-skip-special")
+    said = run("eval", one, lm, lm / "text.jsonl", "--also", f"{tmp_path}/two:{PLACE}", *words,
+               "--write")  # fmt: skip
+    stored = [json.loads((place / "metrics.json").read_text()) for place in (one, two)]
+    assert [each["l0"] <= k for each, k in zip(stored, (2.5, 3.5), strict=True)] == [True, True]
+    row = next(line for line in said.splitlines() if line.startswith("fvu "))
+    assert row.split() == ["fvu", *(str(each["fvu"]) for each in stored)]
+    on = stored[0]["measured_on"]
+    assert (on["packing"], on["special_ids"]) == ("windows", [])
+    assert json.loads((one / "config.json").read_text())["metrics"].keys().isdisjoint({"density"})
+    assert sum(stored[1]["density"]["counts"]) + stored[1]["density"]["never"] == 32
+    with pytest.raises(SwitchSAEError, match="given twice"):
+        run("eval", one, lm, lm / "text.jsonl", "--also", one)
+    with pytest.raises(TextError, match="packing='loose' is none of"):
+        run("eval", one, lm, lm / "text.jsonl", "--packing", "loose")
+
+
+def test_compare_measures_what_predictions_lose_on_text(lm, tmp_path):
+    lines = (lm / "text.jsonl").read_text().splitlines()
+    for name, some in (("train", lines[:40]), ("held_out", lines[40:])):
+        text = tmp_path / f"{name}.jsonl"
+        text.write_text("\n".join(some))
+        run("cache", lm, text, "--to", tmp_path / name, "--layer", 1, "--context", 16)
+    words = ("--lm", lm, "--eval-dataset", tmp_path / "held_out.jsonl", "--eval-context", 16)
+    words += ("--use_cpu", "--disable_tqdm", "--num_train_tokens", 640, "--save_strategy", "no")
+    words += ("--per_device_train_batch_size", 64, "--start_rows", 128, "--calibration_rows", 128)
+    said = run("compare", tmp_path / "train", "--held-out", tmp_path / "held_out", "--to",
+               tmp_path / "out", "--train", "num_experts=1 num_features=32 k=2",
+               "--train", "num_experts=4 num_features=32 k=2", *words)  # fmt: skip
+    found = json.loads((tmp_path / "out/comparison.json").read_text())
+    for entry in found["saes"]:
+        place = tmp_path / "out" / entry["name"]
+        run("eval", place, lm, tmp_path / "held_out.jsonl", "--context", 16, "--write")
+        alone = json.loads((place / "metrics.json").read_text())
+        for name in ("ce_clean", "ce_spliced", "ce_zero", "ce_ablated", "ce_recovered", "kl"):
+            assert entry[name] == pytest.approx(alone[name], rel=1e-4), name
+    assert found["measured_on"]["predictions"]["dataset"]["files"][0]["name"] == "held_out.jsonl"
+    assert "ce_recovered" in said
+    assert f"--lm {lm.name} --eval-dataset held_out.jsonl" in found["command"]
+    assert str(tmp_path) not in json.dumps(found)
+    with pytest.raises(ConfigError, match="less than one context of 16"):
+        run("compare", tmp_path / "train", "--held-out", tmp_path / "held_out", "--to",
+            tmp_path / "out2", *words, "--eval-tokens", 3)  # fmt: skip

@@ -13,7 +13,7 @@ from hf_switch_sae.cli.language_model import has_head, load_lm
 from hf_switch_sae.cli.options import pairs_of, split_options, typed
 from hf_switch_sae.cli.record import load_sae, split_address
 from hf_switch_sae.comparison import SETS, compare, plan
-from hf_switch_sae.comparison.compare import COMPARISON, draw
+from hf_switch_sae.comparison.run import COMPARISON, draw
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.text import read_documents
