@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.cosines import (
+    COLUMNS,
     ROWS,
     nearest_by_expert,
     random_unit_rows,
@@ -211,6 +212,7 @@ def _neighbors(
     shape: tuple[int, int],
     device: torch.device | str,
     block: int = ROWS,
+    most: int = COLUMNS,
 ) -> _Neighbors:
     """Nearest neighbors of rows; `own` [n] says which feature each is."""
     num_experts, m = shape
@@ -219,7 +221,7 @@ def _neighbors(
     for first in range(0, len(own), block):
         last = min(first + block, len(own))
         mine = own[first:last].to(device)
-        best, ids = nearest_by_expert(rows(first, last), mine, columns, num_experts, m)
+        best, ids = nearest_by_expert(rows(first, last), mine, columns, num_experts, m, most)
         expert = mine // m
         sums.index_add_(0, expert.cpu(), best.double().cpu())
         value, at = best.max(1)
@@ -245,7 +247,10 @@ def _null(
     own = torch.arange(count) * num_features // count
     drawn = random_unit_rows(count, hidden_size, seed, device)(0, count)
     columns = random_unit_rows(num_features, hidden_size, seed + 1, device)
-    return _neighbors(lambda first, last: drawn[first:last], own, columns, shape, device, count)
+    most = max(ROWS * COLUMNS // count, 1)
+    return _neighbors(
+        lambda first, last: drawn[first:last], own, columns, shape, device, count, most
+    )
 
 
 def _about(sae: SwitchSAE) -> dict[str, Any]:

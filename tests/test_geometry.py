@@ -7,9 +7,17 @@ import numpy
 import pytest
 import torch
 from saes import make
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_switch_sae import SwitchSAEError
-from hf_switch_sae.cosines import nearest_by_expert, random_unit_rows, unit_rows, unit_rows_of
+from hf_switch_sae.cosines import (
+    COLUMNS,
+    ROWS,
+    nearest_by_expert,
+    random_unit_rows,
+    unit_rows,
+    unit_rows_of,
+)
 from hf_switch_sae.geometry import THRESHOLDS, Geometry, measure_geometry
 from hf_switch_sae.maps import draw_maps, neighbor_purity, sample_features
 
@@ -59,7 +67,7 @@ def test_blocks_find_what_the_whole_matrix_has(most):
 
 @pytest.mark.parametrize("block", [7, 2048])
 def test_neighbors_and_shares_are_those_of_the_whole_matrix(block, monkeypatch):
-    monkeypatch.setattr("hf_switch_sae.geometry._neighbors.__defaults__", (block,))
+    monkeypatch.setattr("hf_switch_sae.geometry._neighbors.__defaults__", (block, 8192))
     sae = calibrated()
     expected, whole = of_all_pairs(sae.W_dec.detach(), E)
 
@@ -214,6 +222,25 @@ def test_nearest_in_reduced_precision_and_of_zero_rows_is_finite():
     found = measure_geometry(sae, maps=False)
     assert found.table["cosine"][0] == 0
     assert found.table["cosine"].abs().max() <= 1
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor made within has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.numbers = max(self.numbers, found.untyped_storage().nbytes() // 4)
+        return found
+
+
+def test_no_tensor_is_as_large_as_all_pairs():
+    sae = make(hidden_size=4, num_features=12_000, num_experts=3, k=2)
+    with Largest() as largest:
+        measure_geometry(sae, maps=False)
+    assert largest.numbers <= ROWS * COLUMNS < 12_000**2
 
 
 def test_groups_of_experts_change_nothing():
