@@ -349,6 +349,11 @@ def test_nothing_is_paired_that_differs_in_what_is_to_be_equal(change):
     assert bool(found["equal_tokens"]) == bool(also)
 
 
+def test_releases_of_which_it_is_not_known_are_not_of_equal_tokens():
+    unknown = [{**each, "train_tokens": None} for each in FEW]
+    assert not any(comparisons_of(unknown).values())
+
+
 def test_at_equal_error_the_dense_flops_lie_on_a_line_in_the_logarithms():
     dense = [entry(str(features), 1, features, 0.0) for features in (64, 256, 1024)]
     for each in dense:

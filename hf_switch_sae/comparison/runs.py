@@ -97,7 +97,8 @@ class Runs:
         shutil.rmtree(working)
 
     def _arguments(self, planned: Planned) -> SwitchSAETrainingArguments:
-        told = {"save_total_limit": 1, "report_to": "none", **planned.run}
+        told = {"save_total_limit": 1, **planned.run}
+        told["report_to"] = told.get("report_to") or "none"
         working = self.folder / _RUNS / planned.name
         return SwitchSAETrainingArguments(**told, output_dir=str(working), seed=planned.seed)
 
