@@ -160,23 +160,26 @@ def test_no_more_pairs_are_listed_than_asked_for_and_all_are_counted():
     assert cosine[0] == pytest.approx(float(found.table["cosine"].max()))
 
 
-def test_the_null_is_the_expected_largest_cosine_of_random_unit_vectors():
+@pytest.mark.parametrize("rows", [4096, 500])
+def test_the_null_is_the_expected_largest_cosine_of_random_unit_vectors(rows, monkeypatch):
     """E[max of n] = integral of 1 - P(cosine < t)^n less 1, with P of a Beta distribution."""
     from scipy.stats import beta
 
+    monkeypatch.setattr("hf_switch_sae.geometry._NULL_ROWS", rows)  # of many features, only some
     sae = make(num_features=2000, num_experts=4, k=3)
 
     found = measure_geometry(sae, maps=False)
 
+    error = min(rows, 2000) ** -0.5  # a few times the spread of a mean of so many
     t = numpy.linspace(-1, 1, 20001)
     below = beta.cdf((1 + t) / 2, (D - 1) / 2, (D - 1) / 2)
     for kind, candidates in (("any", 1999), ("within", 499), ("between", 1500)):
         expected = 1 - numpy.trapezoid(below**candidates, t)
-        assert found.nearest[kind]["null_mean"] == pytest.approx(expected, abs=3e-3), kind
+        assert found.nearest[kind]["null_mean"] == pytest.approx(expected, abs=0.2 * error), kind
         share = 1 - below[numpy.searchsorted(t, 0.74)] ** candidates
         at = THRESHOLDS.index(0.74)
         null = found.duplicates["curve"][kind]["null"][at]
-        assert null == pytest.approx(share, abs=0.04), kind
+        assert null == pytest.approx(share, abs=1.8 * error), kind
     assert found.similarity["null"]["own"] == pytest.approx(found.nearest["within"]["null_mean"])
 
 
