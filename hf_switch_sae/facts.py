@@ -22,7 +22,8 @@ from hf_switch_sae.errors import SwitchSAEError
 FIGURES = "figures"
 """The folder that figures are drawn in."""
 CAPTIONS = {
-    "flops_fvu": "Operations per token against FVU; a step line joins SAEs that no other beats",
+    "flops_fvu": "Operations per token against FVU; a step line joins those that no other of as "
+    "many active features beats",
     "l0_fvu": "Active features per token against FVU",
     "l0_ce_recovered": "Active features per token against cross entropy recovered",
     "duplicates": "Share of features, and of activations, with a nearer neighbor than a cosine, "

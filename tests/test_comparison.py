@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 
 import activations
 import pytest
@@ -19,6 +18,7 @@ from hf_switch_sae import (
     TrainingError,
     WidthError,
     compare,
+    plots,
 )
 from hf_switch_sae.cli.app import app
 from hf_switch_sae.comparison import plan, runs, switch_set
@@ -382,18 +382,18 @@ def test_a_claim_holds_if_every_pair_says_so():
 # ---------------------------------------------------------------- the command
 
 
-def run(*words):
+def run(*words, stream="stdout"):
     result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
-    return result.stdout
+    return getattr(result, stream)
 
 
-def command(caches, to, *words):
+def command(caches, to, *words, stream="stdout"):
     options = [word for name, value in RUN.items() for word in (f"--{name}", value)]
     where = (caches / "train", "--held-out", caches / "test", "--to", to)
-    return run("compare", *where, *options, *words)
+    return run("compare", *where, *options, *words, stream=stream)
 
 
 def test_the_command_trains_measures_draws_and_says_what_holds(caches, tmp_path, monkeypatch):
@@ -403,8 +403,7 @@ def test_the_command_trains_measures_draws_and_says_what_holds(caches, tmp_path,
         drawn.append(comparison)
         return [folder / "flops_fvu.svg"]
 
-    stub = types.SimpleNamespace(draw_comparison=draw_comparison)
-    monkeypatch.setitem(sys.modules, "hf_switch_sae.plots", stub)
+    monkeypatch.setattr(plots, "draw_comparison", draw_comparison)
     release = tmp_path / "release"
     tiny.sae_for(tiny.llama(), 1).save_pretrained(release / "at")
     words = ("--train", "num_experts=4 num_features=64", "--sae", f"{release}:at", "--k", 4)
@@ -421,21 +420,20 @@ def test_the_command_trains_measures_draws_and_says_what_holds(caches, tmp_path,
     assert said.splitlines()[-1].endswith("flops_fvu.svg")
     assert drawn == [found]
     assert found["command"].startswith(
-        "hf-switch-sae compare train --held-out test --to out --train"
+        "hf-switch-sae compare train --held-out test --to out --sae release:at --train"
     )
     assert "--num_train_tokens 640" in found["command"]
     assert str(tmp_path) not in found["command"] + json.dumps(found)
     assert "ce_clean" not in found["saes"][0]
 
 
-def test_without_what_draws_there_is_one_line_and_everything_else(
-    caches, tmp_path, monkeypatch, caplog
-):
+def test_without_what_draws_there_is_one_line_and_everything_else(caches, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    command(caches, tmp_path, "--train", "num_experts=1 num_features=32 k=4")
+    dense = ("--train", "num_experts=1 num_features=32 k=4")
+    said = command(caches, tmp_path, *dense, stream="stderr")
     assert (tmp_path / "comparison.json").exists()
     assert not (tmp_path / "figures").exists()
-    assert "pip install 'hf-switch-sae[viz]'" in caplog.text
+    assert 'no figures: figures need matplotlib: pip install "hf-switch-sae[viz]"' in said
 
 
 def test_a_dry_run_names_the_runs_of_a_set_and_changes_nothing(caches, tmp_path):

@@ -25,6 +25,7 @@ def entry(label, family, experts, features, flops, fvu, l0=32.0, **more):
         "family": family,
         "num_experts": experts,
         "num_features": features,
+        "k": None if family in ("relu", "jumprelu", "gated") else 64 if l0 > 50 else 32,
         "flops_per_token": {"total": flops},
         "fvu": fvu,
         "l0": l0,
@@ -129,6 +130,18 @@ def test_the_pareto_front_is_of_those_that_no_other_beats():
     ]
     assert sorted(compared.pareto_front(points)) == sorted(expected)
     assert compared.pareto_front(points) == [1, 0, 3]
+
+
+def test_the_drawn_front_is_of_saes_of_the_commonest_k_alone():
+    cheap = entry("ReLU 64", "relu", 1, 64, 1e5, 0.05, 300.0)
+    with style.look():
+        (line,) = compared._costs([*SAES, cheap]).axes[0].lines
+    assert line.get_label() == "Pareto front, k = 32"
+    corners = set(map(tuple, line.get_xydata()))
+    assert {(each["flops_per_token"]["total"], each["fvu"]) for each in SAES[:3]} <= corners
+    assert min(y for _, y in corners) == 0.121  # not 0.118 of k = 64, nor the ReLU SAE's
+    with style.look():
+        assert not compared._costs([cheap]).axes[0].lines
 
 
 def measured(kind="switch", **fields):

@@ -333,3 +333,9 @@ def test_compare_measures_what_predictions_lose_on_text(lm, tmp_path):
     with pytest.raises(ConfigError, match="less than one context of 16"):
         run("compare", tmp_path / "train", "--held-out", tmp_path / "held_out", "--to",
             tmp_path / "out2", *words, "--eval-tokens", 3)  # fmt: skip
+
+
+def test_arguments_that_contradict_each_other_are_told_without_a_traceback(lm, tmp_path):
+    with pytest.raises(ConfigError, match="strateg"):
+        train(lm, tmp_path / "out", "--load_best_model_at_end", "--eval_strategy", "steps")
+    assert not (tmp_path / "out").exists()

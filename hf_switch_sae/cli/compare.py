@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from hf_switch_sae import plots
 from hf_switch_sae.cli.language_model import has_head, load_lm
-from hf_switch_sae.cli.options import pairs_of, split_options, typed
+from hf_switch_sae.cli.options import as_typed, pairs_of, split_options, typed
 from hf_switch_sae.cli.record import load_sae, split_address
 from hf_switch_sae.comparison import SETS, compare, plan
-from hf_switch_sae.comparison.run import COMPARISON, draw
-from hf_switch_sae.errors import ConfigError
+from hf_switch_sae.comparison.run import COMPARISON
+from hf_switch_sae.errors import ConfigError, SwitchSAEError
+from hf_switch_sae.facts import FIGURES
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.text import read_documents
 from hf_switch_sae.training import ActivationSettings, evaluate
@@ -106,12 +108,21 @@ def compare_saes(
         saes=saes,
         hookpoint=f"layers.{layer}.resid_post" if layer and layer.isdecimal() else layer,
         device=device,
-        command=_command(context),
+        command=as_typed(context, {"device", "dry_run"}),
         more=_predictions(lm, eval_dataset, eval_tokens, eval_context),
     )
     print(table(found))
-    for file in [to / COMPARISON, *draw(found, to)]:
+    for file in [to / COMPARISON, *_drawn(found, to / FIGURES)]:
         print(file)
+
+
+def _drawn(found: dict[str, Any], folder: Path) -> list[Path]:
+    """The figures, if what draws them is installed; what was measured is there in any case."""
+    try:
+        return plots.draw_comparison(found, folder)
+    except SwitchSAEError as err:
+        print(f"no figures: {err}", file=sys.stderr)
+        return []
 
 
 def _load(address: str) -> tuple[str, SwitchSAE]:
@@ -188,33 +199,3 @@ def _told(context: typer.Context) -> tuple[dict[str, Any], dict[str, Any], list[
         {name: typed(name, value) for name, value in part.items()} for part in (run, of_sae)
     )
     return typed_run, typed_sae, [int(word) for word in words]
-
-
-def _command(context: typer.Context) -> str:
-    """What was typed, without this machine's folders."""
-    words = ["hf-switch-sae", "compare"]
-    given = context.params
-    words.append(_short(given["cache"]))
-    for option, name in (
-        ("held-out", "held_out"),
-        ("to", "to"),
-        ("set", "named"),
-        ("width", "width"),
-    ):
-        if given[name] is not None:
-            words += [f"--{option}", _short(given[name])]
-    if given["named"] is not None:
-        words += ["--experts", str(given["experts"])]
-    for option in ("train", "sae"):
-        words += [word for each in given[option] or [] for word in (f"--{option}", _short(each))]
-    for option, default in (
-        *(("layer", None), ("preset", "default"), ("lm", None), ("eval_dataset", None)),
-        *(("eval_tokens", None), ("eval_context", 256)),
-    ):
-        if given[option] != default:
-            words += [f"--{option.replace('_', '-')}", _short(given[option])]
-    return shlex.join([*words, *context.args])
-
-
-def _short(word: Any) -> str:
-    return Path(word).name if Path(str(word)).is_absolute() else str(word)

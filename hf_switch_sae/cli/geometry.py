@@ -23,7 +23,7 @@ def geometry(
     subfolder: Annotated[str, typer.Option(help="Where the SAE lies in its repository.")] = "",
     threshold: Annotated[float, typer.Option(help="Cosine above which two are duplicates.")] = 0.9,
     pairs: Annotated[int, typer.Option(min=0, help="Pairs to list, at most.")] = 100,
-    maps: Annotated[bool, typer.Option(help="Draw t-SNE maps: a minute or so.")] = True,
+    maps: Annotated[bool, typer.Option(help="Draw t-SNE maps, which take the longest.")] = True,
     map_features: Annotated[int, typer.Option(min=8, help="Features on a map, at most.")] = 4096,
     figures: Annotated[bool, typer.Option(help="Draw figures.")] = True,
     seed: Annotated[int, typer.Option(help="Of random vectors, sample and t-SNE.")] = 0,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
+import typer
 from transformers import HfArgumentParser
 
 from hf_switch_sae.errors import ConfigError
@@ -90,7 +93,7 @@ def run_arguments(
     """Arguments of a preset, changed by a file's values, and then by words of the command line.
 
     Raises:
-        ConfigError: a word that is none of the field's type.
+        ConfigError: a word that is none of the field's type, or that this machine can't do.
     """
     texts = {name: [value] for name, value in told.items() if isinstance(value, str)}
     told = {name: value for name, value in told.items() if name not in {**texts, **spoken}}
@@ -102,8 +105,35 @@ def run_arguments(
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # only what was said
     parser.error = _refuse  # type: ignore[method-assign]
-    return SwitchSAETrainingArguments(**{**preset, **told, **vars(parser.parse_args(words))})
+    values = {**preset, **told, **vars(parser.parse_args(words))}
+    try:
+        return SwitchSAETrainingArguments(**values)
+    except ValueError as err:  # as of --bf16 where there is no GPU
+        raise ConfigError(str(err)) from err
 
 
 def _refuse(message: str) -> NoReturn:
     raise ConfigError(message)
+
+
+def as_typed(context: typer.Context, leave_out: Container[str] = ()) -> str:
+    """A command as it was typed, but for what is the default, and without this machine's folders.
+
+    Args:
+        context: of the command; words that it does not declare come last, as they are.
+        leave_out: parameters that are no part of what the command makes.
+    """
+    words = [str(context.command.name)]
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.name in leave_out or value in (None, [], parameter.default):
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            option = [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
+            words += [*option, short(each)]
+    return shlex.join(["hf-switch-sae", *words, *context.args])
+
+
+def short(word: Any) -> str:
+    """A folder of this machine by its last name; anything else as it is."""
+    return Path(word).name if Path(str(word)).is_absolute() else str(word)

@@ -12,7 +12,7 @@ import typer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_switch_sae.cli.language_model import has_head, load_lm
-from hf_switch_sae.cli.options import pairs_of, run_arguments, split_options, typed
+from hf_switch_sae.cli.options import pairs_of, run_arguments, short, split_options, typed
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.errors import ConfigError, TrainingError
 from hf_switch_sae.hookpoints import resolve
@@ -251,7 +251,7 @@ def _needs_head(lm: str, own: dict[str, Any]) -> bool:
 def _command(context: typer.Context, own: dict[str, Any]) -> str:
     """What was typed, without this machine's folders and what concerns an account on the Hub."""
     given = {name: context.params[name] for name in ("lm", "dataset")}
-    words = ["hf-switch-sae", "train", *map(_name, given.values())]
+    words = ["hf-switch-sae", "train", *map(short, given.values())]
     told = {name: own[name] if isinstance(own[name], list) else [own[name]] for name in own}
     extra = {
         name: values
@@ -260,16 +260,10 @@ def _command(context: typer.Context, own: dict[str, Any]) -> str:
     }
     for name, values in {**told, **extra}.items():
         if name == "layer":
-            words += [word for value in values for word in ("--layer", _name(value))]
+            words += [word for value in values for word in ("--layer", short(value))]
         else:
-            words += [f"--{name}", *map(_name, values)]
+            words += [f"--{name}", *map(short, values)]
     return shlex.join(words)
-
-
-def _name(word: Any) -> str:
-    return (
-        Path(word).name if isinstance(word, str | Path) and Path(word).is_absolute() else str(word)
-    )
 
 
 def _measured(

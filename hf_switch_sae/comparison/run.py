@@ -1,4 +1,4 @@
-"""A cache of activations, held-out rows and SAEs -> comparison.json, and its figures.
+"""A cache of activations, held-out rows and SAEs -> comparison.json.
 
 Every SAE is measured on the same rows: a row is left out for all if its norm is over the bound of
 any. Two caches make it: one to train on, one of other text of the same model and place.
@@ -6,7 +6,6 @@ any. Two caches make it: one to train on, one of other text of the same model an
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from hf_switch_sae.comparison.pairs import claims_of, comparisons_of
 from hf_switch_sae.comparison.plan import Planned, label_of
@@ -27,22 +25,12 @@ from hf_switch_sae.flops import flops_per_token, parameter_count
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.training import CachedActivations, SwitchSAETrainingArguments
 from hf_switch_sae.training.finish import NOTES
-from hf_switch_sae.training.heldout import RowSums, measure_held_out
+from hf_switch_sae.training.heldout import RowSums, alone, measure_held_out
 
-logger = logging.get_logger(__name__)
-
-COMPARISON, FIGURES, FORMAT = "comparison.json", "figures", 1
+COMPARISON, FORMAT = "comparison.json", 1
 _BATCH = 2048
-_PREDICTIONS = {
-    "ce_clean",
-    "ce_spliced",
-    "ce_zero",
-    "ce_ablated",
-    "ce_recovered",
-    "kl",
-    "ce_tokens",
-}
-_PREDICTIONS |= {"ce_recovered_zero"}
+_PREDICTIONS = {"ce_clean", "ce_spliced", "ce_ablated", "ce_zero", "kl", "ce_tokens"}
+_PREDICTIONS |= {"ce_recovered", "ce_recovered_zero"}
 _DEFAULT_SEED = next(f.default for f in fields(SwitchSAETrainingArguments) if f.name == "seed")
 
 
@@ -176,14 +164,10 @@ def _measure(
         nn.Module.to(sae, device)
         sae.train(False)
         sums: dict[str, RowSums] = {}
-        figures = measure_held_out({name: sae}, test, _BATCH, 0, 1, _alone, sums, bound)
-        found[name] = {**figures[name], "density": sums[name].density(_alone)}
+        figures = measure_held_out({name: sae}, test, _BATCH, 0, 1, alone, sums, bound)
+        found[name] = {**figures[name], "density": sums[name].density(alone)}
         nn.Module.to(sae, before[1])
     return found
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def _entry(
@@ -246,18 +230,6 @@ def _write(
     with written_beside(folder / COMPARISON) as beside:
         beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
-
-
-def draw(comparison: dict[str, Any], folder: Path) -> list[Path]:
-    """Its figures, if what draws them is installed; else one line that says how to install it."""
-    try:
-        importlib.import_module("matplotlib")
-        plots: Any = importlib.import_module("hf_switch_sae.plots")
-    except ImportError as err:
-        logger.warning(f"no figures ({err}): pip install 'hf-switch-sae[viz]' for what draws them.")
-        return []
-    drawn: list[Path] = plots.draw_comparison(comparison, folder / FIGURES)
-    return drawn
 
 
 def _notes_of(sae: SwitchSAE) -> dict[str, Any]:

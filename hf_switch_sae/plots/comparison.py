@@ -1,12 +1,14 @@
 """comparison.json of several SAEs -> what they cost against what they lose.
 
-flops_fvu          operations per token against FVU, with the Pareto front
+flops_fvu          operations per token against FVU, with the Pareto front of those with the
+                   commonest k: more active features lower the error at any number of operations
 l0_fvu             active features per token against FVU
 l0_ce_recovered    the same against cross entropy recovered, where that was measured
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,19 +87,28 @@ def _costs(saes: Sequence[_SAE]) -> Any:
     figure = new_figure(6.6, 4.8)
     axes = figure.add_subplot()
     points = [(float(sae["flops_per_token"]["total"]), float(sae["fvu"])) for sae in saes]
-    front = [points[index] for index in pareto_front(points)]
-    stairs = [front[0]]
+    k = Counter(sae["k"] for sae in saes if sae["k"] is not None).most_common(1)
+    alike = [point for point, sae in zip(points, saes, strict=True) if k and sae["k"] == k[0][0]]
+    front = [alike[index] for index in pareto_front(alike)]
+    stairs = front[:1]
     for x, y in front[1:]:
         stairs += [(x, stairs[-1][1]), (x, y)]
     if len(front) > 1:
-        axes.plot(*zip(*stairs, strict=True), color=GRAY, lw=1, zorder=1, label="Pareto front")
+        axes.plot(
+            *zip(*stairs, strict=True),
+            color=GRAY,
+            lw=1,
+            zorder=1,
+            label=f"Pareto front, k = {k[0][0]}",
+        )
     _scatter(axes, saes, points)
     axes.set_xscale("log")
     axes.set_xlabel("floating-point operations per token (router + encoder + decoder, log scale)")
     axes.set_ylabel("FVU (lower is better)")
     _room_for_labels(axes, points, log_x=True)
     legend_above(figure, axes, 5)
-    label_points(axes, points, [str(sae["label"]) for sae in saes], [stairs])
+    lines = [stairs] if len(front) > 1 else []
+    label_points(axes, points, [str(sae["label"]) for sae in saes], lines)
     return figure
 
 

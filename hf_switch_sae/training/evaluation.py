@@ -42,7 +42,7 @@ from hf_switch_sae.hookpoints import unwrap
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.training.finish import rounded
 from hf_switch_sae.training.harvest import ActivationSettings, Harvest, vocabulary_size
-from hf_switch_sae.training.heldout import RowSums
+from hf_switch_sae.training.heldout import RowSums, alone
 from hf_switch_sae.training.packing import Context
 
 METRICS = "metrics.json"
@@ -269,7 +269,7 @@ class _Sweep:
 
     def _figures(self, name: str) -> dict[str, Any]:
         rows = self.rows[name]
-        found: dict[str, Any] = {**rows.figures(_as_it_is), **rows.figures_of_all(_as_it_is)}
+        found: dict[str, Any] = {**rows.figures(alone), **rows.figures_of_all(alone)}
         found |= {count: int(found[count]) for count in ("tokens", "outlier_tokens")}
         if self.predictions:
             sums = {**self.sums, **self.spliced[name]}
@@ -282,7 +282,7 @@ class _Sweep:
                 if without != clean:
                     found[recovered] = (without - spliced) / (without - clean)
             found["ce_tokens"] = self.predictions
-        return {**found, "density": rows.density(_as_it_is)}
+        return {**found, "density": rows.density(alone)}
 
     def _measured_on(self, sae: SwitchSAE) -> dict[str, Any]:
         root = unwrap(self.harvest.lm)
@@ -299,11 +299,6 @@ class _Sweep:
             "sae_dtype": str(sae.dtype).removeprefix("torch."),
             **({"ablated_to": f"mean of the first {_MEAN_ROWS:,} rows"} if self.predicts else {}),
         }
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    """Sums of one process are those of all."""
-    return tensor
 
 
 def _at(logits: Tensor, at: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ DEFAULTS = """
 | `router_best_expert_temperature=0.02` | 0.05: within noise | width 1536 |
 | the router starts at clusters | `router_init=uniform` | widths 1536 and 6144 |
 | `encoder_bias=False` | `bias=1`: within noise | bias and average |
-| `decay_share=0.3` | 0.7: within noise | batch and schedule |
+| `decay_share=0.3` | 0.7: 1 % worse | batch and schedule; 1.0 M tokens |
 | `router_aux_loss_coef=0.16` | 0.05: within noise, loads less even | batch and schedule |
 | `per_device_train_batch_size=512` | 1024: 2.5 % worse; 256: 1 % better | batch and schedule |
 | learning rate by `rate_by_steps` | 0.0025 to 0.02 | learning rate; targets |
@@ -172,9 +172,11 @@ def table(known: Mapping[Run, dict]) -> str:
         "last position left out; every token is seen once. FVU, L0 and unused features (never "
         "active) are of 64,000 held-out tokens; `batch_topk` by its threshold, as in use. "
         "k = 32, batch 512, 400,000 tokens, 8 experts, width 6144, learning rate 0.003 where "
-        "nothing else stands. Differences under 2 % are within what a seed makes.",
+        "nothing else stands. Where two seeds were run they differ by at most "
+        f"{_of_a_seed(known):.1%}.",
         "",
-        f"Machine: {'; '.join(machines)}. CPU seconds are of one thread beside other work.",
+        f"Machine: {'; '.join(machines)}. CPU seconds are of one thread beside "
+        "other work; those marked * of the host of a GPU.",
         "",
         "A row's command: `python -m tests.bench.ablations run CACHE` and its settings; CACHE is "
         "what `harvest` fills.",
@@ -199,13 +201,21 @@ def table(known: Mapping[Run, dict]) -> str:
     return "\n".join(lines)
 
 
+def _of_a_seed(known: Mapping[Run, dict]) -> float:
+    """The largest share by which a row's seeds differ in FVU."""
+    rows = (part.of(row) for part in PLAN for row in part.rows)
+    found = ([known[run]["fvu"] for run in runs if run in known] for runs in rows)
+    return max((max(each) / min(each) - 1 for each in found if each), default=0.0)
+
+
 def _row(row: str, found: list[dict], best: float) -> str:
     fvu = " / ".join(f"{line['fvu']:.4f}" for line in found)
     fvu = f"**{fvu}**" if found[0]["fvu"] == best else fvu
     first, seeds = found[0], ", ".join(str(line["settings"]["seed"]) for line in found)
+    host = "" if "threads" in first["machine"] else "*"
     gate = f"{first['p']:.2f}" if "p" in first else "-"
     load = f"{first['load_min']:.2f}-{first['load_max']:.2f}" if "p" in first else "-"
     return (
         f"| `{row or '(the recipe)'}` | {seeds} | {fvu} | {first['l0']:.1f} | "
-        f"{first['unused']:.1%} | {gate} | {load} | {first['cpu_s']:.0f} |"
+        f"{first['unused']:.1%} | {gate} | {load} | {first['cpu_s']:.0f}{host} |"
     )
