@@ -29,6 +29,7 @@ def entry(name, experts, features, fvu, flops, **more):
         "family": "switch" if experts > 1 else "topk",
         "num_experts": experts,
         "num_features": features,
+        "k": 32,
         "parameters": 1000 * features,
         "train_tokens": 5_000_000,
         "seed": 0,
