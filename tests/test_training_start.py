@@ -45,3 +45,34 @@ def test_a_fresh_sae_sends_clusters_to_different_experts_and_no_logit_is_extreme
     before = few.router.weight.clone()
     start_from(few, rows[: E - 1], None, "data")
     torch.testing.assert_close(few.router.weight, before, atol=0, rtol=0)  # too few to cluster
+
+
+def test_features_begin_at_rows_of_their_own_expert_each_at_another():
+    rows, _ = clustered(n=2000)
+    for sae in (SwitchSAE(config()), SwitchSAE(config(num_experts=1))):
+        experts = sae.config.num_experts
+        start_from(sae, rows, None, "data")
+        centered = rows * sae.input_scale - sae.b_dec
+        chosen = torch.zeros(len(rows), dtype=torch.long)
+        if experts > 1:
+            chosen = sae(rows).router_logits.argmax(1)
+        for expert, (encoder, decoder) in enumerate(zip(sae.W_enc, sae.W_dec, strict=True)):
+            own = centered[chosen == expert]
+            own = torch.nn.functional.normalize(own - own.mean(0), dim=-1)
+            begin = (decoder @ own.T).max(1)
+            torch.testing.assert_close(begin.values, torch.ones(len(decoder)))
+            assert len(begin.indices.unique()) == len(decoder)
+            length = encoder.norm(dim=-1, keepdim=True)
+            torch.testing.assert_close(encoder / length, decoder)
+            torch.testing.assert_close(length, length.mean().expand_as(length))
+
+
+def test_features_without_a_row_of_their_own_begin_where_they_were():
+    sae, rows = SwitchSAE(config()), torch.randn(3 * E, D)
+    before = sae.W_dec.detach().clone()
+    start_from(sae, rows.repeat(50, 1), None, "data")  # the same few, over and over
+    moved = (sae.W_dec != before).any(-1)
+    assert 0 < moved.sum() <= 3 * E
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(sae.W_dec.shape[:2]))
+    same = (sae.W_dec.flatten(0, 1) @ sae.W_dec.flatten(0, 1).T).fill_diagonal_(0)
+    assert same.max() < 0.9999

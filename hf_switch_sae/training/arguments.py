@@ -77,9 +77,9 @@ class SwitchSAETrainingArguments(TrainingArguments):
             * balance; the coefficients in the config are not used).
         load_balance_alpha: of the published loss.
         start: where a fresh SAE begins. "data": rows scaled to a mean square of 1, biases their
-            mean, the router towards their clusters. "geometric_median": rows as they are, biases
-            their geometric median. "none": as it is. The outlier norm is that of the activations
-            in any case.
+            mean, the router towards their clusters, features at single rows. "geometric_median":
+            rows as they are, biases their geometric median. "none": as it is. The outlier norm is
+            that of the activations in any case.
         start_rows: rows to measure that on.
         learning_rate: of all SAEs; None: for each by the law.
         learning_rate_law: "steps": what short runs found, see `rate_by_steps`. "published":

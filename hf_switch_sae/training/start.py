@@ -1,4 +1,4 @@
-"""Where a fresh SAE begins, from some rows: its scale, biases, router and what is no input."""
+"""Where a fresh SAE begins, from some rows: scale, biases, router, features, what is no input."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hf_switch_sae.errors import NonFiniteError
 from hf_switch_sae.model import SwitchSAE
@@ -23,7 +24,7 @@ def is_fresh(sae: SwitchSAE) -> bool:
 
 @torch.no_grad()
 def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: str) -> None:
-    """Fit a fresh SAE's scale, biases and router to rows [n, d], in the LM's own units.
+    """Fit a fresh SAE's scale, biases, router and features to rows [n, d], in the LM's own units.
 
     Args:
         sae: changed in place.
@@ -58,6 +59,34 @@ def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: st
             centered = rows * sae.input_scale - center
             directions = directions_of(centered, sae.config.num_experts)
             sae.router.weight.copy_(directions * (_ROUTER_GAIN / math.sqrt(rows.shape[1])))
+    if how == "data":
+        start_features_at(rows * sae.input_scale - center, sae)
+
+
+@torch.no_grad()
+def start_features_at(centered: Tensor, sae: SwitchSAE, seed: int = 0) -> None:
+    """Features begin at rows that their expert is chosen for; those left over stay as they are.
+
+    A decoder row is a row of data less the mean of the expert's, at length 1, and the encoder's row
+    points the same way. No row is taken twice: features that begin equal stay equal.
+
+    Args:
+        centered: [n, d], in the SAE's scaled units and less its bias.
+        sae: changed in place; its router is where it begins.
+        seed: of which rows are taken.
+    """
+    rows = centered.unique(dim=0)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    chosen = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    if sae.config.num_experts > 1:
+        chosen = (rows @ sae.router.weight.to(rows.dtype).T).argmax(1)
+    experts = ((enc, dec) for g in sae.experts for enc, dec in zip(g.W_enc, g.W_dec, strict=True))
+    for expert, (encoder, decoder) in enumerate(experts):
+        own = rows[chosen == expert]
+        own = own - own.mean(0)
+        own = normalize(own[own.norm(dim=-1) > 1e-3][: len(decoder)], dim=-1)
+        encoder[: len(own)] = (own * encoder.norm(dim=-1).mean()).to(encoder)
+        decoder[: len(own)] = own.to(decoder)
 
 
 def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-5) -> Tensor:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
+from hf_switch_sae.model import SwitchSAEOutput
 from hf_switch_sae.training.clusters import directions_of
+from hf_switch_sae.training.start import start_features_at
 
 from .minilm import DEVICE, WIDTH, batches, rows_of
 
@@ -31,6 +33,7 @@ _OF_A_ROUTER |= {
     "freeze",
     "distill",
     "distill_tau",
+    "balance_by",
 }
 
 
@@ -65,6 +68,8 @@ class Run:
     rms: float = 1.0
     """Root mean square of the scaled inputs."""
     balance: float = 0.16
+    balance_by: str = "tokens"
+    """What is spread evenly over the experts: tokens, or their active features."""
     z: float = 0.0
     auxk: float = 0.0
     k_aux: int = 64
@@ -77,6 +82,12 @@ class Run:
     """Factor on the router's learning rate."""
     encoder_gain: float = 0.0
     """The encoder starts as so many times the decoder; 0: as the package has it."""
+    feature_init: str = "random"
+    """random, or data: features begin at rows, as in the recipe (earlier runs: random)."""
+    resample: int = 0
+    """So many times in the first half, features that were not active since are started anew."""
+    k_start: int = 0
+    """Active features a token at first, falling to k within the first half; 0: k from the start."""
     gate: str = "one"
     """What multiplies activations: the probability p, its root, 1 (one), p of logits whose factor
     rises to `temperature` (heat), p / mean p that turns into 1 (fade); the last two between
@@ -156,7 +167,7 @@ def start(run: Run, cache: Path) -> Variant:
         activation=run.activation,
         encoder_bias=run.bias,
         apply_router_probs=run.gate != "one",
-        router_aux_loss_coef=run.balance,
+        router_aux_loss_coef=run.balance if run.balance_by == "tokens" else 0.0,
         router_z_loss_coef=run.z,
         router_best_expert_loss_coef=run.distill,
         router_best_expert_temperature=run.distill_tau,
@@ -181,6 +192,8 @@ def start(run: Run, cache: Path) -> Variant:
                 directions = directions_of(centered, run.experts, run.seed)
                 sae.router.weight.copy_(directions * 4 / math.sqrt(WIDTH))
             sae.router.weight.mul_(run.router_gain)
+        if run.feature_init == "data":
+            start_features_at(sample * sae.input_scale - center, sae, run.seed)
     return sae
 
 
@@ -197,14 +210,20 @@ def train(run: Run, cache: Path) -> dict[str, float]:
     parameters = list(sae.parameters())
     average = [p.detach().clone() for p in parameters] if run.ema else []
     steps = run.tokens // run.batch
+    every = steps // (2 * run.resample) if run.resample else 0
+    fired = torch.zeros(run.features, dtype=torch.bool, device=DEVICE)
     for step, x in enumerate(batches(cache, run.tokens, run.batch, run.seed, run.passes)):
         for group, factor in zip(optimizer.param_groups, (1.0, run.router_lr), strict=False):
             group["lr"] = factor * run.rate((step + 0.5) / steps)
         passed = (step / steps - run.gate_start) / (run.gate_end - run.gate_start)
         sae.mixed = min(1.0, max(0.0, passed))
         sae.temperature = run.temperature**sae.mixed
+        if run.k_start:
+            sae.config.k = round(run.k + (run.k_start - run.k) * max(0.0, 1 - 2 * step / steps))
         output = sae(x)
         loss = output.loss
+        if run.balance_by == "active" and run.experts > 1:
+            loss = loss + run.balance * balance_of_active(output)
         if run.freeze and sae.mixed:
             loss = loss - run.balance * output.router_aux_loss
         loss.backward()
@@ -212,6 +231,12 @@ def train(run: Run, cache: Path) -> dict[str, float]:
             sae.router.weight.grad = sae.b_router.grad = None
         optimizer.step()
         optimizer.zero_grad()
+        if every and step < steps / 2:
+            fired[output.features.ids[output.features.acts > 0]] = True
+            if (step + 1) % every == 0:
+                more = rows_of(cache, "train", 0)[:8192].float().to(DEVICE)
+                restart(sae, optimizer, fired, more, run.seed + step)
+                fired.zero_()
         if average:
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, max(1 - run.ema, 1 / (step + 1)))
@@ -221,6 +246,42 @@ def train(run: Run, cache: Path) -> dict[str, float]:
         sae.normalize_decoder()
     spent = {"cpu_s": time.process_time() - cpu, "wall_s": time.time() - began}
     return measure(sae, cache) | {"steps": steps} | {k: round(v, 1) for k, v in spent.items()}
+
+
+@torch.no_grad()
+def restart(sae: Variant, optimizer: SwitchSAEAdam, fired: Tensor, x: Tensor, seed: int) -> None:
+    """Features that have not fired begin again at errors of tokens of their expert."""
+    output = sae(x)
+    error = (x - output.reconstruction) * sae.input_scale
+    size, experts = sae.config.num_features // sae.config.num_experts, sae.config.num_experts
+    chosen = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    if experts > 1:
+        chosen = output.router_logits.argmax(1)
+    pick = torch.Generator().manual_seed(seed)
+    w_dec, w_enc = sae.W_dec.flatten(0, 1), sae.W_enc.flatten(0, 1)
+    length = w_enc[fired].norm(dim=-1).mean()
+    for expert in range(experts):
+        dead = (~fired[expert * size : (expert + 1) * size]).nonzero()[:, 0] + expert * size
+        own = error[chosen == expert]
+        if not len(own) or not len(dead):
+            continue
+        odds = own.square().sum(-1).square().cpu()
+        taken = torch.multinomial(odds, len(dead), len(dead) > len(own), generator=pick)
+        rows = torch.nn.functional.normalize(own[taken.to(own.device)], dim=-1)
+        w_dec[dead], w_enc[dead] = rows, rows * length / 2
+        for weight, state in optimizer.state.items():
+            if weight.shape == sae.W_dec.shape:
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name].flatten(0, 1)[dead] = 0
+
+
+def balance_of_active(output: SwitchSAEOutput) -> Tensor:
+    """The balance loss, of active features instead of tokens."""
+    probs = output.router_logits.softmax(-1)
+    active = (output.features.acts > 0).sum(1).to(probs.dtype)
+    chosen = torch.zeros_like(probs[0]).index_add_(0, probs.argmax(-1), active)
+    total = (probs * active[:, None]).sum(0)
+    return probs.shape[1] * (chosen * total).sum() / active.sum().square()
 
 
 @torch.no_grad()
