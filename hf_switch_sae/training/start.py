@@ -75,7 +75,7 @@ def start_features_at(centered: Tensor, sae: SwitchSAE, seed: int = 0) -> None:
         sae: changed in place; its router is where it begins.
         seed: of which rows are taken.
     """
-    rows = centered.unique(dim=0)
+    rows = torch.unique(centered, dim=0)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
     chosen = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     if sae.config.num_experts > 1:
