@@ -55,12 +55,16 @@ def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: st
     sae.b_dec.copy_(center)
     if sae.config.num_experts > 1:
         sae.b_router.copy_(center)  # a copy: tied biases would be stepped twice
-        if how == "data" and len(rows) >= sae.config.num_experts:
-            centered = rows * sae.input_scale - center
-            directions = directions_of(centered, sae.config.num_experts)
-            sae.router.weight.copy_(directions * (_ROUTER_GAIN / math.sqrt(rows.shape[1])))
     if how == "data":
-        start_features_at(rows * sae.input_scale - center, sae)
+        _start_at_data(rows * sae.input_scale - center, sae)
+
+
+def _start_at_data(centered: Tensor, sae: SwitchSAE) -> None:
+    """The router towards the clusters of rows [n, d], then features at rows of their expert."""
+    if 1 < sae.config.num_experts <= len(centered):
+        directions = directions_of(centered, sae.config.num_experts)
+        sae.router.weight.copy_(directions * (_ROUTER_GAIN / math.sqrt(centered.shape[1])))
+    start_features_at(centered, sae)
 
 
 @torch.no_grad()
