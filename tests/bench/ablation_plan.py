@@ -164,7 +164,7 @@ DEFAULTS = """
 | `router_best_expert_loss_coef=0.1` | `distill=0`, 0.5 | first runs; width 1536 |
 | `router_best_expert_temperature=0.02` | 0.05: within noise | width 1536 |
 | the router starts at clusters | `router_init=uniform` | widths 1536 and 6144 |
-| features begin at rows (`start="data"`) | `feature_init=random`: 2-3 % worse, dense too | targets |
+| features at rows (`start="data"`) | `feature_init=random`: 2-3 % worse; dense too | targets |
 | `encoder_bias=False` | `bias=1`: within noise | bias and average |
 | `decay_share=0.3` | 0.7: 1 % worse | batch and schedule; 1.0 M tokens |
 | `router_aux_loss_coef=0.16` | 0.05: within noise, loads less even | batch and schedule |
