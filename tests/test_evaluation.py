@@ -1,12 +1,15 @@
 """Figures of a finished SAE on held-out text: each against its definition, whatever the batches."""
 
 import json
+from pathlib import Path
 
 import activations
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from torch import nn
+from trained import launch
 
 from hf_switch_sae import (
     AttachError,
@@ -32,6 +35,10 @@ BESIDE = {"measured_on", "density"}
 
 @pytest.fixture
 def lm() -> nn.Module:
+    return make_lm()
+
+
+def make_lm() -> nn.Module:
     """Of predictions that depend on the stream, so that ablation costs something."""
     found = tiny.llama()
     with torch.no_grad():
@@ -192,6 +199,32 @@ def test_so_many_tokens_are_whole_contexts_whatever_the_passes(lm):
         for name in KEYS | CE:
             assert each[name] == pytest.approx(some[0][name], rel=1e-5), name
     assert some[0]["tokens"] == 6 * 15
+
+
+def measure_with_others(folder: str, options: dict) -> None:
+    """One process of several: writes what it found."""
+    torch.set_num_threads(1)
+    state, lm = Accelerator(cpu=True), make_lm()
+    found = measured(lm, outlying_somewhat(lm), **options)
+    name = "result.json" if state.is_main_process else "other.json"
+    (Path(folder) / name).write_text(json.dumps(found))
+
+
+def outlying_somewhat(lm: nn.Module) -> SwitchSAE:
+    norms = torch.cat([stream_of(lm, tokens) for tokens in contexts(False)]).norm(dim=-1)
+    return outlying(tiny.sae_for(lm), norms)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 16}], ids=["shared", "none_for_the_second"])
+def test_two_processes_have_the_figures_of_one(lm, tmp_path, options):
+    expected = measured(lm, outlying_somewhat(lm), **options)
+    found = launch(tmp_path, options, 2, measure_with_others)
+    assert found == json.loads((tmp_path / "other.json").read_text())
+    for name in BESIDE:
+        assert found[name] == expected[name], name
+    for name in KEYS | CE:
+        exact = 1e-5 if "recovered" in name else 1e-6  # a ratio of small differences
+        assert found[name] == pytest.approx(expected[name], rel=exact, abs=1e-6), name
 
 
 def test_what_it_was_measured_on_is_said_and_json(lm):

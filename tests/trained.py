@@ -92,9 +92,14 @@ def history(run: SwitchSAETrainer | dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def launch(folder: pathlib.Path, options: dict[str, Any], processes: int = 1) -> dict[str, Any]:
-    """Run `trainer(folder, **options)` in processes of its own, to its end; see `main`."""
-    running = start(folder, options, processes)
+def launch(
+    folder: pathlib.Path, options: dict[str, Any], processes: int = 1, run: Any = None
+) -> dict[str, Any]:
+    """Run `trainer(folder, **options)` in processes of its own, to its end; see `main`.
+
+    Or what is given instead of `main`: a function that can be imported from the tests.
+    """
+    running = start(folder, options, processes, run)
     for each in running:
         each.join(200)
     said = {each.name: (folder / each.name).read_text()[-3000:] for each in running}
@@ -102,7 +107,9 @@ def launch(folder: pathlib.Path, options: dict[str, Any], processes: int = 1) ->
     return json.loads((folder / "result.json").read_text())
 
 
-def start(folder: pathlib.Path, options: dict[str, Any], processes: int = 1) -> list[Any]:
+def start(
+    folder: pathlib.Path, options: dict[str, Any], processes: int = 1, run: Any = None
+) -> list[Any]:
     """Begin such a run; what the processes say lies in the folder, in files of their names."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -116,21 +123,23 @@ def start(folder: pathlib.Path, options: dict[str, Any], processes: int = 1) -> 
         own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
         running.append(
             _FORKS.Process(
-                target=_child, args=(str(folder), options, own), name=f"process-{rank}.txt"
+                target=_child,
+                args=(run or main, str(folder), options, own),
+                name=f"process-{rank}.txt",
             )
         )
         running[-1].start()
     return running
 
 
-def _child(folder: str, options: dict[str, Any], environment: dict[str, str]) -> None:
+def _child(run: Any, folder: str, options: dict[str, Any], environment: dict[str, str]) -> None:
     (pathlib.Path(folder) / "began").touch()
     os.environ.update(environment)
     name = multiprocessing.current_process().name
     with (pathlib.Path(folder) / name).open("w") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-        main(folder, options)
+        run(folder, options)
 
 
 # each run is forked from a server that has imported everything once and done nothing else; its

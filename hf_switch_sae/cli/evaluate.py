@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from accelerate import Accelerator
 
 from hf_switch_sae.cli.language_model import has_head, load_lm
 from hf_switch_sae.cli.record import load_sae, split_address
@@ -53,8 +55,9 @@ def evaluate_sae(
         bool, typer.Option("--write", help=f"Store the figures as {METRICS} in the SAE's folder.")
     ] = False,
 ) -> None:
-    """Measure FVU, L0, dead share, CE recovered and KL of an SAE on held-out text."""
+    """Measure an SAE on held-out text, which the processes of accelerate launch share."""
     named = _addresses(sae, subfolder, also or [], write)
+    process = Accelerator(cpu=not torch.accelerator.is_available())  # joins those of a launcher
     settings = ActivationSettings(
         context=context,
         packing=packing,  # type: ignore[arg-type]
@@ -74,16 +77,10 @@ def evaluate_sae(
         gguf_file=gguf_file,
         places=[str(place) for place in places] or None,
     )
-    found = evaluate(
-        saes,
-        model,
-        documents,
-        tokenizer,
-        settings,
-        max_tokens=max_tokens,
-        allow_mismatch=allow_mismatch,
-    )
-    _show(found, write)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "allow_mismatch": allow_mismatch}
+    found = evaluate(saes, model, documents, tokenizer, settings, **options)
+    if process.is_main_process:
+        _show(found, write)
 
 
 def _show(found: dict[str, dict[str, Any]], write: bool) -> None:

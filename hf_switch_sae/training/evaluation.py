@@ -15,7 +15,8 @@
 What is replaced is what the SAE reads: outliers stay in the stream, as when it is attached. The
 mean is that of the first rows of the text, so that it is the same for every SAE of the place.
 Several SAEs share one pass of the model as it is; tokens that one of them takes for outliers are
-left out for all.
+left out for all. Several processes that torch.distributed joins share the contexts, and each has
+the figures of all.
 
 Beware The predictions are measured of models that have them alone: causal, and with a head.
 """
@@ -42,7 +43,7 @@ from hf_switch_sae.hookpoints import unwrap
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.training.finish import rounded
 from hf_switch_sae.training.harvest import ActivationSettings, Harvest, vocabulary_size
-from hf_switch_sae.training.heldout import RowSums, alone
+from hf_switch_sae.training.heldout import RowSums, processes
 from hf_switch_sae.training.packing import Context
 
 METRICS = "metrics.json"
@@ -188,20 +189,36 @@ class _Sweep:
         self.sums = dict.fromkeys(("ce_clean", "ce_ablated", "ce_zero"), 0.0)
         self.spliced = {name: dict.fromkeys(("ce_spliced", "kl"), 0.0) for name in saes}
         self.contexts = self.predictions = 0
+        self.rank, self.world_size, self.reduce = processes()
 
     @torch.no_grad()
     def run(self) -> dict[str, dict[str, Any]]:
         mean = self._mean() if self.predicts else None
-        contexts, kept = self._contexts(), 0
-        while some := list(islice(contexts, self.harvest.contexts_per_pass)):
+        own = islice(self._contexts(), self.rank, None, self.world_size)
+        while some := list(islice(own, self.harvest.contexts_per_pass)):
             self.contexts += len(some)
-            kept += self._add(some, mean)
-        if not kept:
+            self._add(some, mean)
+        self._add_up()
+        found = {name: self._figures(name) for name in self.saes}
+        if not all(figures["tokens"] for figures in found.values()):
             raise TrainingError("no token of this text is kept: there is nothing to measure on.")
         return {
-            name: {**self._figures(name), "measured_on": self._measured_on(sae)}
+            name: {**found[name], "measured_on": self._measured_on(sae)}
             for name, sae in self.saes.items()
         }
+
+    def _add_up(self) -> None:
+        """Counts and sums of predictions, over processes."""
+        parts = [self.sums, *self.spliced.values()]
+        flat = [self.contexts, self.predictions, *(v for each in parts for v in each.values())]
+        device = next(iter(self.saes.values())).device
+        contexts, predictions, *rest = self.reduce(
+            torch.tensor(flat, dtype=torch.float64, device=device)
+        ).tolist()
+        self.contexts, self.predictions = int(contexts), int(predictions)
+        for each in parts:
+            for name in each:
+                each[name] = rest.pop(0)
 
     def _contexts(self) -> Iterator[Context]:
         """All, or as many as `max_tokens` allows: whatever the size of a pass."""
@@ -225,8 +242,8 @@ class _Sweep:
                     break
         return (total / max(count, 1)).float()
 
-    def _add(self, contexts: list[Context], mean: Tensor | None) -> int:
-        """Measure a pass; how many rows of it are kept."""
+    def _add(self, contexts: list[Context], mean: Tensor | None) -> None:
+        """Measure a pass."""
         ids, mask, inputs = self.harvest.inputs(contexts)
         lm, policy, streams = self.harvest.lm, self.harvest.policy, dict[str, Tensor]()
 
@@ -241,7 +258,7 @@ class _Sweep:
         for sums in self.rows.values():
             sums.add(some)
         if mean is None:
-            return len(index)
+            return
         follows = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1).flatten().bool()
         at = index.cpu()
         at = at[follows[at]]  # a context's last token predicts none of it
@@ -258,7 +275,6 @@ class _Sweep:
             with hook_residual(lm, self.place, self._replace_by(put)):
                 self.sums[name] += _scores(_at(lm(**inputs).logits, at), target)[0]
         self.predictions += len(at)
-        return len(index)
 
     def _replace_by(self, put: Tensor) -> Callable[[Tensor], Tensor]:
         def replace_all(residual: Tensor) -> Tensor:
@@ -269,7 +285,7 @@ class _Sweep:
 
     def _figures(self, name: str) -> dict[str, Any]:
         rows = self.rows[name]
-        found: dict[str, Any] = {**rows.figures(alone), **rows.figures_of_all(alone)}
+        found: dict[str, Any] = {**rows.figures(self.reduce), **rows.figures_of_all(self.reduce)}
         found |= {count: int(found[count]) for count in ("tokens", "outlier_tokens")}
         if self.predictions:
             sums = {**self.sums, **self.spliced[name]}
@@ -282,7 +298,7 @@ class _Sweep:
                 if without != clean:
                     found[recovered] = (without - spliced) / (without - clean)
             found["ce_tokens"] = self.predictions
-        return {**found, "density": rows.density(alone)}
+        return {**found, "density": rows.density(self.reduce)}
 
     def _measured_on(self, sae: SwitchSAE) -> dict[str, Any]:
         root = unwrap(self.harvest.lm)

@@ -23,6 +23,21 @@ def alone(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def added_up(tensor: Tensor) -> Tensor:
+    """The `Reduce` of the processes that torch.distributed joins: each of them calls it."""
+    tensor = tensor.clone()
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def processes() -> tuple[int, int, Reduce]:
+    """Which process this is, of how many that torch.distributed joins, and their sum."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size(), added_up
+    return 0, 1, alone
+
+
 class RowSums:
     """What the figures of one SAE are made of: sums in float64, which add up over processes.
 
@@ -34,11 +49,12 @@ class RowSums:
     def __init__(self, sae: SwitchSAE, outlier_norm: float | None = None) -> None:
         config, device = sae.config, sae.device
         self.sae, self.outlier_norm = sae, outlier_norm
-        self.batch: Tensor | None = None
-        self.outliers: Tensor | None = None
-        """[2 + d]: `batch_sums` of the rows over the norm."""
         self.fired = torch.zeros(config.num_features, dtype=torch.int64, device=device)
         self.error = torch.zeros((), dtype=torch.float64, device=device)
+        chosen = config.num_experts if config.num_experts > 1 else 0
+        self.batch = self.error.new_zeros(2 + config.hidden_size + chosen)
+        self.outliers = self.error.new_zeros(2 + config.hidden_size)
+        """`batch_sums` of the rows over the norm."""
         self.outlier_error = self.error.clone()
         self.cosine = self.error.clone()
 
@@ -51,9 +67,6 @@ class RowSums:
             outlier |= x.norm(dim=-1) > self.outlier_norm
         self._add_outliers(x[outlier])
         x = x[~outlier]
-        if self.batch is None:
-            chosen = sae.config.num_experts if sae.config.num_experts > 1 else 0
-            self.batch = self.error.new_zeros(2 + x.shape[1] + chosen)
         if not len(x):
             return
         self.batch = self.batch + sae.batch_sums(x)
@@ -64,16 +77,14 @@ class RowSums:
         self.fired.index_add_(0, features.ids.flatten(), (features.acts > 0).long().flatten())
 
     def _add_outliers(self, x: Tensor) -> None:
-        found = batch_sums(x, None, None, 1)
-        self.outliers = found if self.outliers is None else self.outliers + found
         if len(x):
+            self.outliers = self.outliers + batch_sums(x, None, None, 1)
             x_hat = self.sae.decode(self.sae.encode(x), x)
             self.outlier_error += (x - x_hat).double().square().sum()
 
     def figures(self, reduce: Reduce) -> dict[str, float]:
         """Of all rows but outliers; `reduce` adds up over processes."""
         config = self.sae.config
-        assert self.batch is not None
         whole = WholeBatch.of(reduce(self.batch), config.hidden_size)
         fired, tokens, error = reduce(self.fired), float(whole.tokens), reduce(self.error)
         found = {
@@ -93,8 +104,6 @@ class RowSums:
     def figures_of_all(self, reduce: Reduce) -> dict[str, float]:
         """fvu_all_tokens, outliers included: they are reconstructed as the decoder's bias, and
         what they deviate by is of the whole; and how many they are."""
-        assert self.batch is not None
-        assert self.outliers is not None
         head = 2 + self.sae.config.hidden_size
         outliers = reduce(self.outliers)
         sums = reduce(self.batch)[:head] + outliers
@@ -109,7 +118,6 @@ class RowSums:
             log10_edges: of the bins, the last of which includes its end. counts: features in each;
             rarer ones than the first edge are in the first. never: features in none.
         """
-        assert self.batch is not None
         fired = reduce(self.fired).double().cpu()
         rates = (fired / reduce(self.batch)[0].cpu().clamp_min(1))[fired > 0].log10()
         first, bins = _EDGES[0], len(_EDGES) - 1
@@ -148,7 +156,7 @@ def measure_held_out(
         (of the experts' shares, over that of equal ones: 1 is even).
 
     Raises:
-        TrainingError: not one batch of rows.
+        TrainingError: not one batch of rows, or none but outliers.
     """
     before = activations.state_dict()
     sums = {} if sums is None else sums
@@ -166,9 +174,10 @@ def measure_held_out(
         for name, sae in saes.items():
             sae.train(modes[name])
         activations.load_state_dict(before)
-    if any(each.batch is None for each in sums.values()):
+    found = {name: each.figures(reduce) for name, each in sums.items()}
+    if not all(figures["tokens"] for figures in found.values()):
         raise TrainingError("there are no held-out rows to evaluate on: give more text.")
-    return {name: each.figures(reduce) for name, each in sums.items()}
+    return found
 
 
 def _batch_rows(rows: int | None, most: int, world_size: int) -> int:

@@ -27,7 +27,7 @@ from hf_switch_sae.training.activations import Activations
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
 from hf_switch_sae.training.callbacks import UnitRows
 from hf_switch_sae.training.harvest import ActivationSettings
-from hf_switch_sae.training.heldout import measure_held_out
+from hf_switch_sae.training.heldout import added_up, measure_held_out
 from hf_switch_sae.training.loader import Stream
 from hf_switch_sae.training.monitor import Monitor, count_over_parts
 from hf_switch_sae.training.saving import Saving
@@ -270,10 +270,7 @@ class SwitchSAETrainer(Saving, Stepping):
 
     def _added(self, tensor: Tensor) -> Tensor:
         """Added up over processes."""
-        if self.args.world_size > 1:
-            tensor = tensor.clone()
-            torch.distributed.all_reduce(tensor)
-        return tensor
+        return added_up(tensor) if self.args.world_size > 1 else tensor
 
     # --- a step -----------------------------------------------------------------------------------
 
