@@ -59,6 +59,7 @@ FLOOR = {
     "training": 10,
     "comparison": 11,
     "cli": 12,
+    "__main__": 13,
 }
 """A room imports only from lower floors. `__init__` is the roof: it imports, nobody imports it."""
 
