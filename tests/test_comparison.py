@@ -431,7 +431,7 @@ def test_without_what_draws_there_is_one_line_and_everything_else(caches, tmp_pa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     dense = ("--train", "num_experts=1 num_features=32 k=4")
     said = command(caches, tmp_path, *dense, stream="stderr")
-    assert (tmp_path / "comparison.json").exists()
+    assert "--sae" not in json.loads((tmp_path / "comparison.json").read_text())["command"]
     assert not (tmp_path / "figures").exists()
     assert 'no figures: figures need matplotlib: pip install "hf-switch-sae[viz]"' in said
 

@@ -126,9 +126,9 @@ def as_typed(context: typer.Context, leave_out: Container[str] = ()) -> str:
     words = [str(context.command.name)]
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
-        if parameter.name in leave_out or value in (None, [], parameter.default):
+        if parameter.name in leave_out or value in (None, [], (), parameter.default):
             continue
-        for each in value if isinstance(value, list) else [value]:
+        for each in value if isinstance(value, list | tuple) else [value]:
             option = [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
             words += [*option, short(each)]
     return shlex.join(["hf-switch-sae", *words, *context.args])
