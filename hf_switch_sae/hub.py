@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ def push(
     if "README.md" in files:
         _validate(files["README.md"], repo_id)
     additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
-    with plain_hub_errors(repo_id, "push to"):
+    with plain_hub_errors(repo_id, "push to"), warnings.catch_warnings():
+        # of geometry.parquet, which belongs to the SAE
+        warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
         for addition in additions:  # each is kept by the Hub, whatever happens to the next
             api.preupload_lfs_files(repo_id, [addition], revision=branch)
         done = api.create_commit(
