@@ -120,7 +120,8 @@ def definition(lm: nn.Module, sae: SwitchSAE, texts: list[list[int]], first: int
 
 def measured(lm, sae, documents=activations.DOCUMENTS, **changes):
     options = {
-        name: changes.pop(name) for name in ("max_tokens", "allow_mismatch") & changes.keys()
+        name: changes.pop(name)
+        for name in ("max_tokens", "allow_mismatch", "alone") & changes.keys()
     }
     return evaluate(sae, lm, documents, settings=activations.settings(**changes), **options)
 
@@ -205,6 +206,8 @@ def measure_with_others(folder: str, options: dict) -> None:
     """One process of several: writes what it found."""
     torch.set_num_threads(1)
     state, lm = Accelerator(cpu=True), make_lm()
+    if options.get("alone") and not state.is_main_process:
+        return
     found = measured(lm, outlying_somewhat(lm), **options)
     name = "result.json" if state.is_main_process else "other.json"
     (Path(folder) / name).write_text(json.dumps(found))
@@ -225,6 +228,11 @@ def test_two_processes_have_the_figures_of_one(lm, tmp_path, options):
     for name in KEYS | CE:
         exact = 1e-5 if "recovered" in name else 1e-6  # a ratio of small differences
         assert found[name] == pytest.approx(expected[name], rel=exact, abs=1e-6), name
+
+
+def test_one_process_of_two_can_measure_alone(lm, tmp_path):
+    found = launch(tmp_path, {"alone": True}, 2, measure_with_others)
+    assert found == measured(lm, outlying_somewhat(lm))
 
 
 def test_what_it_was_measured_on_is_said_and_json(lm):

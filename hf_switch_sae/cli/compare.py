@@ -151,7 +151,7 @@ def _predictions(lm: str | None, text: str | None, tokens: int | None, length: i
         device = next(model.parameters()).device
         for sae in saes.values():
             torch.nn.Module.to(sae, device)
-        return evaluate(saes, model, documents, tokenizer, settings, max_tokens=tokens)
+        return evaluate(saes, model, documents, tokenizer, settings, max_tokens=tokens, alone=True)
 
     return measure
 

@@ -81,6 +81,7 @@ def evaluate_sae(
     found = evaluate(saes, model, documents, tokenizer, settings, **options)
     if process.is_main_process:
         _show(found, write)
+    process.end_training()
 
 
 def _show(found: dict[str, dict[str, Any]], write: bool) -> None:

@@ -277,7 +277,7 @@ def _measured(
     folder = Path(str(trainer.args.output_dir), name)
     sae = SwitchSAE.from_pretrained(folder)
     torch.nn.Module.to(sae, trainer.saes[name].device)
-    return write_metrics(folder, evaluate(sae, trainer.lm, *text, max_tokens=most))
+    return write_metrics(folder, evaluate(sae, trainer.lm, *text, max_tokens=most, alone=True))
 
 
 def _release(trainer: SwitchSAETrainer, metrics: dict[str, Any]) -> None:

@@ -62,6 +62,7 @@ def evaluate(
     *,
     max_tokens: int | None = None,
     allow_mismatch: bool = False,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Measure SAEs on text they were not trained on, one pass over it; memory does not grow.
 
@@ -76,6 +77,8 @@ def evaluate(
         settings: how text becomes rows; `outlier_factor` is not used.
         max_tokens: stop before the context with which the model would have read more.
         allow_mismatch: accept another language model than the SAE's.
+        alone: this process measures the whole text by itself. Without it every process that
+            torch.distributed joins has to call this, and measures a share.
 
     Returns:
         Numbers by name (see the module's header), `tokens` and `ce_tokens`: how many rows and
@@ -102,7 +105,7 @@ def evaluate(
     try:
         for each in saes.values():
             each.train(False)
-        found = _Sweep(saes, harvest, max_tokens).run()
+        found = _Sweep(saes, harvest, max_tokens, alone).run()
     finally:
         for name, each in saes.items():
             each.train(modes[name])
@@ -178,7 +181,11 @@ class _Sweep:
     """One pass over the text."""
 
     def __init__(
-        self, saes: Mapping[str, SwitchSAE], harvest: Harvest, max_tokens: int | None
+        self,
+        saes: Mapping[str, SwitchSAE],
+        harvest: Harvest,
+        max_tokens: int | None,
+        alone: bool,
     ) -> None:
         self.saes, self.harvest, self.max_tokens = saes, harvest, max_tokens
         self.place = harvest.hookpoints[0]
@@ -189,7 +196,7 @@ class _Sweep:
         self.sums = dict.fromkeys(("ce_clean", "ce_ablated", "ce_zero"), 0.0)
         self.spliced = {name: dict.fromkeys(("ce_spliced", "kl"), 0.0) for name in saes}
         self.contexts = self.predictions = 0
-        self.rank, self.world_size, self.reduce = processes()
+        self.rank, self.world_size, self.reduce = processes(alone)
 
     @torch.no_grad()
     def run(self) -> dict[str, dict[str, Any]]:

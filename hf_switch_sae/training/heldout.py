@@ -30,10 +30,10 @@ def added_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def processes() -> tuple[int, int, Reduce]:
+def processes(by_itself: bool) -> tuple[int, int, Reduce]:
     """Which process this is, of how many that torch.distributed joins, and their sum."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
+    if not by_itself and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size(), added_up
     return 0, 1, alone
 
