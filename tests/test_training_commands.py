@@ -1,11 +1,13 @@
 """`hf-switch-sae train` and `calibrate`: from nothing to a saved SAE, and errors before a step."""
 
 import json
+import pathlib
 
 import activations
 import pytest
 import tiny
 import torch
+from trained import launch
 from typer.testing import CliRunner
 
 from hf_switch_sae import (
@@ -86,6 +88,22 @@ def test_one_command_goes_from_nothing_to_an_sae_that_attaches(lm, tmp_path):
     with sae.float().attach(whole) as session:  # its fingerprint is the whole model's
         whole(torch.tensor([[3, 4, 5]]))
         assert session.features.shape == (1, 3)
+
+
+def train_with_others(folder, options):
+    """One process of several."""
+    out = pathlib.Path(folder)
+    said = train(pathlib.Path(options["lm"]), out / "out", "--eval_dataset", options["held_out"])
+    if '"fvu"' in said:  # what the first process says
+        (out / "result.json").write_text((out / "out" / PLACE / "metrics.json").read_text())
+
+
+def test_the_first_of_two_processes_measures_all_of_the_held_out_text(lm, tmp_path):
+    held_out = lm / "text.jsonl"
+    stored = launch(tmp_path, {"lm": str(lm), "held_out": str(held_out)}, 2, train_with_others)
+    place = tmp_path / "out" / PLACE
+    run("eval", place, lm, held_out, "--context", 16, "--tokens-per-pass", 64, "--write")
+    assert json.loads((place / "metrics.json").read_text()) == stored
 
 
 def test_the_output_folder_is_a_release_and_eval_finds_its_figures_again(lm, tmp_path):
