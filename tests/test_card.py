@@ -37,6 +37,7 @@ def entry(name, experts, features, fvu, flops, **more):
         "fvu": fvu,
         "l0": 32.0,
         "dead_share": 0.0125,
+        "tokens": 65_530,
         **more,
     }
 
@@ -147,13 +148,13 @@ def test_a_card_tells_of_every_file(release):
         f'SwitchSAE.from_pretrained("org/repo", subfolder="{A}")',
         "session.edit(Steer(7, 0.5))  # fires on: ships sea",
         f"## Beside other SAEs at {A}",
-        "the same 65,536 held-out tokens",
+        "the same 65,530 held-out tokens",
         "| WIDE | 8 | 24,576 | 24,576,000 | 5,000,000 | 7,200,000 | 0.12 | 32 | 1.25 % |",
         "**Holds here**: wide is better. it is by 20%.",
         "**Does not hold here**: wide is cheaper. it costs 2% more.",
         "**Equal training tokens**",
         "**Equal operations per token**",
-        "| WIDE | DENSE | 0.12 | 0.15 | -20.0 % | 1.02x | 1x | 8x |",
+        "| WIDE | DENSE | 0.12 | 0.15 | -20.0 % | 32 | 32 | 1.02x | 1x | 8x |",
         "**Equal parameters**: no two of these SAEs are to be compared by that.",
         COMPARISON["command"],
         "cosine above 0.9",
