@@ -114,7 +114,10 @@ def _facts(folder: Path, place: str, config: dict[str, Any]) -> Facts:
     told = read_json(own / "metrics.json")
     held = told or config.get("metrics") or {}
     words = read_json(own / "features.json")
-    feature = next((each for each in words if each.isdecimal() and words[each]), None)
+    described = [each for each in words if each.isdecimal() and words[each]]
+    several = (each for each in described if len(words[each]) > 1)
+    spoken = (each for each in several if all(map(_is_a_word, words[each])))
+    feature = next(spoken, next(iter(described), None))
     return Facts(
         config={**_MAY_LACK, **config},
         metrics={
@@ -131,6 +134,11 @@ def _facts(folder: Path, place: str, config: dict[str, Any]) -> Facts:
         figures=_figures(folder, own) if place else {},
         described=None if feature is None else (int(feature), " ".join(words[feature])),
     )
+
+
+def _is_a_word(text: str) -> bool:
+    """Whether it tells a reader something: no piece of a word, no sign, no number."""
+    return len(text) > 2 and text.isalpha()
 
 
 def _of_format_1(file: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def whole(tmp_path_factory):
     sae.calibrate([torch.randn(200, D, generator=torch.Generator().manual_seed(0))])
     save_all({A: sae, B: make("plain_topk", hookpoint=B, base_model="org/lm")}, folder)
     (folder / A / "training.json").write_text(json.dumps(RUN))
-    (folder / A / "features.json").write_text('{"0": [], "7": ["ships", "sea"]}')
+    (folder / A / "features.json").write_text('{"0": [], "3": [".", "no"], "7": ["ships", "sea"]}')
     (folder / A / "comparison.json").write_text(json.dumps(COMPARISON))
     plots.draw_comparison(COMPARISON, folder / A)
     done = CliRunner().invoke(app, ["geometry", str(folder), "--subfolder", A])
