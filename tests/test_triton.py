@@ -13,7 +13,7 @@ from bench import gpu
 from torch import Tensor
 
 from hf_switch_sae import SwitchSAE
-from hf_switch_sae.ops import reference, triton_kernels
+from hf_switch_sae.ops import reference, triton_kernels, triton_rows
 
 pytestmark = pytest.mark.skipif(triton_kernels.triton is None, reason="Triton is not installed")
 
@@ -222,10 +222,14 @@ def test_scatter_sum_agrees_with_reference(dtype, n, k, F, d):
     assert_exact_up_to_rounding(mine, wanted, dtype)
 
 
-def test_scatter_sum_of_a_feature_in_every_token_is_one_sum_over_many_blocks():
-    coefs, ids = torch.randn(70, 2), torch.randint(1, 6, (70, 2))
-    ids[:, 0] = 0
-    x = torch.randn(70, 20)
+@pytest.mark.parametrize("n", [15, 16, 17, 70])
+@pytest.mark.parametrize("window", [16, 32, 256])
+def test_scatter_sum_of_a_feature_in_every_token_is_a_sum_over_windows(monkeypatch, n, window):
+    monkeypatch.setattr(triton_rows, "WINDOW", window)
+    coefs, ids = torch.randn(n, 3), torch.randint(2, 6, (n, 3))
+    ids[:, 0], ids[:, 1] = 4, 0
+    coefs[::3, 2] = 0
+    x = torch.randn(n, 20)
     mine = triton_kernels.scatter_sum(coefs, ids, x, 6)
     wanted = reference.scatter_sum(coefs.double(), ids, x.double(), 6)
     assert_exact_up_to_rounding(mine, wanted, torch.float32)
@@ -241,7 +245,7 @@ def test_scatter_sum_knows_its_features_at_the_edge_of_a_narrow_key(monkeypatch,
         def __getitem__(self, grid):
             return lambda coefs, order, begins, *_, **__: seen.update(order=order, begins=begins)
 
-    monkeypatch.setattr(triton_kernels, "_scatter_sum", Kernel())
+    monkeypatch.setattr(triton_rows, "_scatter_sum", Kernel())
     triton_kernels.scatter_sum(coefs, ids, torch.ones(1, 1), num_rows)
     only = torch.zeros(num_rows, dtype=torch.int64)
     only[-1] = 1
@@ -325,7 +329,7 @@ def test_every_kernel_compiles_for_an_h100_and_products_use_its_tensor_cores():
         [sys.executable, str(script)], capture_output=True, text=True, check=True, env=env
     )
     kernels = json.loads(done.stdout)
-    assert {name.split()[0] for name in kernels} == set(PRIMITIVES)
+    assert {name.split()[0] for name in kernels} == {*PRIMITIVES, "long_sums"}
     for name, kernel in kernels.items():
         assert kernel["shared"] <= 227 * 1024, name
         assert kernel["wgmma"] == name.startswith("expert_products bf16"), name
@@ -372,7 +376,7 @@ def test_the_gpu_benchmark_times_every_primitive_and_the_step(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    rows = gpu.time_primitives(gpu.SMALL, torch.bfloat16, cpu) + gpu.time_steps(gpu.SMALL, cpu)
+    rows = gpu.time_primitives(gpu.SMALL, torch.bfloat16, cpu) + gpu.time_steps(gpu.SMALL, cpu)[0]
 
     lines = gpu.table(rows, gpu.SMALL).splitlines()
     assert lines[0].startswith("**a GPU**")

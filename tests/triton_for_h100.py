@@ -13,20 +13,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_switch_sae.ops import triton_kernels as kernels
+from hf_switch_sae.ops import triton_launch, triton_rows
 
-INT64 = {"rows_ptr", "ids_ptr", "offsets_ptr", "order_ptr", "begins_ptr"}
+TYPES = dict.fromkeys(("rows_ptr", "ids_ptr", "offsets_ptr", "order_ptr", "begins_ptr"), "i64")
+TYPES |= {"keys_ptr": "i16", "parts_ptr": "fp32"}
 SHIFT = {"bf16": 16, "fp32": 0}
 
 
 def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: Any) -> dict[str, Any]:
-    options |= kernels._FUSED
+    options |= triton_launch._FUSED
     kernel = kernel if isinstance(kernel, triton.JITFunction) else kernel.fn  # the tuner's
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*i64" if name in INT64 else f"*{dtype}"
+            signature[name] = f"*{TYPES.get(name, dtype)}"
             aligned[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
@@ -52,9 +54,14 @@ def main() -> None:
             report[f"expert_products {dtype} {tile}"] = products(dtype, tile)
         row = {"m": 1536, "k": 32, "SHIFT": SHIFT[dtype], "BLOCK": 2048, "SLOTS": 32}
         report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=8)
-        sizes = {"k": 32, "d": 768, **kernels._blocks(32, 768)}
-        for name in ("gather_sum", "row_dots", "scatter_sum"):
-            report[f"{name} {dtype}"] = compiled(getattr(kernels, f"_{name}"), dtype, sizes)
+        tile = triton_rows._whole_rows(8, 768)
+        warps = tile.pop("num_warps")
+        for name in ("gather_sum", "row_dots", "scatter_sum", "long_sums"):
+            sizes = {"k": 32, "d": 768, **tile}
+            if name in ("scatter_sum", "long_sums"):
+                sizes["WINDOW"] = triton_rows.WINDOW
+            kernel = getattr(triton_rows, f"_{name}")
+            report[f"{name} {dtype}"] = compiled(kernel, dtype, sizes, num_warps=warps)
     print(json.dumps(report, indent=2))  # noqa: T201
 
 

@@ -8,37 +8,27 @@ m = 1536, k = 32, bfloat16:
     gather_sum       L2 bytes: n k d, 403 MB, 73 us; tokens in the order of experts keep W in L2
     row_dots         L2 bytes: the same 73 us
     scatter_sum      L2 bytes: the same 73 us, then writing W, 38 MB; the sort comes on top
-
-Beware TRITON_INTERPRET is read on import; with it kernels run on the CPU, slowly, for tests.
-       The interpreter does not notice a load without a mask.
-       One program sums all tokens of a feature: one that fires on every token is a long program.
+The last three are in `triton_rows`.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # kernels stay functions that nobody calls: see why_not
-    triton = tl = None
+from hf_switch_sae.ops.triton_launch import INTERPRETED, jit, launch, tl, triton
+from hf_switch_sae.ops.triton_rows import gather_sum, row_dots, scatter_sum
 
-INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
+__all__ = ["expert_products", "gather_sum", "relu_topk", "row_dots", "scatter_sum", "why_not"]
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROW = 8192
 """Longest row that a program of relu_topk holds in registers; longer ones are taken in rounds."""
-
 _TINY = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP": 2}  # for the interpreter
-
-# From 3.10 on Triton multiplies and adds in one instruction only if told to.
-_FUSED = {"enable_fp_fusion": True}
 
 # BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. A tile of 64 or more tokens runs on a warp
 # group's tensor cores (wgmma); float32 has only the ordinary cores, and less room for its tiles.
@@ -77,10 +67,6 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _jit(kernel: Callable[..., None]) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
-
 def _tuned(kernel: Any) -> Any:
     """Choose the tile by measuring, once for each shape; the interpreter has one, see `_TINY`."""
     if triton is None or INTERPRETED:
@@ -108,17 +94,11 @@ def _worth_it(configs: list[Any], arguments: dict[str, Any], **named: Any) -> li
     return [c for c in configs if tuple(c.kwargs[f"BLOCK_{axis}"] for axis in "MNK") in wanted]
 
 
-def _launch(kernel: Any, grid: Any, *tensors: Tensor, **constants: Any) -> None:
-    """Run a kernel on contiguous tensors, on their device, which need not be the current one."""
-    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-        kernel[grid](*(tensor.contiguous() for tensor in tensors), **constants, **_FUSED)
-
-
 # ---------------------------------------------------------------- encode
 
 
 @_tuned
-@_jit
+@jit
 def _expert_products(
     x_ptr,  # [n, d]
     rows_ptr,  # [p]
@@ -202,7 +182,7 @@ def expert_products(
         row_blocks = (p - used) // meta["BLOCK_M"] + used
         return (row_blocks * triton.cdiv(m, meta["BLOCK_N"]),)
 
-    _launch(
+    launch(
         _expert_products,
         grid,
         x,
@@ -224,7 +204,7 @@ def expert_products(
     return pre
 
 
-@_jit
+@jit
 def _relu_topk(
     pre_ptr,  # [p, m]
     acts_ptr,  # [p, k], out
@@ -280,7 +260,7 @@ def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if p == 0:
         return acts, ids
     block = triton.next_power_of_2(m)
-    _launch(
+    launch(
         _relu_topk,
         (p,),
         pre,
@@ -310,135 +290,3 @@ def _relu_topk_in_rounds(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids = (ids.reshape(p, parts, k) + starts).reshape(p, parts * k)
     acts, slots = relu_topk(acts.reshape(p, parts * k), k)
     return acts, ids.gather(1, slots)
-
-
-# ---------------------------------------------------------------- rows of W
-
-
-@_jit
-def _gather_sum(
-    coefs_ptr,  # [n, k]
-    ids_ptr,  # [n, k]
-    w_ptr,  # [F, d]
-    y_ptr,  # [n, d], out
-    k: tl.constexpr,
-    d: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)  # int64: row * d passes 2**31 at 1M tokens of width 4096
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    for start in range(0, k, BLOCK_K):
-        slots = start + tl.arange(0, BLOCK_K)
-        coefs = tl.load(coefs_ptr + row * k + slots, mask=slots < k, other=0.0).to(tl.float32)
-        used = coefs != 0  # an empty slot reads nothing
-        ids = tl.load(ids_ptr + row * k + slots, mask=used, other=0)
-        inside = used[:, None] & (cols < d)[None, :]
-        w = tl.load(w_ptr + ids[:, None] * d + cols[None, :], mask=inside, other=0.0)
-        total += coefs[:, None] * w.to(tl.float32)
-    tl.store(y_ptr + row * d + cols, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=cols < d)
-
-
-def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
-    """As `reference.gather_sum`, in float32 sums; a slot of 0 is not read."""
-    (n, k), d = ids.shape, W.shape[1]
-    y = W.new_empty(n, d)
-    if y.numel() == 0:
-        return y
-    blocks = _blocks(k, d)
-    grid = (n, triton.cdiv(d, blocks["BLOCK_D"]))
-    _launch(_gather_sum, grid, coefs, ids, W, y, k=k, d=d, **blocks)
-    return y
-
-
-@_jit
-def _row_dots(
-    g_ptr,  # [n, d]
-    ids_ptr,  # [n, k]
-    w_ptr,  # [F, d]
-    dots_ptr,  # [n, k], out
-    k: tl.constexpr,
-    d: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    slots = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    ids = tl.load(ids_ptr + row * k + slots, mask=slots < k, other=0)
-    total = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    for start in range(0, d, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        g = tl.load(g_ptr + row * d + cols, mask=cols < d, other=0.0).to(tl.float32)
-        inside = (slots < k)[:, None] & (cols < d)[None, :]
-        w = tl.load(w_ptr + ids[:, None] * d + cols[None, :], mask=inside, other=0.0)
-        total += g[None, :] * w.to(tl.float32)
-    dots = tl.sum(total, 1).to(dots_ptr.dtype.element_ty)
-    tl.store(dots_ptr + row * k + slots, dots, mask=slots < k)
-
-
-def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
-    """As `reference.row_dots`, in float32 sums."""
-    (n, k), d = ids.shape, W.shape[1]
-    dots = g.new_empty(n, k)
-    if dots.numel() == 0:
-        return dots
-    blocks = _blocks(k, d)
-    grid = (n, triton.cdiv(k, blocks["BLOCK_K"]))
-    _launch(_row_dots, grid, g, ids, W, dots, k=k, d=d, **blocks)
-    return dots
-
-
-@_jit
-def _scatter_sum(
-    coefs_ptr,  # [n * k]
-    order_ptr,  # [n * k], pairs sorted by feature
-    begins_ptr,  # [num_rows + 1], where each feature's pairs begin in order
-    x_ptr,  # [n, d]
-    w_ptr,  # [num_rows, d], out
-    k: tl.constexpr,
-    d: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    feature = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    end = tl.load(begins_ptr + feature + 1)
-    total = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
-    for start in range(tl.load(begins_ptr + feature), end, BLOCK_K):
-        places = start + tl.arange(0, BLOCK_K)
-        pairs = tl.load(order_ptr + places, mask=places < end, other=0)
-        coefs = tl.load(coefs_ptr + pairs, mask=places < end, other=0.0).to(tl.float32)
-        inside = (places < end)[:, None] & (cols < d)[None, :]
-        x = tl.load(x_ptr + (pairs // k)[:, None] * d + cols[None, :], mask=inside, other=0.0)
-        total += coefs[:, None] * x.to(tl.float32)
-    sums = tl.sum(total, 0).to(w_ptr.dtype.element_ty)
-    tl.store(w_ptr + feature * d + cols, sums, mask=cols < d)
-
-
-def scatter_sum(
-    coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int, out: Tensor | None = None
-) -> Tensor:
-    """As `reference.scatter_sum`, in float32 sums; no atomics, so the same bits every time."""
-    k, d = ids.shape[1], x.shape[1]
-    W = x.new_empty(num_rows, d) if out is None else out
-    if W.numel() == 0:
-        return W
-    # Empty slots all name one feature of their expert: they sort behind all features, to nobody.
-    # The narrower the key, the fewer passes a radix sort makes.
-    narrow = torch.int16 if num_rows < 2**15 else torch.int32
-    key_dtype = narrow if num_rows < 2**31 else torch.int64
-    keys = torch.where(coefs != 0, ids, num_rows).flatten().to(key_dtype)
-    keys, order = keys.sort(stable=True)
-    features = torch.arange(num_rows + 1, dtype=key_dtype, device=x.device)
-    begins = torch.searchsorted(keys, features)
-    blocks = _blocks(16, d)
-    grid = (num_rows, triton.cdiv(d, blocks["BLOCK_D"]))
-    _launch(_scatter_sum, grid, coefs, order, begins, x, W, k=max(k, 1), d=d, **blocks)
-    return W
-
-
-def _blocks(k: int, d: int) -> dict[str, int]:
-    """A tile of rows: at 16 x 256 each of 128 threads has four vector loads of 16-bit in flight."""
-    two = triton.next_power_of_2
-    return {"BLOCK_K": min(16, two(k)), "BLOCK_D": min(256, two(d))}
