@@ -342,8 +342,10 @@ def sparsify_step(size: Size, x: Tensor) -> Callable[[], None] | None:
     return step
 
 
-def time_steps(size: Size, device: torch.device) -> list[tuple[str, ...]]:
-    """Rows of the table: the training step beside its floor and sparsify's."""
+def time_steps(
+    size: Size, device: torch.device
+) -> tuple[list[tuple[str, ...]], dict[str, Callable[[], Any]]]:
+    """Rows of the table: the training step beside its floor and sparsify's; and what was timed."""
     x = torch.randn(size.n, size.d, device=device)
     calls = our_steps(size, x)
     if device.type == "cuda":
@@ -370,23 +372,26 @@ def time_steps(size: Size, device: torch.device) -> list[tuple[str, ...]]:
     for name, text in told.items():
         if name in found:
             rows.append(_row(text, found[name], None if name == "passes" else STEP_FLOOR, None))
-    return rows
+    return rows, calls
 
 
-def profile(size: Size, device: torch.device) -> str:
-    """Where the device's time of a step goes, kernel by kernel."""
-    step = our_steps(size, torch.randn(size.n, size.d, device=device))["step"]
-    for _ in range(3):
-        step()
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as found:
-        for _ in range(5):
-            step()
-        torch.cuda.synchronize()
-    averages = found.key_averages()
-    return "\n".join(
-        averages.table(sort_by=key, row_limit=40, max_name_column_width=60)
-        for key in ("self_cuda_time_total", "self_cpu_time_total")
-    )
+def profile(calls: dict[str, Callable[[], Any]]) -> str:
+    """Where the device's time of some calls goes, kernel by kernel, in the state they are in."""
+    parts = []
+    for name, call in calls.items():
+        with torch.profiler.profile(
+            activities=list(torch.profiler.supported_activities())
+        ) as found:
+            for _ in range(5):
+                call()
+            torch.cuda.synchronize()
+        averages = found.key_averages()
+        parts.append(f"5 times: {name}")
+        parts.extend(
+            averages.table(sort_by=key, row_limit=40, max_name_column_width=60)
+            for key in ("self_cuda_time_total", "self_cpu_time_total")
+        )
+    return "\n".join(parts)
 
 
 def table(rows: list[tuple[str, ...]], size: Size) -> str:
@@ -431,12 +436,13 @@ def main() -> int:
         for dtype in (torch.bfloat16, torch.float32)
         for row in time_primitives(FULL, dtype, device)
     ]
-    result = table(rows + time_steps(FULL, device), FULL)
+    steps, calls = time_steps(FULL, device)
+    result = table(rows + steps, FULL)
     print(result)
     if options.write:
         options.write.write_text(result)
     if options.profile:
-        options.profile.write_text(profile(FULL, device))
+        options.profile.write_text(profile(calls))
     return 0
 
 
