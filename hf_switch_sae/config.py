@@ -184,6 +184,14 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     router_best_expert_temperature: float | int = 0.05
     """How much better, as a share of the error, an expert must be to be the router's target."""
 
+    second_expert_loss_coef: float | int = 0.0
+    """Weight, in `loss`, of the error that each token's second choice of expert makes alone.
+
+    In training every token is then encoded and decoded by a second expert too, which costs as much
+    again; after it nothing. An expert so learns the tokens at its borders, and the best-expert loss
+    compares a token's first two experts on every token. Needs `num_experts_per_token=1`.
+    """
+
     l1_loss_coef: float | int = 0.0
     """Weight, in `loss`, of how much is active; only for `relu` and `jumprelu`, without `k`.
 
@@ -289,9 +297,13 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"router_best_expert_temperature={self.router_best_expert_temperature} must be "
                 "above 0; router_best_expert_loss_coef=0 is what turns that loss off."
             )
-        coefficients = ("fvu_loss_coef", "router_aux_loss_coef", "router_z_loss_coef")
-        others = ("router_best_expert_loss_coef", "l1_loss_coef", "auxk_loss_coef")
-        for name in (*coefficients, *others):
+        if self.second_expert_loss_coef and self.num_experts_per_token > 1:
+            raise ConfigError(
+                f"second_expert_loss_coef={self.second_expert_loss_coef} is of a token's second "
+                f"choice alone, and with num_experts_per_token={self.num_experts_per_token} that "
+                "is one of its experts already: set second_expert_loss_coef=0."
+            )
+        for name in (field.name for field in fields(self) if field.name.endswith("_loss_coef")):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
 

@@ -66,9 +66,9 @@ class SwitchSAEOutput(ModelOutput):
     """What `SwitchSAE.forward` returns; n is the number of tokens, [...] their shape."""
 
     loss: Tensor | None = None
-    """0-d: the six losses below, each times its coefficient in the config; over the mask's tokens.
+    """0-d: the losses below, each times its coefficient in the config; over the mask's tokens.
 
-    In training it is what to minimize; the last three are losses of training alone.
+    In training it is what to minimize; the last four are losses of training alone.
     """
     reconstruction: Tensor | None = None
     """[..., hidden_size], in the LM's own units and the dtype of the input."""
@@ -84,13 +84,17 @@ class SwitchSAEOutput(ModelOutput):
     """0-d float32: mean squared logsumexp of the router's logits; 0 if its coefficient is."""
     router_best_expert_loss: Tensor | None = None
     """0-d float32: the router's cross entropy to the experts that reconstruct best, measured on
-    some of the tokens; 0 if its coefficient is, and outside training."""
+    some of the tokens (and between its first two on all, if `second_expert_loss` is measured); 0 if
+    its coefficient is, and outside training."""
     l1_loss: Tensor | None = None
     """0-d float32: how much is active, as a share of a token's length; 0 if its coefficient is, and
     outside training."""
     auxk_loss: Tensor | None = None
     """0-d float32: share of the error that dead features leave unexplained; 0 if none is dead, if
     its coefficient is, and outside training."""
+    second_expert_loss: Tensor | None = None
+    """0-d float32: the FVU, had each token gone to the router's second choice; 0 if its coefficient
+    is, and outside training."""
 
 
 class Router(nn.Module):
@@ -141,6 +145,11 @@ class _Encoded(NamedTuple):
     """In order; None of a single token."""
     unit: Unit | None = None
     """Of each token, as they came: x and acts are in it; None without input_norm."""
+
+
+_MEANS = ("router_z_loss", "router_best_expert_loss", "l1_loss", "auxk_loss")
+_OTHER_LOSSES = ("router_aux_loss", *_MEANS, "second_expert_loss")
+"""Than fvu, in `SwitchSAEOutput`; the coefficient of each is `<name>_coef` in the config."""
 
 
 class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -474,43 +483,37 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             mask = attention_mask.reshape(-1).to(self.device).bool()
             counts = mask if counts is None else counts & mask
         y = self.experts.decode(code.acts, code.ids)
-        in_order = counts if counts is None or code.order is None else counts[code.order]
         fvu, reconstruction = self._error(code, y, hidden_states, counts, whole_batch)
-        logits, balance = None, torch.zeros_like(fvu)
-        z_loss, best, l1, auxk = balance, balance, balance, balance
+        losses = dict.fromkeys(_OTHER_LOSSES, torch.zeros_like(fvu))
         if code.router is not None:
             logits, probs, expert_ids = code.router
-            balance = balance_of(probs, expert_ids, counts, whole_batch)
+            losses["router_aux_loss"] = balance_of(probs, expert_ids, counts, whole_batch)
             if self.config.router_z_loss_coef:
-                z_loss = router_z_loss_of(logits, counts)
+                losses["router_z_loss"] = router_z_loss_of(logits, counts)
+        y2 = None
         if self.training:
             if self.config.activation == "batch_topk":
                 self._follow_threshold(code.acts)
-            auxk = self._auxk_loss(code, y, in_order)
-            if self.config.l1_loss_coef:
-                l1 = self._l1_loss(code, in_order)
-            if logits is not None and self.config.router_best_expert_loss_coef:
-                best = self._best_expert_loss(code, logits, counts)
-        if whole_batch is not None:  # these are means over this part, which is a share of the whole
+            if code.router is not None and self.config.second_expert_loss_coef:
+                y2 = self._second_reconstruction(code, code.router[0])
+            losses |= self._training_losses(code, y, y2, counts)
+        if whole_batch is not None:  # means over this part, which is a share of the whole
             share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
-            z_loss, best, l1, auxk = (loss * share for loss in (z_loss, best, l1, auxk))
-        c = self.config
+            losses |= {name: losses[name] * share for name in _MEANS}
+        if y2 is not None:
+            losses["second_expert_loss"], _ = self._error(
+                code, y2, hidden_states, counts, whole_batch
+            )
+        loss = self.config.fvu_loss_coef * fvu
+        for name, value in losses.items():
+            loss = loss + getattr(self.config, f"{name}_coef") * value
         output = SwitchSAEOutput(
-            loss=c.fvu_loss_coef * fvu
-            + c.router_aux_loss_coef * balance
-            + c.router_z_loss_coef * z_loss
-            + c.router_best_expert_loss_coef * best
-            + c.l1_loss_coef * l1
-            + c.auxk_loss_coef * auxk,
+            loss=loss,
             reconstruction=reconstruction.reshape(hidden_states.shape).to(hidden_states),
             features=self._features(code, hidden_states.shape),
-            router_logits=logits,
+            router_logits=None if code.router is None else code.router[0],
             fvu=fvu,
-            router_aux_loss=balance,
-            router_z_loss=z_loss,
-            router_best_expert_loss=best,
-            l1_loss=l1,
-            auxk_loss=auxk,
+            **losses,
         )
         return output if return_dict or return_dict is None else output.to_tuple()
 
@@ -541,6 +544,22 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             seen = x if norm == "none" else normalized(x, norm)[0]
             expert_ids = self.router(seen, self.b_router, self.input_scale, t)[2]
         return batch_sums(x, None if outlier is None else ~outlier, expert_ids, e)
+
+    def _training_losses(
+        self, code: _Encoded, y: Tensor, y2: Tensor | None, counts: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The losses of training that are means over tokens, by name; counts as they came."""
+        config, router = self.config, code.router
+        in_order = counts if counts is None or code.order is None else counts[code.order]
+        found = {"auxk_loss": self._auxk_loss(code, y, in_order)}
+        if config.l1_loss_coef:
+            found["l1_loss"] = self._l1_loss(code, in_order)
+        if router is not None and config.router_best_expert_loss_coef:
+            best = self._best_expert_loss(code, router[0], counts)
+            if y2 is not None:
+                best = best + self._better_of_two_loss(code, router[0], y, y2, in_order)
+            found["router_best_expert_loss"] = best
+        return found
 
     def _auxk_loss(self, code: _Encoded, y: Tensor, counts: Tensor | None) -> Tensor:
         """How badly the dead features of the tokens' experts explain what is left of the tokens.
@@ -603,6 +622,43 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             config.router_best_expert_temperature,
             None if counts is None else counts[tried],
         )
+
+    def _better_of_two_loss(
+        self, code: _Encoded, logits: Tensor, y: Tensor, y2: Tensor, counts: Tensor | None
+    ) -> Tensor:
+        """As `_best_expert_loss`, between each token's first two choices alone; counts in order."""
+        logits = logits if code.order is None else logits[code.order]
+        errors = [(code.z - wide(found.detach())).square().sum(-1) for found in (y, y2)]
+        return router_best_expert_loss_of(
+            logits.topk(2).values,
+            torch.stack(errors, 1),
+            self.config.router_best_expert_temperature,
+            counts,
+        )
+
+    def _second_reconstruction(self, code: _Encoded, logits: Tensor) -> Tensor:
+        """What each token's second choice alone makes of it, [n, d], in order, without `b_dec`."""
+        config, visits = self.config, code.visits
+        if visits is None or not len(code.z):
+            return torch.zeros_like(code.z)
+        second = logits.detach().topk(2).indices[:, 1:]
+        k, threshold = config.k, self._threshold_in_use()
+        if (
+            config.activation == "batch_topk"
+        ):  # whose border is the batch's own, as outside training
+            k, border = None, self._border(code.acts)
+            threshold = border.expand(config.num_experts, config.features_per_expert)
+        acts, ids = self.experts.encode(
+            visits.x,
+            second if code.order is None else second[code.order],
+            None if visits.gates is None else visits.gates.detach(),
+            k,
+            threshold,
+            False,
+            code.bias if config.subtract_b_dec else None,
+            self.input_scale,
+        )
+        return self.experts.decode(acts, ids)
 
     def dead_features(self) -> Tensor:
         """[num_features] bool: not active on the last `dead_after_tokens` tokens of their expert.
@@ -750,12 +806,16 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                 raise ConfigError(message)
         return self.threshold.reshape(self.config.num_experts, -1)
 
+    def _border(self, acts: Tensor) -> Tensor:
+        """The smallest of activations [n, slots] that is not 0, in scaled units, 0-d."""
+        return acts.detach().where(acts > 0, torch.inf).amin().float() * self.input_scale
+
     @torch.no_grad()
     def _follow_threshold(self, acts: Tensor, weight: float = 0.01) -> None:
         """batch_topk: a running mean of the smallest activation kept, in scaled units."""
         if not len(acts):
             return
-        smallest = acts.where(acts > 0, torch.inf).amin().float() * self.input_scale
+        smallest = self._border(acts)
         followed = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, weight))
         self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
 

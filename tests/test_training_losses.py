@@ -252,6 +252,97 @@ def test_masked_tokens_are_not_tried():
     torch.testing.assert_close(found, wanted, **EXACT)
 
 
+def naive_second(sae: SwitchSAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What each token's second choice of expert makes of x [n, D], and of the first, written out.
+
+    Both [n, D], less b_dec; activations take the router's weight of the first choice, as a number.
+    """
+    c, s = sae.config, sae.input_scale
+    logits = (s * x - sae.b_router) @ sae.router.weight.T
+    both = logits.topk(2).indices.T
+    gate = logits.softmax(-1).amax(-1, keepdim=True).detach() if c.apply_router_probs else 1.0
+    u = x - sae.b_dec / s if c.subtract_b_dec else x
+    found, border = [], torch.tensor(0.0)
+    for ids in both:
+        pre = torch.einsum("nd,nmd->nm", u, sae.W_enc[ids])
+        pre = pre if sae.b_enc is None else pre + sae.b_enc[ids] / s
+        acts = gate * pre.relu()
+        if c.activation == "batch_topk":  # of the first choices' activations alone
+            border = acts.flatten().topk(c.k * len(x)).values[-1] if not found else border
+            acts = acts.where(acts >= border if not found else acts > border, 0)
+        elif c.activation == "jumprelu":
+            acts = acts.where(acts > sae.threshold.view(E, M)[ids] / s, 0)
+        elif c.k is not None:
+            acts = acts.where(acts >= acts.topk(min(c.k, M)).values[:, -1:], 0)
+        found.append(torch.einsum("nm,nmd->nd", acts, sae.W_dec[ids]))
+    return found[1], found[0].detach()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "kind", ["switch", "switch_with_bias", "no_router_weight", "batch_topk", "relu", "jumprelu"]
+)
+def test_the_second_experts_loss_and_its_gradient_are_those_of_the_formula(kind, groups):
+    fields = {"fvu_loss_coef": 0, "router_aux_loss_coef": 0, "second_expert_loss_coef": 0.7}
+    sae, x = exact_sae(kind, groups, **fields), rows(22).double()
+    error = x - naive_second(sae, x)[0] - sae.b_dec / sae.input_scale
+    wanted = error.square().sum() / (x - x.mean(0)).square().sum()
+    (0.7 * wanted).backward()
+    expected = whole_gradients(sae)
+    sae.zero_grad()
+
+    output = sae(x)
+    output.loss.backward()
+
+    torch.testing.assert_close(output.second_expert_loss, wanted.detach(), **EXACT)
+    found = whole_gradients(sae)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert found["W_enc"].any()
+    assert not any(grad.any() for name, grad in found.items() if "router" in name)
+    mask = torch.arange(len(x)) % 3 > 0
+    if kind != "batch_topk":  # where masked tokens still are part of the batch
+        alone = sae(x[mask]).second_expert_loss
+        torch.testing.assert_close(sae(x, attention_mask=mask).second_expert_loss, alone, **EXACT)
+    assert sae.eval()(x).second_expert_loss == 0
+
+
+@pytest.mark.parametrize("kind", ["switch", "no_router_weight", "batch_topk"])
+def test_the_router_learns_which_of_its_first_two_choices_was_better_on_every_token(kind):
+    fields = {"fvu_loss_coef": 0, "router_aux_loss_coef": 0, "router_best_expert_loss_coef": 0.7}
+    x = rows(22).double()
+    alone = exact_sae(kind, **fields)(x).router_best_expert_loss
+    sae = exact_sae(kind, second_expert_loss_coef=1e-12, **fields)
+    second, first = naive_second(sae, x)
+    logits = ((sae.input_scale * x - sae.b_router) @ sae.router.weight.T).topk(2).values
+    known = [(x - sae.b_dec / sae.input_scale - y).square().sum(1) for y in (first, second)]
+    errors = torch.stack(known, 1).detach()
+    target = (-errors / (0.05 * errors.mean(1, keepdim=True))).softmax(-1)
+    wanted = -(target * logits.log_softmax(-1)).sum(1).mean()
+
+    output = sae(x)
+
+    torch.testing.assert_close(output.router_best_expert_loss, alone + wanted, **EXACT)
+    wanted = torch.autograd.grad(0.7 * wanted, sae.router.weight)[0]
+    tried = torch.autograd.grad(
+        0.7 * (output.router_best_expert_loss), sae.router.weight, retain_graph=True
+    )[0]
+    other = exact_sae(kind, **fields)
+    rest = torch.autograd.grad(0.7 * other(x).router_best_expert_loss, other.router.weight)[0]
+    torch.testing.assert_close(tried, wanted + rest, **EXACT)
+
+
+def test_a_second_expert_is_for_saes_of_one_expert_a_token():
+    with pytest.raises(ConfigError, match="second_expert_loss_coef=0"):
+        config(num_experts_per_token=2, second_expert_loss_coef=0.3)
+    sae = make("plain_topk", second_expert_loss_coef=0.3).train()  # there is no other
+    assert sae(rows(5)).second_expert_loss == 0
+    none = make("batch_topk", second_expert_loss_coef=0.3).train()(rows(0))
+    assert none.reconstruction.shape == (0, D)
+    far = make("batch_topk", second_expert_loss_coef=0.3).train()
+    far.b_enc.data.fill_(-1e3)  # nothing is active, so there is no border
+    assert far(rows(5)).second_expert_loss.isfinite()
+
+
 def test_the_published_loss_and_its_closed_form_gradients_are_ours_times_the_variance():
     """L = mean |x_hat - x|^2 + alpha * d * E * sum(f_e P_e), its gradients in closed form.
 

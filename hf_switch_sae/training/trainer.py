@@ -343,7 +343,9 @@ class SwitchSAETrainer(Saving, Stepping):
         total = 0
         for sae in self.saes.values():
             c = sae.config
-            features = c.features_per_expert * c.num_experts_per_token + c.num_experts
+            second = c.num_experts > 1 and c.second_expert_loss_coef > 0
+            visits = c.num_experts_per_token + second
+            features = c.features_per_expert * visits + c.num_experts
             total += 6 * len(inputs[str(c.hookpoint)]) * c.hidden_size * 2 * features
         return total
 

@@ -34,6 +34,7 @@ _OF_A_ROUTER |= {
     "distill",
     "distill_tau",
     "balance_by",
+    "second",
 }
 
 
@@ -101,6 +102,9 @@ class Run:
     """Weight of the router's cross entropy to the experts that would reconstruct best."""
     distill_tau: float = 0.05
     """Temperature of that target, relative to the error."""
+    second: float = 0.0
+    """Weight of the error that each token's second choice of expert makes alone; with it the target
+    is also one of the first two on every token."""
 
     def __post_init__(self) -> None:
         if self.experts == 1:  # there is no router: what is said of it means nothing
@@ -171,6 +175,7 @@ def start(run: Run, cache: Path) -> Variant:
         router_z_loss_coef=run.z,
         router_best_expert_loss_coef=run.distill,
         router_best_expert_temperature=run.distill_tau,
+        second_expert_loss_coef=run.second,
         auxk_loss_coef=run.auxk,
         k_aux=run.k_aux,
         dead_after_tokens=run.dead_after,
