@@ -121,7 +121,7 @@ def definition(lm: nn.Module, sae: SwitchSAE, texts: list[list[int]], first: int
 def measured(lm, sae, documents=activations.DOCUMENTS, **changes):
     options = {
         name: changes.pop(name)
-        for name in ("max_tokens", "allow_mismatch", "alone") & changes.keys()
+        for name in ("max_tokens", "allow_mismatch", "alone", "progress") & changes.keys()
     }
     return evaluate(sae, lm, documents, settings=activations.settings(**changes), **options)
 
@@ -200,6 +200,13 @@ def test_so_many_tokens_are_whole_contexts_whatever_the_passes(lm):
         for name in KEYS | CE:
             assert each[name] == pytest.approx(some[0][name], rel=1e-5), name
     assert some[0]["tokens"] == 6 * 15
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_how_far_it_is_can_be_seen(lm, capsys, progress):
+    measured(lm, tiny.sae_for(lm), max_tokens=100, progress=progress)
+    shown = capsys.readouterr().err
+    assert ("96/100" in shown) == bool(progress)  # here stderr is no terminal
 
 
 def measure_with_others(folder: str, options: dict) -> None:

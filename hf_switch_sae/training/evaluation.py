@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -34,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from hf_switch_sae.attach import hook_residual
 from hf_switch_sae.base_model import check_base_model
@@ -63,6 +65,7 @@ def evaluate(
     max_tokens: int | None = None,
     allow_mismatch: bool = False,
     alone: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Measure SAEs on text they were not trained on, one pass over it; memory does not grow.
 
@@ -79,6 +82,7 @@ def evaluate(
         allow_mismatch: accept another language model than the SAE's.
         alone: this process measures the whole text by itself. Without it every process that
             torch.distributed joins has to call this, and measures a share.
+        progress: whether to show a bar on stderr; by default if that is a terminal.
 
     Returns:
         Numbers by name (see the module's header), `tokens` and `ce_tokens`: how many rows and
@@ -105,7 +109,8 @@ def evaluate(
     try:
         for each in saes.values():
             each.train(False)
-        found = _Sweep(saes, harvest, max_tokens, alone).run()
+        shown = sys.stderr.isatty() if progress is None else progress
+        found = _Sweep(saes, harvest, max_tokens, alone).run(shown)
     finally:
         for name, each in saes.items():
             each.train(modes[name])
@@ -199,12 +204,16 @@ class _Sweep:
         self.rank, self.world_size, self.reduce = processes(alone)
 
     @torch.no_grad()
-    def run(self) -> dict[str, dict[str, Any]]:
+    def run(self, progress: bool) -> dict[str, dict[str, Any]]:
         mean = self._mean() if self.predicts else None
         own = islice(self._contexts(), self.rank, None, self.world_size)
-        while some := list(islice(own, self.harvest.contexts_per_pass)):
-            self.contexts += len(some)
-            self._add(some, mean)
+        hidden = not progress or self.rank > 0
+        with tqdm(total=self.max_tokens, unit="token", disable=hidden) as bar:
+            while some := list(islice(own, self.harvest.contexts_per_pass)):
+                self.contexts += len(some)
+                self._add(some, mean)
+                # the other processes are as far
+                bar.update(self.world_size * sum(len(context.tokens) for context in some))
         self._add_up()
         found = {name: self._figures(name) for name in self.saes}
         if not all(figures["tokens"] for figures in found.values()):
