@@ -642,19 +642,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if visits is None or not len(code.z):
             return torch.zeros_like(code.z)
         second = logits.detach().topk(2).indices[:, 1:]
-        k, threshold = config.k, self._threshold_in_use()
-        if (
-            config.activation == "batch_topk"
-        ):  # whose border is the batch's own, as outside training
-            k, border = None, self._border(code.acts)
-            threshold = border.expand(config.num_experts, config.features_per_expert)
+        in_batch = config.activation == "batch_topk"
         acts, ids = self.experts.encode(
             visits.x,
             second if code.order is None else second[code.order],
             None if visits.gates is None else visits.gates.detach(),
-            k,
-            threshold,
-            False,
+            config.k,
+            self._threshold_in_use(),
+            in_batch,
             code.bias if config.subtract_b_dec else None,
             self.input_scale,
         )
@@ -806,16 +801,12 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                 raise ConfigError(message)
         return self.threshold.reshape(self.config.num_experts, -1)
 
-    def _border(self, acts: Tensor) -> Tensor:
-        """The smallest of activations [n, slots] that is not 0, in scaled units, 0-d."""
-        return acts.detach().where(acts > 0, torch.inf).amin().float() * self.input_scale
-
     @torch.no_grad()
     def _follow_threshold(self, acts: Tensor, weight: float = 0.01) -> None:
         """batch_topk: a running mean of the smallest activation kept, in scaled units."""
         if not len(acts):
             return
-        smallest = self._border(acts)
+        smallest = acts.where(acts > 0, torch.inf).amin().float() * self.input_scale
         followed = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, weight))
         self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
 

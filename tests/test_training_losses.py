@@ -262,14 +262,13 @@ def naive_second(sae: SwitchSAE, x: Tensor) -> tuple[Tensor, Tensor]:
     both = logits.topk(2).indices.T
     gate = logits.softmax(-1).amax(-1, keepdim=True).detach() if c.apply_router_probs else 1.0
     u = x - sae.b_dec / s if c.subtract_b_dec else x
-    found, border = [], torch.tensor(0.0)
+    found = []
     for ids in both:
         pre = torch.einsum("nd,nmd->nm", u, sae.W_enc[ids])
         pre = pre if sae.b_enc is None else pre + sae.b_enc[ids] / s
         acts = gate * pre.relu()
-        if c.activation == "batch_topk":  # of the first choices' activations alone
-            border = acts.flatten().topk(c.k * len(x)).values[-1] if not found else border
-            acts = acts.where(acts >= border if not found else acts > border, 0)
+        if c.activation == "batch_topk":
+            acts = acts.where(acts >= acts.flatten().topk(c.k * len(x)).values[-1], 0)
         elif c.activation == "jumprelu":
             acts = acts.where(acts > sae.threshold.view(E, M)[ids] / s, 0)
         elif c.k is not None:
@@ -339,7 +338,7 @@ def test_a_second_expert_is_for_saes_of_one_expert_a_token():
     none = make("batch_topk", second_expert_loss_coef=0.3).train()(rows(0))
     assert none.reconstruction.shape == (0, D)
     far = make("batch_topk", second_expert_loss_coef=0.3).train()
-    far.b_enc.data.fill_(-1e3)  # nothing is active, so there is no border
+    far.b_enc.data.fill_(-1e3)  # nothing is active
     assert far(rows(5)).second_expert_loss.isfinite()
 
 
