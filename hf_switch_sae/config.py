@@ -187,9 +187,9 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     second_expert_loss_coef: float | int = 0.0
     """Weight, in `loss`, of the error that each token's second choice of expert makes alone.
 
-    In training every token is then encoded and decoded by a second expert too, which costs as much
-    again; after it nothing. An expert so learns the tokens at its borders, and the best-expert loss
-    compares a token's first two experts on every token. Needs `num_experts_per_token=1`.
+    In training every token is then encoded and decoded by a second expert too: a step takes about
+    half as long again. An expert so learns the tokens at its borders, and to the best-expert loss
+    another is added, between the first two choices of every token. Needs `num_experts_per_token=1`.
     """
 
     l1_loss_coef: float | int = 0.0

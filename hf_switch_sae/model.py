@@ -149,7 +149,7 @@ class _Encoded(NamedTuple):
 
 _MEANS = ("router_z_loss", "router_best_expert_loss", "l1_loss", "auxk_loss")
 _OTHER_LOSSES = ("router_aux_loss", *_MEANS, "second_expert_loss")
-"""Than fvu, in `SwitchSAEOutput`; the coefficient of each is `<name>_coef` in the config."""
+"""All of `SwitchSAEOutput` but fvu; the coefficient of each is `<name>_coef` in the config."""
 
 
 class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -495,9 +495,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             if self.config.activation == "batch_topk":
                 self._follow_threshold(code.acts)
             if code.router is not None and self.config.second_expert_loss_coef:
-                y2 = self._second_reconstruction(code, code.router[0])
+                y2 = self._second_reconstruction(code, code.router)
             losses |= self._training_losses(code, y, y2, counts)
-        if whole_batch is not None:  # means over this part, which is a share of the whole
+        if whole_batch is not None:  # these are of this part, which is a share of the whole
             share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
             losses |= {name: losses[name] * share for name in _MEANS}
         if y2 is not None:
@@ -548,7 +548,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _training_losses(
         self, code: _Encoded, y: Tensor, y2: Tensor | None, counts: Tensor | None
     ) -> dict[str, Tensor]:
-        """The losses of training that are means over tokens, by name; counts as they came."""
+        """The losses of training that a part has a share of, by name; counts as they came."""
         config, router = self.config, code.router
         in_order = counts if counts is None or code.order is None else counts[code.order]
         found = {"auxk_loss": self._auxk_loss(code, y, in_order)}
@@ -628,7 +628,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> Tensor:
         """As `_best_expert_loss`, between each token's first two choices alone; counts in order."""
         logits = logits if code.order is None else logits[code.order]
-        errors = [(code.z - wide(found.detach())).square().sum(-1) for found in (y, y2)]
+        with torch.no_grad():
+            errors = [(code.z - wide(found)).square().sum(-1) for found in (y, y2)]
         return router_best_expert_loss_of(
             logits.topk(2).values,
             torch.stack(errors, 1),
@@ -636,12 +637,19 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             counts,
         )
 
-    def _second_reconstruction(self, code: _Encoded, logits: Tensor) -> Tensor:
-        """What each token's second choice alone makes of it, [n, d], in order, without `b_dec`."""
+    def _second_reconstruction(
+        self, code: _Encoded, router: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """What each token's second choice alone makes of it, [n, d], in order, without `b_dec`.
+
+        With the weight that the first choice had, as a constant; of batch_topk the border is that
+        of the second choices' activations.
+        """
         config, visits = self.config, code.visits
         if visits is None or not len(code.z):
             return torch.zeros_like(code.z)
-        second = logits.detach().topk(2).indices[:, 1:]
+        logits, _, first = router
+        second = logits.detach().scatter(1, first, -torch.inf).argmax(-1, keepdim=True)
         in_batch = config.activation == "batch_topk"
         acts, ids = self.experts.encode(
             visits.x,

@@ -321,13 +321,23 @@ def test_the_router_learns_which_of_its_first_two_choices_was_better_on_every_to
     output = sae(x)
 
     torch.testing.assert_close(output.router_best_expert_loss, alone + wanted, **EXACT)
-    wanted = torch.autograd.grad(0.7 * wanted, sae.router.weight)[0]
-    tried = torch.autograd.grad(
-        0.7 * (output.router_best_expert_loss), sae.router.weight, retain_graph=True
-    )[0]
     other = exact_sae(kind, **fields)
-    rest = torch.autograd.grad(0.7 * other(x).router_best_expert_loss, other.router.weight)[0]
-    torch.testing.assert_close(tried, wanted + rest, **EXACT)
+    (of_two,) = torch.autograd.grad(wanted, sae.router.weight)
+    (of_all,) = torch.autograd.grad(other(x).router_best_expert_loss, other.router.weight)
+    (found,) = torch.autograd.grad(output.router_best_expert_loss, sae.router.weight)
+    torch.testing.assert_close(found, of_two + of_all, **EXACT)
+
+
+def test_of_experts_that_the_router_holds_for_equal_the_second_is_another():
+    sae, x = exact_sae("no_router_weight", second_expert_loss_coef=0.3), rows(22).double()
+    with torch.no_grad():
+        sae.router.weight.copy_(sae.router.weight[:1].expand(E, -1))  # so the first is taken
+        sae.W_dec[1:] = 0
+    error = x - sae.b_dec / sae.input_scale
+    wanted = error.square().sum() / (x - x.mean(0)).square().sum()
+    output = sae(x)
+    torch.testing.assert_close(output.second_expert_loss, wanted, **EXACT)
+    assert output.fvu != wanted
 
 
 def test_a_second_expert_is_for_saes_of_one_expert_a_token():

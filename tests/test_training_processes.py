@@ -8,6 +8,7 @@ from trained import PLACE, history, launch, trainer
 from hf_switch_sae.training import checkpoints
 
 DEAD = {"dead_after_tokens": 40, "auxk_loss_coef": 0.0, "router_z_loss_coef": 0.01}
+DEAD |= {"second_expert_loss_coef": 0.3}
 FSDP = {"fsdp": True}
 
 

@@ -193,7 +193,7 @@ def scatter_sum(
     cols = triton.cdiv(d, blocks["BLOCK_D"])
     constants: dict[str, Any] = {"k": max(k, 1), "d": d, "WINDOW": WINDOW, **blocks}
     windows = triton.cdiv(len(keys), WINDOW)
-    parts = torch.empty(windows, d, device=x.device)
+    parts = torch.empty(windows, d, dtype=torch.float32, device=x.device)
     if len(keys) > WINDOW:
         grid = (windows, cols)
         launch(

@@ -23,11 +23,12 @@ MEASURED = ("loss", "fvu", "balance", "tokens", "active", "entropy")
 
 def check_loss(name: str, config: SwitchSAEConfig, rule: str) -> None:
     """Raise ConfigError if the config asks for what a loss does not have."""
-    if rule == "published" and config.l1_loss_coef:
-        raise ConfigError(
-            f"{name} has l1_loss_coef={config.l1_loss_coef}, and the published loss has no such "
-            "part: set loss='relative'."
-        )
+    for coef in ("l1_loss_coef", "second_expert_loss_coef"):
+        if rule == "published" and getattr(config, coef):
+            raise ConfigError(
+                f"{name} has {coef}={getattr(config, coef)}, and the published loss has no such "
+                "part: set loss='relative'."
+            )
 
 
 class SAEsTogether(nn.Module):

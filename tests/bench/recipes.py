@@ -103,8 +103,8 @@ class Run:
     distill_tau: float = 0.05
     """Temperature of that target, relative to the error."""
     second: float = 0.0
-    """Weight of the error that each token's second choice of expert makes alone; with it the target
-    is also one of the first two on every token."""
+    """Weight of the error that each token's second choice of expert makes alone; with it the router
+    is also taught, on every token, which of its first two choices was better."""
 
     def __post_init__(self) -> None:
         if self.experts == 1:  # there is no router: what is said of it means nothing

@@ -4,7 +4,8 @@
 
 Runs are over the same text and take turns; shown are medians of rounds. Time counts from the first
 batch to the last step: neither loading nor what a run does before and after. What is counted are
-tokens trained on, not those that were read ahead. FOLDER takes a cache of the activations.
+tokens that the model has read; our shuffle buffer is as large as a run, so that none is read in
+vain. FOLDER takes a cache of the activations; from there it is tokens trained on that count.
 `--write` puts the table into tests/bench/RESULTS.md. Run it on an idle machine.
 """
 
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,8 @@ from .timing import TOKENS, Table
 
 LAYER, EARLIER, CONTEXT, BOUNDARY = 15, 7, 256, "<|endoftext|>"
 SAE = {"num_features": 18_432, "num_experts": 32, "k": 32}
-SETTINGS = ActivationSettings(
-    context=CONTEXT,
-    boundary=BOUNDARY,
-    tokens_per_pass=TOKENS // 2,
-    buffer_bytes=80 * 2**20,  # two steps of one SAE
-)
+SETTINGS = ActivationSettings(context=CONTEXT, boundary=BOUNDARY, tokens_per_pass=TOKENS // 2)
+KEPT = TOKENS // CONTEXT * (CONTEXT - 2)  # of a step's: first and special tokens are left out
 
 
 class Clock(TrainerCallback):
@@ -81,22 +79,26 @@ class Runs:
 
     def ours(self, *layers: int, rows: Any = None) -> float:
         """`SwitchSAETrainer`, an SAE at each of the layers."""
-        clock = Clock()
+        clock, steps = Clock(), self.contexts.numel() // TOKENS
+        row_bytes = len(layers) * self.lm.config.hidden_size * self.lm.dtype.itemsize
+        room = (steps * KEPT + TOKENS // 2) * row_bytes  # and a pass of the model
+        live = {"activation_settings": replace(SETTINGS, buffer_bytes=room)}
         with tempfile.TemporaryDirectory(dir=self.folder) as folder, silent():
             saes = {at: SwitchSAE.for_lm(self.lm, at, **SAE).config for at in layers}
             args = SwitchSAETrainingArguments(
-                output_dir=folder, per_device_train_batch_size=TOKENS,
-                num_train_tokens=self.contexts.numel() * (1 if rows is None else 4),
+                output_dir=folder, per_device_train_batch_size=KEPT,
+                num_train_tokens=steps * KEPT * (1 if rows is None else 4),
                 start="none", calibration_rows=0, save_strategy="no", report_to="none",
                 logging_steps=1000, disable_tqdm=True, use_cpu=True,
             )  # fmt: skip
             trainer = SwitchSAETrainer(
                 saes, self.lm, args, self.texts if rows is None else rows,
                 processing_class=self.tokenizer, callbacks=[clock],
-                **({"activation_settings": SETTINGS} if rows is None else {}),
+                **(live if rows is None else {}),
             )  # fmt: skip
             trainer.train()
-        return trainer.state.num_input_tokens_seen / (clock.end - clock.start)
+        counted = self.contexts.numel() if rows is None else trainer.state.num_input_tokens_seen
+        return counted / (clock.end - clock.start)
 
     def cached(self) -> float:
         """The same from activations that were harvested before."""
