@@ -93,8 +93,8 @@ class SwitchSAEOutput(ModelOutput):
     """0-d float32: share of the error that dead features leave unexplained; 0 if none is dead, if
     its coefficient is, and outside training."""
     second_expert_loss: Tensor | None = None
-    """0-d float32: the FVU, had each token gone to the router's second choice; 0 if its coefficient
-    is, and outside training."""
+    """0-d float32: the FVU, had each token gone to the router's second choice, with the weight of
+    the first; 0 if its coefficient is, and outside training."""
 
 
 class Router(nn.Module):
@@ -148,6 +148,7 @@ class _Encoded(NamedTuple):
 
 
 _MEANS = ("router_z_loss", "router_best_expert_loss", "l1_loss", "auxk_loss")
+"""Losses that know their own part of a batch alone; the others are told of the whole."""
 _OTHER_LOSSES = ("router_aux_loss", *_MEANS, "second_expert_loss")
 """All of `SwitchSAEOutput` but fvu; the coefficient of each is `<name>_coef` in the config."""
 

@@ -54,14 +54,17 @@ def main() -> None:
             report[f"expert_products {dtype} {tile}"] = products(dtype, tile)
         row = {"m": 1536, "k": 32, "SHIFT": SHIFT[dtype], "BLOCK": 2048, "SLOTS": 32}
         report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=8)
-        tile = triton_rows._whole_rows(8, 768)
-        warps = tile.pop("num_warps")
-        for name in ("gather_sum", "row_dots", "scatter_sum", "long_sums"):
+        tiles_of_rows = {
+            "gather_sum": triton_rows._whole_rows(4 if dtype == "bf16" else 8, 768),
+            "row_dots": {"BLOCK_K": 16, "BLOCK_D": 256},
+            "scatter_sum": {"WINDOW": triton_rows.WINDOW, **triton_rows._whole_rows(8, 768)},
+            "long_sums": {"WINDOW": triton_rows.WINDOW, **triton_rows._whole_rows(8, 768)},
+        }
+        for name, tile in tiles_of_rows.items():
+            options = {"num_warps": tile.pop("num_warps")} if "num_warps" in tile else {}
             sizes = {"k": 32, "d": 768, **tile}
-            if name in ("scatter_sum", "long_sums"):
-                sizes["WINDOW"] = triton_rows.WINDOW
             kernel = getattr(triton_rows, f"_{name}")
-            report[f"{name} {dtype}"] = compiled(kernel, dtype, sizes, num_warps=warps)
+            report[f"{name} {dtype}"] = compiled(kernel, dtype, sizes, **options)
     print(json.dumps(report, indent=2))  # noqa: T201
 
 
