@@ -433,6 +433,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         Raises:
             ConfigError: it needs them, and they are not given.
         """
+        if features.acts.numel() == features.k and self._takes_single_tokens():
+            (group,) = self.experts
+            acts = features.acts.to(group.W_dec)
+            y = ops.decode_token(acts, features.ids, group.W_dec, self.b_dec, self.input_scale)
+            return y.view(*features.shape, len(y))
         delta, bias = self.decode_delta(features), self._bias()
         norm = self.config.input_norm
         if norm != "none":
@@ -750,26 +755,24 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _encode_token(self, x: Tensor) -> _Encoded:
         """As `_encode`, of one token x [1, d]."""
         config, (group,) = vars(self.config), self.experts
-        bias, outlier = self._bias(), self._outliers_among(x)
+        outlier = self._outliers_among(x)
         if outlier is not None:
-            x = bias.to(x.dtype)[None] if config["subtract_b_dec"] else torch.zeros_like(x)
-        z = x - bias
-        expert, gate, router = 0, None, None
-        if config["num_experts"] > 1:
-            router = ops.route_token(x, self.router.weight, self.b_router, self.input_scale)
-            expert = int(router[2])
-            gate = router[1][:, expert] if config["apply_router_probs"] else None
-        acts, ids = ops.encode_token(
-            z if config["subtract_b_dec"] else x,
+            x = self._bias().to(x.dtype)[None] if config["subtract_b_dec"] else torch.zeros_like(x)
+        found = ops.encode_token(
+            x,
+            self.b_dec,
+            self.input_scale,
+            (self.router.weight, self.b_router) if config["num_experts"] > 1 else None,
             group.W_enc,
             group.b_enc,
-            expert,
-            gate,
             config["k"],
-            self.input_scale,
+            config["subtract_b_dec"],
+            config["apply_router_probs"],
         )
-        acts = acts if outlier is None else acts.zero_()
-        return _Encoded(z, bias, acts, ids, None, router, outlier, None)
+        acts = found.acts if outlier is None else found.acts.zero_()
+        return _Encoded(
+            found.z, found.bias, acts, found.ids, None, found.router, outlier, None
+        )
 
     def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""

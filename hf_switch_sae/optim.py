@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import Adam
 
+from hf_switch_sae import ops
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.experts import normalize_rows, row_blocks
 from hf_switch_sae.model import SwitchSAE
@@ -32,7 +33,7 @@ class SwitchSAEAdam(Adam):
         adam.step()
         sae.normalize_decoder()
 
-    but for `.grad`, which is left clipped and projected. State and `state_dict()` are those of
+    but for `.grad`, of which nothing is promised afterwards. State and `state_dict()` are those of
     `torch.optim.Adam`, so checkpoints, schedulers and accelerate take it as one.
 
     Args:
@@ -149,6 +150,20 @@ class SwitchSAEAdam(Adam):
     ) -> None:
         if not weight.numel():
             return
+        if _has_kernel(group, weight, grad, mean, square):
+            ops.adam_rows(
+                weight,
+                grad,
+                mean,
+                square,
+                float(step),
+                unit_rows=is_decoder,
+                scale=1.0 if scale is None else float(scale),
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+            )
+            return
         divisor = None if scale is None else scale.to(weight.device).reciprocal()
         for w, g, m, v in zip(*map(row_blocks, (weight, grad, mean, square)), strict=True):
             if is_decoder:
@@ -171,6 +186,16 @@ class SwitchSAEAdam(Adam):
             )
             if is_decoder:
                 normalize_rows(w)
+
+
+def _has_kernel(group: dict[str, Any], *tensors: Tensor) -> bool:
+    """Whether `ops.adam_rows` can step a weight: its rows, gradient and moments as they lie."""
+    backend = ops.backend_for(tensors[0].device, tensors[0].dtype)
+    return (
+        hasattr(backend, "adam_rows")
+        and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        and not (group["weight_decay"] or group["maximize"])
+    )
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:

@@ -14,10 +14,11 @@ from types import ModuleType
 import torch
 
 from hf_switch_sae.errors import BackendError
-from hf_switch_sae.ops import eager, reference, triton_kernels
+from hf_switch_sae.ops import eager, native, reference, triton_kernels
 
 BACKENDS: dict[str, ModuleType] = {
     "triton": triton_kernels,
+    "native": native,
     "eager": eager,
     "reference": reference,
 }
@@ -37,9 +38,15 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
         if reason is not None:
             raise BackendError(f"the backend {_forced!r} was asked for and declines: {reason}")
         return BACKENDS[_forced]
-    if device.type == "cpu":  # where a call may cost less than the question
-        return eager
+    if device.type == "cpu":
+        return _best_on_a_cpu(dtype)
     return _best(device, dtype)
+
+
+@functools.cache  # where a call may cost less than the question
+def _best_on_a_cpu(dtype: torch.dtype) -> ModuleType:
+    """Without Triton, whose interpreter is for tests."""
+    return native if native.why_not(torch.device("cpu"), dtype) is None else eager
 
 
 @functools.cache  # asked several times a step, and the answer takes looking for a compiler
@@ -60,7 +67,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Compute with one backend while the block runs, in all threads: for tests and comparisons.
 
     Args:
-        name: "triton", "eager" or "reference".
+        name: "triton", "native", "eager" or "reference".
 
     Raises:
         BackendError: there is no such backend; or, when something is computed, it declines.

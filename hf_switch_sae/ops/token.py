@@ -1,4 +1,4 @@
-"""One token on a CPU: the routed encode in as few operator calls as there can be.
+"""One token on a CPU: route, encode and keep the largest, in as few calls as there can be.
 
 While a model generates, an SAE sees one token at a time. Its products take some 20 microseconds
 then, and each operator call one or two: what counts is how many there are. No weight is copied; the
@@ -7,51 +7,106 @@ expert's rows are a view. Letters as in `reference.py`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from hf_switch_sae.ops import native
+from hf_switch_sae.ops.backends import backend_for
 from hf_switch_sae.ops.eager import products
+from hf_switch_sae.precision import wide
 
 _ZERO = torch.zeros(())
 
 
-def route_token(
-    x: Tensor, weight: Tensor, b_router: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Route scale * x - b_router: x [1, d] -> logits, probs [1, E] float32, expert_ids [1, 1]."""
-    logits = torch.mm(x.to(weight.dtype) * scale - b_router, weight.T)
-    return logits, logits.softmax(1), logits.argmax(1, keepdim=True)  # the first of several maxima
+class TokenCode(NamedTuple):
+    """What `encode_token` makes of a token."""
+
+    bias: Tensor
+    """[d], b_dec / scale, float32."""
+    z: Tensor
+    """[1, d], x - bias."""
+    acts: Tensor
+    """[1, k] in the dtype of W_enc."""
+    ids: Tensor
+    """[1, k] int64."""
+    router: tuple[Tensor, Tensor, Tensor] | None
+    """logits, probs [1, E] float32, expert_ids [1, 1]; None with one expert."""
 
 
 def encode_token(
     x: Tensor,
+    b_dec: Tensor,
+    scale: Tensor,
+    router: tuple[Tensor, Tensor] | None,
     W_enc: Tensor,
     b_enc: Tensor | None,
-    expert: int,
-    gate: Tensor | None,
     k: int,
-    scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.routed_encode` of one token with one expert.
+    centered: bool,
+    gated: bool,
+) -> TokenCode:
+    """As `reference.route` and `reference.routed_encode` of one token with one expert.
+
+        logits = weight @ (scale * x - b_router)    acts = the k largest of
+        p * relu(W_enc[e] @ (x - b_dec / scale) + b_enc[e] / scale)
 
     Args:
-        x: [1, d], floating, less `b_dec`.
+        x: [1, d], floating, in the LM's own units.
+        b_dec: [d], in scaled units.
+        scale: [] float32.
+        router: weight [E, d] and b_router [d], float32; None for one expert.
         W_enc: [E, m, d].
         b_enc: [E, m] in scaled units, or None.
-        expert: e.
-        gate: [1] float32 or None for 1.
         k: features kept, 1 to m.
-        scale: [], what `b_enc` is divided by.
-
-    Returns:
-        acts [1, k] in the dtype of W_enc, ids [1, k] int64.
+        centered: whether the experts see x less b_dec / scale.
+        gated: whether activations are weighted by p, the router's probability.
     """
+    if _is_native(b_dec, W_enc):
+        return TokenCode(
+            *native.encode_token(x, b_dec, scale, router, W_enc, b_enc, k, centered, gated)
+        )
+    bias = wide(b_dec) / scale
+    z = x - bias
+    expert, gate, routed = 0, None, None
+    if router is not None:
+        weight, b_router = router
+        logits = torch.mm(x.to(weight.dtype) * scale - b_router, weight.T)
+        routed = logits, logits.softmax(1), logits.argmax(1, keepdim=True)  # the first of several
+        expert = int(routed[2])
+        gate = routed[1][:, expert] if gated else None
     pre = W_enc.new_empty(1, W_enc.shape[1])
-    products(x.to(W_enc.dtype), W_enc[expert], pre)
+    products((z if centered else x).to(W_enc.dtype), W_enc[expert], pre)
     if b_enc is not None:
         pre += b_enc[expert] / scale
     acts, ids = pre.topk(k, sorted=False)
     acts = torch.fmax(acts, _ZERO)  # which takes 0 of 0 and nan
     if gate is not None:
         acts *= gate
-    return acts, ids.add_(expert * W_enc.shape[1])
+    return TokenCode(bias, z, acts, ids.add_(expert * W_enc.shape[1]), routed)
+
+
+def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
+    """As `reference.sparse_decode` of one token, plus b_dec / scale.
+
+    Args:
+        acts, ids: one token's, in any shape; acts in the dtype of W_dec.
+        W_dec: [E, m, d].
+        b_dec: [d], in scaled units.
+        scale: [] float32.
+
+    Returns:
+        [d] in the dtype of W_dec.
+    """
+    if _is_native(b_dec, W_dec):
+        return native.decode_token(acts, ids, W_dec, b_dec, scale)
+    rows = W_dec.view(-1, len(b_dec)).index_select(0, ids.view(-1))
+    return torch.mv(rows.T, acts.view(-1)).add_((wide(b_dec) / scale).to(rows.dtype))
+
+
+def _is_native(b_dec: Tensor, weight: Tensor) -> bool:
+    return (
+        backend_for(weight.device, weight.dtype) is native
+        and b_dec.dtype == torch.float32
+        and weight.is_contiguous()
+    )

@@ -1,0 +1,105 @@
+"""The CPU's kernels, compiled on the machine they run on by its own C++ compiler.
+
+native_kernels.cpp -> a shared library in the user's cache -> functions. It takes about a second,
+once per machine; without a compiler everything works by torch's operators.
+
+Beware The compiler may use every instruction this CPU has, so a library is kept under a name that
+       tells CPUs, compilers and sources apart: a home may be shared by different machines.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("native_kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+FLAGS += ("-fno-math-errno", "-fno-trapping-math")  # or square roots would be taken one by one
+_LONGEST_COMPILATION = 120  # seconds
+_lock = threading.Lock()
+_found: ctypes.CDLL | str | None = None
+
+
+def native_library() -> ctypes.CDLL | str:
+    """The library, compiled if it has not been; or why there is none, as one sentence."""
+    global _found
+    if _found is None:
+        with _lock:
+            if _found is None:
+                _found = _load()
+    return _found
+
+
+def _load() -> ctypes.CDLL | str:
+    compiler = _compiler()
+    if compiler is None:
+        return "the native kernels need a C++ compiler: install g++ or clang++, or set CXX."
+    name = f"native_{_key(compiler)}.so"
+    try:
+        path = _cache() / name
+        if not path.exists():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as err:
+        said = [line for line in err.stderr.splitlines() if "error" in line] or [err.stderr.strip()]
+        return f"{compiler} could not compile the native kernels: {said[0]}"
+    except (OSError, subprocess.SubprocessError) as err:
+        return f"the native kernels could not be compiled and loaded: {err}"
+
+
+def _compiler() -> str | None:
+    asked = os.environ.get("CXX")
+    names = [asked] if asked else ["g++", "c++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def _key(compiler: str) -> str:
+    """What the library depends on."""
+    done = subprocess.run([compiler, "--version"], capture_output=True, timeout=30)
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        told = ("flags", "Features", "model name", "CPU part")
+        lines = info.read_text().splitlines()
+        cpu = "".join(sorted({line for line in lines if line.startswith(told)}))
+    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), done.stdout, cpu.encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _cache() -> Path:
+    """A folder of the user's own; one for this process alone where there is no such place."""
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_switch_sae"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        if os.access(kept, os.W_OK):
+            return kept
+    except (OSError, RuntimeError):  # read-only, or no home
+        pass
+    own = tempfile.mkdtemp(prefix="hf_switch_sae_")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Beside it and renamed, as several processes may do so at once."""
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-o", part],
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=_LONGEST_COMPILATION,
+        )
+        Path(part).replace(path)
+    finally:
+        Path(part).unlink(missing_ok=True)

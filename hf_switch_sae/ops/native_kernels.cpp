@@ -1,0 +1,336 @@
+// A CPU's kernels in float32: each pass over memory once, where operators of torch take several.
+//
+// Letters as in reference.py; `native.py` calls these with contiguous memory and says what they
+// compute. Every sum has an order that depends on shapes alone, so results do not depend on threads.
+// Beware 0 * nan is nan: a slot of 0 must not be multiplied, whatever its row holds.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+using Id = std::int64_t;
+
+namespace {
+
+struct Term {
+    float coef;
+    const float* row;
+};
+
+// y = sum of coef * row over terms, eight rows at a time, so that y is read and written seldom.
+void weighted_sum(float* __restrict y, Id d, const Term* terms, Id count) {
+    static const float nothing = 0;
+    std::fill(y, y + d, nothing);
+    Id at = 0;
+    for (; at + 8 <= count; at += 8) {
+        const Term* t = terms + at;
+        const float *r0 = t[0].row, *r1 = t[1].row, *r2 = t[2].row, *r3 = t[3].row;
+        const float *r4 = t[4].row, *r5 = t[5].row, *r6 = t[6].row, *r7 = t[7].row;
+        const float c0 = t[0].coef, c1 = t[1].coef, c2 = t[2].coef, c3 = t[3].coef;
+        const float c4 = t[4].coef, c5 = t[5].coef, c6 = t[6].coef, c7 = t[7].coef;
+#pragma omp simd
+        for (Id i = 0; i < d; ++i)
+            y[i] += (c0 * r0[i] + c1 * r1[i] + c2 * r2[i] + c3 * r3[i]) +
+                    (c4 * r4[i] + c5 * r5[i] + c6 * r6[i] + c7 * r7[i]);
+    }
+    for (; at + 2 <= count; at += 2) {
+        const float *r0 = terms[at].row, *r1 = terms[at + 1].row;
+        const float c0 = terms[at].coef, c1 = terms[at + 1].coef;
+#pragma omp simd
+        for (Id i = 0; i < d; ++i) y[i] += c0 * r0[i] + c1 * r1[i];
+    }
+    for (; at < count; ++at) {
+        const float* row = terms[at].row;
+        const float coef = terms[at].coef;
+#pragma omp simd
+        for (Id i = 0; i < d; ++i) y[i] += coef * row[i];
+    }
+}
+
+// Sixteen floats at once, in as many registers as this CPU needs for them.
+typedef float Lanes __attribute__((vector_size(64)));
+const Id LANES = 16;
+
+Lanes load(const float* at) {
+    Lanes found;
+    std::memcpy(&found, at, sizeof found);
+    return found;
+}
+
+float sum_of(Lanes lanes) {
+    float sum = 0;
+    for (Id i = 0; i < LANES; ++i) sum += lanes[i];
+    return sum;
+}
+
+float dot(const float* a, const float* b, Id d) {
+    Lanes sums = {};
+    Id i = 0;
+    for (; i + LANES <= d; i += LANES) sums += load(a + i) * load(b + i);
+    float sum = sum_of(sums);
+    for (; i < d; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+// out[t * stride + r] = <g[t], rows[r]> of R rows and T tokens at once; `ahead` is where the memory
+// lies that is read next.
+template <int R, int T>
+void tile_of_dots(const float* const* g, const float* const* rows, Id d, const float* const* ahead,
+                  float* out, Id stride) {
+    Lanes sums[T][R] = {};
+    Id i = 0;
+    for (; i + LANES <= d; i += LANES) {
+        if (ahead != nullptr)
+            for (int r = 0; r < R; ++r) __builtin_prefetch(ahead[r] + i);
+        Lanes own[R];
+        for (int r = 0; r < R; ++r) own[r] = load(rows[r] + i);
+        for (int t = 0; t < T; ++t) {
+            const Lanes token = load(g[t] + i);
+            for (int r = 0; r < R; ++r) sums[t][r] += token * own[r];
+        }
+    }
+    for (int t = 0; t < T; ++t)
+        for (int r = 0; r < R; ++r) {
+            float sum = sum_of(sums[t][r]);
+            for (Id rest = i; rest < d; ++rest) sum += g[t][rest] * rows[r][rest];
+            out[t * stride + r] = sum;
+        }
+}
+
+// out[t * stride + r] = <g[t], row r> of the rows of W [rows, d], which are read once.
+void products(const float* const* g, Id tokens, const float* W, Id rows, Id d, float* out,
+              Id stride) {
+    for (Id r = 0; r < rows; r += 4) {
+        const float *own[4], *ahead[4];
+        for (Id j = 0; j < 4; ++j) {
+            own[j] = W + (r + j) * d;
+            ahead[j] = W + std::min(r + 4 + j, rows - 1) * d;
+        }
+        Id t = 0;
+        if (r + 4 <= rows) {
+            if (tokens % 2) tile_of_dots<4, 1>(g, own, d, ahead, out + r, stride), t = 1;
+            for (; t < tokens; t += 2)
+                tile_of_dots<4, 2>(g + t, own, d, t ? nullptr : ahead, out + t * stride + r, stride);
+        } else {
+            for (; t < tokens; ++t)
+                for (Id j = r; j < rows; ++j) out[t * stride + j] = dot(g[t], W + j * d, d);
+        }
+    }
+}
+
+std::int32_t count_from(float least, const float* row, Id m) {
+    std::int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (Id i = 0; i < m; ++i) count += row[i] >= least;
+    return count;
+}
+
+// A bound that at least k of row [m] reach, or 0, found by halving where it may lie: a few more
+// than k reach it too, unless values are all alike.
+float bound_of_topk(const float* row, Id m, Id k) {
+    float low = 0, high = 0;
+#pragma omp simd reduction(max : high)
+    for (Id i = 0; i < m; ++i) high = row[i] > high ? row[i] : high;
+    for (int halvings = 0; halvings < 12; ++halvings) {
+        const float middle = low + (high - low) / 2;
+        const Id count = count_from(middle, row, m);
+        (count < k ? high : low) = middle;
+        if (count >= k && count <= k + k / 4) break;
+    }
+    return low;
+}
+
+// acts, ids [k] = the k largest of relu(pre [m]); of equal ones those of the lowest index.
+void topk(const float* pre, Id m, Id k, float* acts, Id* ids,
+          std::vector<std::uint64_t>& candidates) {
+    const float least = bound_of_topk(pre, m, k);
+    candidates.resize(m);
+    Id count = 0;
+    for (Id f = 0; f < m; ++f) {
+        std::uint32_t bits;  // positive floats are ordered as their bits are
+        std::memcpy(&bits, pre + f, sizeof bits);
+        const auto last = UINT32_MAX - static_cast<std::uint32_t>(f);
+        candidates[count] = std::uint64_t{bits} << 32 | last;
+        count += (pre[f] >= least) & (pre[f] > 0);
+    }
+    if (count > k)
+        std::nth_element(candidates.begin(), candidates.begin() + (k - 1),
+                         candidates.begin() + count, std::greater<>());
+    for (Id j = 0; j < k; ++j) {
+        const std::uint64_t found = j < count ? candidates[j] : UINT32_MAX;
+        const auto bits = static_cast<std::uint32_t>(found >> 32);
+        std::memcpy(acts + j, &bits, sizeof bits);
+        ids[j] = UINT32_MAX - static_cast<std::uint32_t>(found);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// acts, ids [p, k] = the k largest of relu(pre [p, m]).
+void relu_topk(const float* pre, Id p, Id m, Id k, float* acts, Id* ids, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<std::uint64_t> candidates;
+#pragma omp for schedule(static)
+        for (Id i = 0; i < p; ++i) topk(pre + i * m, m, k, acts + i * k, ids + i * k, candidates);
+    }
+}
+
+// pre[i] = W[e] @ x[rows[i]] for offsets[e] <= i < offsets[e + 1], of experts with 1 to `most` such
+// rows: each weight comes from memory once, however many threads there are. rows is null for i.
+void expert_products(const float* x, const Id* rows, const float* W, const float* bias,
+                     const Id* offsets, Id E, Id m, Id d, Id most, float* pre, int threads) {
+    std::vector<Id> few;
+    for (Id e = 0; e < E; ++e)
+        if (offsets[e] < offsets[e + 1] && offsets[e + 1] - offsets[e] <= most) few.push_back(e);
+    const Id size = 64, blocks = (m + size - 1) / size, tasks = few.size() * blocks;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<const float*> tokens(most);
+#pragma omp for schedule(dynamic)
+        for (Id task = 0; task < tasks; ++task) {
+            const Id e = few[task / blocks], f = task % blocks * size, begin = offsets[e];
+            const Id num = std::min(size, m - f), count = offsets[e + 1] - begin;
+            for (Id i = 0; i < count; ++i)
+                tokens[i] = x + (rows == nullptr ? begin + i : rows[begin + i]) * d;
+            float* out = pre + begin * m + f;
+            products(tokens.data(), count, W + (e * m + f) * d, num, d, out, m);
+            if (bias == nullptr) continue;
+            for (Id i = 0; i < count; ++i)
+                for (Id r = 0; r < num; ++r) out[i * m + r] += bias[e * m + f + r];
+        }
+    }
+}
+
+// y[n] = sum_j coefs[n, j] * W[ids[n, j]].
+void gather_sum(const float* coefs, const Id* ids, const float* W, Id n, Id k, Id d, float* y,
+                int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<Term> terms(k);
+#pragma omp for schedule(static)
+        for (Id i = 0; i < n; ++i) {
+            Id count = 0;
+            for (Id j = i * k; j < (i + 1) * k; ++j)
+                if (coefs[j] != 0) terms[count++] = {coefs[j], W + ids[j] * d};
+            weighted_sum(y + i * d, d, terms.data(), count);
+        }
+    }
+}
+
+// c[n, j] = <g[n], W[ids[n, j]]>.
+void row_dots(const float* g, const Id* ids, const float* W, Id n, Id k, Id d, float* c,
+              int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (Id i = 0; i < n; ++i) {
+        const float* token = g + i * d;
+        const Id* own = ids + i * k;
+        float* out = c + i * k;
+        Id j = 0;
+        for (; j + 4 <= k; j += 4) {
+            const float* rows[4];
+            for (Id r = 0; r < 4; ++r) rows[r] = W + own[j + r] * d;
+            tile_of_dots<4, 1>(&token, rows, d, nullptr, out + j, 4);
+        }
+        for (; j < k; ++j) out[j] = dot(token, W + own[j] * d, d);
+    }
+}
+
+// W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f, for all of num_rows.
+void scatter_sum(const float* coefs, const Id* ids, const float* x, Id n, Id k, Id num_rows, Id d,
+                 float* W, int threads) {
+    std::vector<Id> starts(num_rows + 1);
+    for (Id p = 0; p < n * k; ++p)
+        if (coefs[p] != 0) ++starts[ids[p] + 1];
+    for (Id f = 0; f < num_rows; ++f) starts[f + 1] += starts[f];
+    std::vector<Term> terms(starts[num_rows]);
+    {
+        std::vector<Id> next(starts.begin(), starts.end() - 1);
+        for (Id i = 0; i < n; ++i)
+            for (Id p = i * k; p < (i + 1) * k; ++p)
+                if (coefs[p] != 0) terms[next[ids[p]]++] = {coefs[p], x + i * d};
+    }
+#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
+    for (Id f = 0; f < num_rows; ++f)
+        weighted_sum(W + f * d, d, terms.data() + starts[f], starts[f + 1] - starts[f]);
+}
+
+// One step of Adam on rows of w, m, v [rows, d] by the gradient scale * g. With `unit`, rows have
+// length 1: the gradient along them is left out, and they are scaled back to it.
+void adam_rows(float* w, const float* g, float* m, float* v, Id rows, Id d, int unit, float scale,
+               float rate, float fresh1, float beta2, float fresh2, float eps, float correction2,
+               int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (Id r = 0; r < rows; ++r) {
+        float* __restrict wr = w + r * d;
+        float* __restrict mr = m + r * d;
+        float* __restrict vr = v + r * d;
+        const float* __restrict gr = g + r * d;
+        const float along = unit ? scale * dot(gr, wr, d) : 0;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (Id i = 0; i < d; ++i) {
+            const float grad = scale * gr[i] - along * wr[i];
+            mr[i] += (grad - mr[i]) * fresh1;
+            vr[i] = beta2 * vr[i] + fresh2 * grad * grad;
+            wr[i] -= rate * mr[i] / (std::sqrt(vr[i]) * correction2 + eps);
+            squares += wr[i] * wr[i];
+        }
+        if (!unit) continue;
+        const float shrink = 1 / std::max(std::sqrt(squares), 1e-12f);
+#pragma omp simd
+        for (Id i = 0; i < d; ++i) wr[i] *= shrink;
+    }
+}
+
+// y [d] = sum_j acts[j] * W[ids[j]] + b_dec / scale, of one token.
+void decode_token(const float* acts, const Id* ids, const float* W, const float* b_dec, float scale,
+                  Id k, Id d, float* y) {
+    gather_sum(acts, ids, W, 1, k, d, y, 1);
+    for (Id i = 0; i < d; ++i) y[i] += b_dec[i] / scale;
+}
+
+// One token x [d] with one of E experts, all of it; see `token.encode_token`.
+// router is null with E = 1, b_enc without a bias.
+void encode_token(const float* x, const float* b_dec, float scale, const float* router,
+                const float* b_router, const float* W_enc, const float* b_enc, Id E, Id m, Id d,
+                Id k, int centered, int gated, float* bias, float* z, float* logits, float* probs,
+                Id* chosen, float* acts, Id* ids, int threads) {
+    std::vector<float> pre(std::max(m, d));
+    Id expert = 0;
+    float gate = 1;
+    if (router != nullptr) {
+        float* scaled = pre.data();
+        const float* input = scaled;
+        for (Id i = 0; i < d; ++i) scaled[i] = scale * x[i] - b_router[i];
+        products(&input, 1, router, E, d, logits, E);
+        float total = 0;
+        for (Id e = 1; e < E; ++e)
+            if (logits[e] > logits[expert]) expert = e;
+        for (Id e = 0; e < E; ++e) total += probs[e] = std::exp(logits[e] - logits[expert]);
+        for (Id e = 0; e < E; ++e) probs[e] /= total;
+        if (gated) gate = probs[expert];
+        *chosen = expert;
+    }
+    for (Id i = 0; i < d; ++i) bias[i] = b_dec[i] / scale, z[i] = x[i] - bias[i];
+    const float* input = centered ? z : x;
+    const float* W = W_enc + expert * m * d;
+    const Id part = (m + 4 * threads - 1) / (4 * threads) * 4;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int t = 0; t < threads; ++t) {
+        const Id begin = std::min(t * part, m), end = std::min(begin + part, m);
+        products(&input, 1, W + begin * d, end - begin, d, pre.data() + begin, m);
+    }
+    if (b_enc != nullptr)
+        for (Id f = 0; f < m; ++f) pre[f] += b_enc[expert * m + f] / scale;
+    std::vector<std::uint64_t> candidates;
+    topk(pre.data(), m, k, acts, ids, candidates);
+    for (Id j = 0; j < k; ++j) acts[j] *= gate, ids[j] += expert * m;
+}
+
+}  // extern "C"
