@@ -141,8 +141,8 @@ class _Encoded(NamedTuple):
     """logits and probs [n, E], expert ids [n, t], as the tokens came; None with one expert."""
     outlier: Tensor | None
     """[n] bool, as the tokens came; None if it is known that there is none."""
-    visits: _Visits | None
-    """In order; None of a single token."""
+    visits: _Visits
+    """In order."""
     unit: Unit | None = None
     """Of each token, as they came: x and acts are in it; None without input_norm."""
 
@@ -412,13 +412,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             WidthError: the last dimension is not `hidden_size`.
             ConfigError: a batch_topk SAE without a threshold, outside training.
         """
-        code = self._encode(hidden_states)
-        if len(code.acts) == 1 and code.unit is None:  # one token: nothing to put in order
-            shape = (*hidden_states.shape[:-1], code.acts.shape[1])
-            return SparseFeatures(
-                code.acts.view(shape), code.ids.view(shape), vars(self.config)["num_features"]
-            )
-        return self._features(code, hidden_states.shape)
+        if hidden_states.numel() == len(self.b_dec) and self._takes_single_tokens():
+            return self._encode_token(hidden_states)
+        return self._features(self._encode(hidden_states), hidden_states.shape)
 
     def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
         """Reconstruction [..., hidden_size] of features: linear in the activations, plus `b_dec`.
@@ -573,7 +569,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         Dead when the batch began; then the batch is counted. Only their own rows get a gradient.
         """
         none, config = code.z.new_zeros((), dtype=wide_dtype(y)), self.config
-        if code.visits is None or not len(code.z):
+        if not len(code.z):
             return none
         visits = code.visits
         dead = self.dead_features().view(config.num_experts, -1)
@@ -608,7 +604,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Where the router should have sent every num_experts-th token: all experts are tried."""
         config = self.config
         tried = torch.arange(0, len(logits), config.num_experts, device=logits.device)
-        if code.visits is None or not len(tried):
+        if not len(tried):
             return logits.sum()
         places = tried if code.order is None else code.order.argsort()[tried]
         gates = None
@@ -652,7 +648,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         of the second choices' activations.
         """
         config, visits = self.config, code.visits
-        if visits is None or not len(code.z):
+        if not len(code.z):
             return torch.zeros_like(code.z)
         logits, _, first = router
         second = logits.detach().scatter(1, first, -torch.inf).argmax(-1, keepdim=True)
@@ -687,15 +683,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def _encode(self, hidden_states: Tensor, sort: bool = False) -> _Encoded:
         """The tokens' code; with `sort`, in the order of experts where each has one."""
-        width = len(self.b_dec)
-        if hidden_states.shape[-1] != width:
-            raise WidthError(
-                f"the SAE reads a residual stream of width {width}; this one is "
-                f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
-            )
-        x = hidden_states.reshape(-1, width).to(self.b_dec.device)
-        if len(x) == 1 and self._takes_single_tokens():
-            return self._encode_token(x)
+        x = self._rows(hidden_states)
         config = self.config
         bias, unit = self._bias(), None
         fixed, centered = bias.detach(), config.subtract_b_dec
@@ -752,13 +740,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             and "_hf_hook" not in vars(groups[0])  # offloaded: brought in by its forward
         )
 
-    def _encode_token(self, x: Tensor) -> _Encoded:
-        """As `_encode`, of one token x [1, d]."""
-        config, (group,) = vars(self.config), self.experts
-        outlier = self._outliers_among(x)
-        if outlier is not None:
+    def _encode_token(self, hidden_states: Tensor) -> SparseFeatures:
+        """As `encode`, of one token."""
+        x, (group,) = self._rows(hidden_states), self.experts
+        config, outlier = vars(self.config), self._outliers_among(x)
+        if outlier is not None:  # encoded as nothing
             x = self._bias().to(x.dtype)[None] if config["subtract_b_dec"] else torch.zeros_like(x)
-        found = ops.encode_token(
+        acts, ids = ops.encode_token(
             x,
             self.b_dec,
             self.input_scale,
@@ -769,10 +757,20 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             config["subtract_b_dec"],
             config["apply_router_probs"],
         )
-        acts = found.acts if outlier is None else found.acts.zero_()
-        return _Encoded(
-            found.z, found.bias, acts, found.ids, None, found.router, outlier, None
-        )
+        if outlier is not None:  # a bias may still have made it active
+            acts = acts.zero_()
+        shape = (*hidden_states.shape[:-1], acts.shape[1])
+        return SparseFeatures(acts.view(shape), ids.view(shape), config["num_features"])
+
+    def _rows(self, hidden_states: Tensor) -> Tensor:
+        """[n, d] of hidden_states [..., d], where the SAE is."""
+        width = len(self.b_dec)
+        if hidden_states.shape[-1] != width:
+            raise WidthError(
+                f"the SAE reads a residual stream of width {width}; this one is "
+                f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
+            )
+        return hidden_states.reshape(-1, width).to(self.b_dec.device)
 
     def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""

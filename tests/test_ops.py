@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_switch_sae import ops
 from hf_switch_sae.errors import BackendError
-from hf_switch_sae.ops import backends, eager, memory, reference, routed, triton_kernels
+from hf_switch_sae.ops import backends, eager, memory, native, reference, routed, triton_kernels
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,13 @@ CASES = {
 CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum", "why_not")
 BOTH = pytest.mark.parametrize("computation", [reference, ops], ids=["reference", "routed"])
+WHY_NOT_NATIVE = native.why_not(torch.device("cpu"), torch.float32)
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(WHY_NOT_NATIVE is not None, reason=str(WHY_NOT_NATIVE))
+)
 BACKEND = pytest.mark.parametrize("backend", ["eager"], indirect=True)
+FLOAT32 = pytest.mark.parametrize("backend", ["eager", NATIVE], indirect=True)
+"""Those that a CPU has in float32."""
 FEW_CASES = (
     "fewer_than_k_positives",
     "switch",
@@ -176,12 +182,13 @@ def test_every_backend_has_the_primitives_and_signatures_of_the_reference():
 # ---------------------------------------------------------------- encode
 
 
-@BACKEND
+@FLOAT32
 @CASE
 @pytest.mark.parametrize("workspace", [None, 100], ids=["one_chunk", "split_chunks"])
 def test_encode_agrees_with_reference(monkeypatch, backend, case, workspace):
     if workspace:
         monkeypatch.setattr(routed, "CPU_WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(native, "_FEW", 1)  # the CPU's own library takes the rest
     assert_same_encode(backend, case, torch.float32, atol=1e-5, rtol=1e-5)
 
 
@@ -278,7 +285,7 @@ def test_every_slot_names_a_feature_of_the_tokens_own_experts(computation, case)
         assert len(set(active)) == len(active)
 
 
-@BACKEND
+@FLOAT32
 def test_an_empty_slot_gets_no_gradient(backend):
     inputs = replace(CASES["nothing_positive"], gated=True).tensors()
     acts, _ = encode(backend, inputs)
@@ -286,7 +293,7 @@ def test_an_empty_slot_gets_no_gradient(backend):
         assert not grad.any(), name
 
 
-@BACKEND
+@FLOAT32
 @pytest.mark.parametrize("k", [3, None])
 @pytest.mark.parametrize("t", [1, 2])
 def test_no_tokens_encode_to_no_rows(backend, k, t):
@@ -298,7 +305,7 @@ def test_no_tokens_encode_to_no_rows(backend, k, t):
     assert y.shape == (0, 48)
 
 
-@BACKEND
+@FLOAT32
 def test_encode_of_strided_rows_is_encode_of_their_copy(backend):
     inputs = Case().tensors()
     x = torch.randn(48, 46).T[::2]
@@ -306,7 +313,7 @@ def test_encode_of_strided_rows_is_encode_of_their_copy(backend):
     torch.testing.assert_close(strided, encode(backend, {**inputs, "x": x.contiguous()}))
 
 
-@BACKEND
+@FLOAT32
 def test_each_token_is_encoded_alone_as_in_the_batch(backend):
     inputs = Case(t=2).tensors()
     acts, ids = encode(backend, inputs)
@@ -382,8 +389,15 @@ def test_an_activation_must_exceed_its_threshold_router_weight_included(computat
 # ---------------------------------------------------------------- decode
 
 
-@BACKEND
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param("eager", torch.float64, id="fp64"),
+        pytest.param("eager", torch.float32, id="fp32"),
+        pytest.param(*NATIVE.values, torch.float32, marks=NATIVE.marks, id="native"),
+    ],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("shape", ["rows", "experts"])
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "gather"])
 @pytest.mark.parametrize("d", [37, 48, 129], ids="d{}".format)
@@ -545,24 +559,27 @@ def test_keep_largest_keeps_the_k_largest_and_their_ids(n, slots, data):
 
 def test_a_backend_says_why_it_declines_and_is_refused_when_asked_for_all_the_same():
     told = ops.explain_backends("cpu", torch.float64)
-    assert list(told) == ["triton", "eager", "reference"]
+    assert list(told) == ["triton", "native", "eager", "reference"]
     assert told["eager"] is told["reference"] is None
+    assert "not torch.float64" in told["native"]
     assert "float64" in told["triton"] or "not installed" in told["triton"]
-    with pytest.raises(BackendError, match="there are 'triton', 'eager', 'reference'"):
+    with pytest.raises(BackendError, match="there are 'triton', 'native', 'eager', 'ref"):
         ops.use_backend("cuda").__enter__()
     with ops.use_backend("triton"), pytest.raises(BackendError, match=r"'triton' .* declines"):
         encode(ops, Case().tensors(torch.float64))
 
 
-def test_the_backend_is_eager_on_a_cpu_and_what_was_before_after_a_block():
+def test_the_backend_is_the_best_a_cpu_has_and_what_was_before_after_a_block():
     cpu = torch.device("cpu")
-    assert backends.backend_for(cpu, torch.float32) is eager
+    best = native if WHY_NOT_NATIVE is None else eager
+    assert backends.backend_for(cpu, torch.float32) is best
+    assert backends.backend_for(cpu, torch.bfloat16) is eager
     with ops.use_backend("reference"):
         assert backends.backend_for(cpu, torch.float32) is reference
         with ops.use_backend("eager"):
             assert backends.backend_for(cpu, torch.float32) is eager
         assert backends.backend_for(cpu, torch.float32) is reference
-    assert backends.backend_for(cpu, torch.float32) is eager
+    assert backends.backend_for(cpu, torch.float32) is best
 
 
 @pytest.mark.parametrize("name", ["switch", "in_order", "two_experts", "one_expert"])
@@ -593,29 +610,47 @@ def test_under_deterministic_algorithms_nothing_raises_and_nothing_changes():
     torch.testing.assert_close((acts, again), (wanted, ids), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param("eager", torch.float32, id="fp32"),
+        pytest.param("eager", torch.bfloat16, id="bf16"),
+        pytest.param("eager", torch.float16, id="fp16"),
+        pytest.param(*NATIVE.values, torch.float32, marks=NATIVE.marks, id="native"),
+    ],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-def test_one_token_is_encoded_as_the_definition_has_it(dtype, bias):
+@pytest.mark.parametrize("E", [1, 6], ids="experts_{}".format)
+@pytest.mark.parametrize("centered", [True, False], ids=["centered", "as_it_is"])
+@pytest.mark.parametrize("d", [37, 48], ids="d{}".format)
+def test_one_token_is_encoded_as_the_definition_has_it(backend, dtype, bias, E, centered, d):
     for seed in range(5):
         torch.manual_seed(seed)
-        x, scale = torch.randn(1, 48).to(dtype), torch.tensor(0.5)
-        weight, b_router = torch.randn(6, 48), torch.randn(48)
-        W_enc = torch.randn(6, 9, 48).to(dtype)
-        b_enc = torch.randn(6, 9).to(dtype) if bias else None
+        x, b_dec, scale = torch.randn(1, d).to(dtype), torch.randn(d).to(dtype), torch.tensor(0.5)
+        weight, b_router = torch.randn(E, d), torch.randn(d)
+        W_enc = torch.randn(E, 9, d).to(dtype)
+        b_enc = torch.randn(E, 9).to(dtype) if bias else None
 
-        logits, probs, expert_ids = ops.route_token(x, weight, b_router, scale)
-        expert = int(expert_ids)
-        wanted = reference.route(x * scale, weight, -(weight @ b_router), 1)
-        torch.testing.assert_close((logits, probs), wanted[:2], atol=1e-4, rtol=1e-4)
-        assert expert == int(wanted[2])
-
-        acts, ids = ops.encode_token(x, W_enc, b_enc, expert, probs[:, expert], 4, scale)
-        scaled = None if b_enc is None else b_enc / scale
+        acts, ids = backend.encode_token(
+            x,
+            b_dec,
+            scale,
+            (weight, b_router) if E > 1 else None,
+            W_enc,
+            b_enc,
+            4,
+            centered,
+            gated=E > 1,
+        )
+        _, probs, expert_ids = reference.route(x * scale, weight, -(weight @ b_router), 1)
+        gates = probs.gather(1, expert_ids) if E > 1 else None
+        scaled, center = None if b_enc is None else b_enc / scale, b_dec.float() / scale
         wanted_acts, wanted_ids = reference.routed_encode(
-            x, W_enc, scaled, wanted[2], probs[:, [expert]], 4
+            (x - center if centered else x).to(dtype), W_enc, scaled, expert_ids, gates, 4
         )
         assert acts.dtype == dtype
-        assert (ids // 9 == expert).all()
+        assert (ids // 9 == expert_ids).all()
         if dtype == torch.float32:  # in others, ties are common
             assert set(ids[acts > 0].tolist()) == set(wanted_ids[wanted_acts > 0].tolist())
         loose = 1e-4 if dtype == torch.float32 else 0.02
@@ -623,8 +658,14 @@ def test_one_token_is_encoded_as_the_definition_has_it(dtype, bias):
             acts.sort(1).values, wanted_acts.sort(1).values, atol=loose, rtol=loose
         )
 
+        W_dec = torch.randn(E, 9, d).to(dtype)
+        y = backend.decode_token(acts, ids, W_dec, b_dec, scale)
+        wanted = reference.sparse_decode(acts, ids, W_dec)[0] + center.to(dtype)
+        torch.testing.assert_close(y, wanted, atol=10 * loose, rtol=loose)
 
-def test_nan_is_never_an_active_feature():
+
+@FLOAT32
+def test_nan_is_never_an_active_feature(backend):
     inputs = Case(m=64, k=4).tensors()  # wide enough for the two stages of top-k
     with torch.no_grad():
         clean, _ = encode(ops, inputs)
@@ -633,10 +674,23 @@ def test_nan_is_never_an_active_feature():
         assert not acts[3].any()
         others = torch.arange(len(acts)) != 3
         torch.testing.assert_close(acts[others], clean[others])
-        token = ops.encode_token(
-            torch.full((1, 48), torch.nan), inputs["W_enc"], None, 1, None, 4, torch.ones(())
+        nan, ones = torch.full((1, 48), torch.nan), torch.ones(())
+        acts, _ = ops.encode_token(
+            nan, torch.zeros(48), ones, None, inputs["W_enc"], None, 4, True, False
         )
-        assert not token[0].any()
+        assert not acts.any()
+
+
+@FLOAT32
+def test_of_equal_experts_one_token_goes_to_the_first_as_in_a_batch(backend):
+    weight = torch.zeros(5, 8)
+    weight[2:4, 0] = 1.0
+    acts, ids = ops.encode_token(
+        torch.ones(1, 8), torch.zeros(8), torch.ones(()), (weight, torch.zeros(8)),
+        torch.ones(5, 3, 8), None, 2, True, True,
+    )  # fmt: skip
+    assert (ids // 3 == 2).all()
+    assert (acts > 0).all()
 
 
 def test_backward_within_autocast_gives_the_gradients_of_backward_outside():

@@ -1,4 +1,4 @@
-"""The five primitives in stock torch operators: the CPU's backend, and any other device's.
+"""The five primitives in stock torch operators: on any device, in any dtype.
 
     expert_products   pre[i] = W[e] @ x[rows[i]] + bias[e]          rows in the order of experts
     relu_topk         the k largest of relu(pre)

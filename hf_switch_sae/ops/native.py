@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_switch_sae.errors import BackendError
+from hf_switch_sae.errors import BackendError, FeatureIdError
+from hf_switch_sae.ops import eager
 from hf_switch_sae.ops.native_build import native_library
 
 __all__ = [
@@ -33,18 +34,19 @@ __all__ = [
 
 _WORTH_A_THREAD = 2**17  # weights of an expert that one token is multiplied with
 _FEW = 24  # rows of an expert that it is multiplied with here
-_empty = torch.empty
 _P, _I, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "expert_products": (_P, _P, _P, _P, _P, _I, _I, _I, _I, _P, _T),
     "relu_topk": (_P, _I, _I, _I, _P, _P, _T),
-    "gather_sum": (_P, _P, _P, _I, _I, _I, _P, _T),
-    "row_dots": (_P, _P, _P, _I, _I, _I, _P, _T),
+    "gather_sum": (_P, _P, _P, _I, _I, _I, _I, _P, _T),
+    "row_dots": (_P, _P, _P, _I, _I, _I, _I, _P, _T),
     "scatter_sum": (_P, _P, _P, _I, _I, _I, _I, _P, _T),
     "adam_rows": (_P, _P, _P, _P, _I, _I, _T, *[_F] * 7, _T),
-    "encode_token": (_P, _P, _F, *[_P] * 4, *[_I] * 4, _T, _T, *[_P] * 7, _T),
-    "decode_token": (_P, _P, _P, _P, _F, _I, _I, _P),
+    "encode_token": (_P, _P, _F, *[_P] * 4, *[_I] * 4, _T, _T, _P, _P, _T),
+    "decode_token": (_P, _P, _P, _P, _F, _I, _I, _I, _P),
 }
+_CHECKED = ("gather_sum", "row_dots", "scatter_sum", "decode_token")
+_IN_RANGE = -(2**63)  # what these return unless an id is out of range
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -61,6 +63,9 @@ def expert_products(
     x: Tensor, rows: Tensor | None, W: Tensor, bias: Tensor | None, offsets: Tensor
 ) -> Tensor:
     """As `reference.expert_products`; experts with many rows by the CPU's own library."""
+    if W.dtype != x.dtype:
+        return eager.expert_products(x, rows, W, bias, offsets)
+    bias = None if bias is None else bias.to(x.dtype)
     (E, m, d), bounds = W.shape, offsets.tolist()
     pre = x.new_empty(bounds[-1], m)
     counts = [end - start for start, end in itertools.pairwise(bounds)]
@@ -91,7 +96,7 @@ def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     (n, k), d = ids.shape, W.shape[1]
     y = W.new_empty(n, d)
     threads = 1 if n == 1 else torch.get_num_threads()
-    _call("gather_sum", coefs.to(W.dtype), ids, W, n, k, d, y, threads)
+    _check(_call("gather_sum", coefs.to(W.dtype), ids, W, n, k, len(W), d, y, threads), len(W))
     return y
 
 
@@ -99,7 +104,8 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     """As `reference.row_dots`."""
     (n, k), d = ids.shape, W.shape[1]
     c = W.new_empty(n, k)
-    _call("row_dots", g.to(W.dtype), ids, W, n, k, d, c, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _check(_call("row_dots", g.to(W.dtype), ids, W, n, k, len(W), d, c, threads), len(W))
     return c.to(g.dtype)
 
 
@@ -110,7 +116,10 @@ def scatter_sum(
     (n, k), d = ids.shape, x.shape[1]
     total = x.new_empty(num_rows, d) if out is None else out
     threads = torch.get_num_threads()
-    _call("scatter_sum", coefs.to(x.dtype), ids, x, n, k, num_rows, d, total, threads)
+    _check(
+        _call("scatter_sum", coefs.to(x.dtype), ids, x, n, k, num_rows, d, total, threads),
+        num_rows,
+    )
     return total
 
 
@@ -147,39 +156,49 @@ def encode_token(
     k: int,
     centered: bool,
     gated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor]:
     """As `token.encode_token`, in one call; weights are contiguous."""
     E, m, d = W_enc.shape
     x = x.to(torch.float32).contiguous()
-    bias, z, acts, ids = _empty(d), _empty(1, d), _empty(1, k), _empty(1, k, dtype=torch.int64)
-    routed, of_router = None, (None,) * 5
-    if router is not None:
-        routed = _empty(1, E), _empty(1, E), _empty(1, 1, dtype=torch.int64)
-        of_router = tuple(tensor.data_ptr() for tensor in (*router, *routed))
-    weight, b_router, logits, probs, chosen = of_router
+    acts, ids = torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
+    weight, b_router = (None, None) if router is None else (t.data_ptr() for t in router)
     _kernels()["encode_token"](
         x.data_ptr(), b_dec.data_ptr(), float(scale), weight, b_router, W_enc.data_ptr(),
-        None if b_enc is None else b_enc.data_ptr(), E, m, d, k, centered, gated, bias.data_ptr(),
-        z.data_ptr(), logits, probs, chosen, acts.data_ptr(), ids.data_ptr(),
+        None if b_enc is None else b_enc.data_ptr(), E, m, d, k, centered, gated,
+        acts.data_ptr(), ids.data_ptr(),
         torch.get_num_threads() if m * d >= _WORTH_A_THREAD else 1,
     )  # fmt: skip
-    return bias, z, acts, ids, routed
+    return acts, ids
 
 
 def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
     """As `token.decode_token`, in one call; weights are contiguous."""
     acts, ids, y = acts.contiguous(), ids.contiguous(), torch.empty_like(b_dec)
-    _kernels()["decode_token"](
+    E, m, d = W_dec.shape
+    wrong = _kernels()["decode_token"](
         acts.data_ptr(), ids.data_ptr(), W_dec.data_ptr(), b_dec.data_ptr(), float(scale),
-        acts.numel(), len(b_dec), y.data_ptr(),
+        acts.numel(), E * m, d, y.data_ptr(),
     )  # fmt: skip
+    _check(wrong, E * m)
     return y
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """A kernel, on contiguous tensors and numbers."""
+    """A kernel, on tensors, numbers and None; what it writes to is contiguous."""
     held = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    if any(a.dtype not in (torch.float32, torch.int64) for a in held if isinstance(a, Tensor)):
+        raise BackendError(f"the native {name} computes float32, by ids in int64.")
     return _kernels()[name](*(a.data_ptr() if isinstance(a, Tensor) else a for a in held))
+
+
+def _check(wrong: int, num_rows: int) -> None:
+    """Of an id that a kernel did not find: nothing was read there.
+
+    Raises:
+        FeatureIdError: there is one.
+    """
+    if wrong != _IN_RANGE:
+        raise FeatureIdError(f"no feature {wrong}: there are 0 to {num_rows - 1}.")
 
 
 @functools.cache
@@ -195,5 +214,5 @@ def _kernels() -> dict[str, Any]:
     found = {name: getattr(library, name) for name in _ARGUMENTS}
     for name, kernel in found.items():
         kernel.argtypes = _ARGUMENTS[name]
-        kernel.restype = None
+        kernel.restype = ctypes.c_int64 if name in _CHECKED else None
     return found

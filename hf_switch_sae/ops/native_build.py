@@ -21,8 +21,10 @@ import threading
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-FLAGS += ("-fno-math-errno", "-fno-trapping-math")  # or square roots would be taken one by one
+FLAGS = [
+    *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math"),  # or square roots would be taken one by one
+]
 _LONGEST_COMPILATION = 120  # seconds
 _lock = threading.Lock()
 _found: ctypes.CDLL | str | None = None

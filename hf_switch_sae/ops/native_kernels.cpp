@@ -15,6 +15,16 @@ using Id = std::int64_t;
 
 namespace {
 
+const Id IN_RANGE = INT64_MIN;
+
+// Whether there is such a row; if not, says which was asked for.
+bool is_among(Id id, Id num_rows, Id& wrong) {
+    if (id >= 0 && id < num_rows) return true;
+#pragma omp atomic write
+    wrong = id;
+    return false;
+}
+
 struct Term {
     float coef;
     const float* row;
@@ -207,30 +217,38 @@ void expert_products(const float* x, const Id* rows, const float* W, const float
     }
 }
 
-// y[n] = sum_j coefs[n, j] * W[ids[n, j]].
-void gather_sum(const float* coefs, const Id* ids, const float* W, Id n, Id k, Id d, float* y,
-                int threads) {
+// y[n] = sum_j coefs[n, j] * W[ids[n, j]]. Returns an id that is not one of num_rows, or IN_RANGE.
+Id gather_sum(const float* coefs, const Id* ids, const float* W, Id n, Id k, Id num_rows, Id d,
+              float* y, int threads) {
+    Id wrong = IN_RANGE;
 #pragma omp parallel num_threads(threads)
     {
         std::vector<Term> terms(k);
 #pragma omp for schedule(static)
         for (Id i = 0; i < n; ++i) {
             Id count = 0;
-            for (Id j = i * k; j < (i + 1) * k; ++j)
-                if (coefs[j] != 0) terms[count++] = {coefs[j], W + ids[j] * d};
+            for (Id p = i * k; p < (i + 1) * k; ++p) {
+                if (coefs[p] == 0) continue;
+                if (is_among(ids[p], num_rows, wrong)) terms[count++] = {coefs[p], W + ids[p] * d};
+            }
             weighted_sum(y + i * d, d, terms.data(), count);
         }
     }
+    return wrong;
 }
 
-// c[n, j] = <g[n], W[ids[n, j]]>.
-void row_dots(const float* g, const Id* ids, const float* W, Id n, Id k, Id d, float* c,
-              int threads) {
+// c[n, j] = <g[n], W[ids[n, j]]>. Returns as gather_sum.
+Id row_dots(const float* g, const Id* ids, const float* W, Id n, Id k, Id num_rows, Id d, float* c,
+            int threads) {
+    Id wrong = IN_RANGE;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (Id i = 0; i < n; ++i) {
         const float* token = g + i * d;
         const Id* own = ids + i * k;
         float* out = c + i * k;
+        bool all = true;
+        for (Id j = 0; j < k; ++j) all &= is_among(own[j], num_rows, wrong);
+        if (!all) continue;
         Id j = 0;
         for (; j + 4 <= k; j += 4) {
             const float* rows[4];
@@ -239,25 +257,27 @@ void row_dots(const float* g, const Id* ids, const float* W, Id n, Id k, Id d, f
         }
         for (; j < k; ++j) out[j] = dot(token, W + own[j] * d, d);
     }
+    return wrong;
 }
 
-// W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f, for all of num_rows.
-void scatter_sum(const float* coefs, const Id* ids, const float* x, Id n, Id k, Id num_rows, Id d,
-                 float* W, int threads) {
+// W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f, for all of num_rows. Returns as gather_sum.
+Id scatter_sum(const float* coefs, const Id* ids, const float* x, Id n, Id k, Id num_rows, Id d,
+               float* W, int threads) {
+    Id wrong = IN_RANGE;
     std::vector<Id> starts(num_rows + 1);
     for (Id p = 0; p < n * k; ++p)
-        if (coefs[p] != 0) ++starts[ids[p] + 1];
+        if (coefs[p] != 0 && is_among(ids[p], num_rows, wrong)) ++starts[ids[p] + 1];
+    if (wrong != IN_RANGE) return wrong;
     for (Id f = 0; f < num_rows; ++f) starts[f + 1] += starts[f];
     std::vector<Term> terms(starts[num_rows]);
-    {
-        std::vector<Id> next(starts.begin(), starts.end() - 1);
-        for (Id i = 0; i < n; ++i)
-            for (Id p = i * k; p < (i + 1) * k; ++p)
-                if (coefs[p] != 0) terms[next[ids[p]]++] = {coefs[p], x + i * d};
-    }
+    std::vector<Id> next(starts.begin(), starts.end() - 1);
+    for (Id i = 0; i < n; ++i)
+        for (Id p = i * k; p < (i + 1) * k; ++p)
+            if (coefs[p] != 0) terms[next[ids[p]]++] = {coefs[p], x + i * d};
 #pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
     for (Id f = 0; f < num_rows; ++f)
         weighted_sum(W + f * d, d, terms.data() + starts[f], starts[f + 1] - starts[f]);
+    return wrong;
 }
 
 // One step of Adam on rows of w, m, v [rows, d] by the gradient scale * g. With `unit`, rows have
@@ -288,43 +308,39 @@ void adam_rows(float* w, const float* g, float* m, float* v, Id rows, Id d, int 
     }
 }
 
-// y [d] = sum_j acts[j] * W[ids[j]] + b_dec / scale, of one token.
-void decode_token(const float* acts, const Id* ids, const float* W, const float* b_dec, float scale,
-                  Id k, Id d, float* y) {
-    gather_sum(acts, ids, W, 1, k, d, y, 1);
+// y [d] = sum_j acts[j] * W[ids[j]] + b_dec / scale, of one token. Returns as gather_sum.
+Id decode_token(const float* acts, const Id* ids, const float* W, const float* b_dec, float scale,
+                Id k, Id num_rows, Id d, float* y) {
+    const Id wrong = gather_sum(acts, ids, W, 1, k, num_rows, d, y, 1);
     for (Id i = 0; i < d; ++i) y[i] += b_dec[i] / scale;
+    return wrong;
 }
 
-// One token x [d] with one of E experts, all of it; see `token.encode_token`.
-// router is null with E = 1, b_enc without a bias.
+// acts, ids [k] of one token x [d] with one of E experts; see `token.encode_token`. router is null
+// with E = 1, b_enc without a bias.
 void encode_token(const float* x, const float* b_dec, float scale, const float* router,
-                const float* b_router, const float* W_enc, const float* b_enc, Id E, Id m, Id d,
-                Id k, int centered, int gated, float* bias, float* z, float* logits, float* probs,
-                Id* chosen, float* acts, Id* ids, int threads) {
-    std::vector<float> pre(std::max(m, d));
+                  const float* b_router, const float* W_enc, const float* b_enc, Id E, Id m, Id d,
+                  Id k, int centered, int gated, float* acts, Id* ids, int threads) {
+    std::vector<float> input(x, x + d), pre(std::max(m, E));
+    const float* token = input.data();
     Id expert = 0;
     float gate = 1;
     if (router != nullptr) {
-        float* scaled = pre.data();
-        const float* input = scaled;
-        for (Id i = 0; i < d; ++i) scaled[i] = scale * x[i] - b_router[i];
-        products(&input, 1, router, E, d, logits, E);
+        for (Id i = 0; i < d; ++i) input[i] = scale * x[i] - b_router[i];
+        products(&token, 1, router, E, d, pre.data(), E);
         float total = 0;
         for (Id e = 1; e < E; ++e)
-            if (logits[e] > logits[expert]) expert = e;
-        for (Id e = 0; e < E; ++e) total += probs[e] = std::exp(logits[e] - logits[expert]);
-        for (Id e = 0; e < E; ++e) probs[e] /= total;
-        if (gated) gate = probs[expert];
-        *chosen = expert;
+            if (pre[e] > pre[expert]) expert = e;
+        for (Id e = 0; e < E; ++e) total += std::exp(pre[e] - pre[expert]);
+        if (gated) gate = 1 / total;
     }
-    for (Id i = 0; i < d; ++i) bias[i] = b_dec[i] / scale, z[i] = x[i] - bias[i];
-    const float* input = centered ? z : x;
+    for (Id i = 0; i < d; ++i) input[i] = centered ? x[i] - b_dec[i] / scale : x[i];
     const float* W = W_enc + expert * m * d;
     const Id part = (m + 4 * threads - 1) / (4 * threads) * 4;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int t = 0; t < threads; ++t) {
         const Id begin = std::min(t * part, m), end = std::min(begin + part, m);
-        products(&input, 1, W + begin * d, end - begin, d, pre.data() + begin, m);
+        products(&token, 1, W + begin * d, end - begin, d, pre.data() + begin, m);
     }
     if (b_enc != nullptr)
         for (Id f = 0; f < m; ++f) pre[f] += b_enc[expert * m + f] / scale;

@@ -190,3 +190,44 @@ def scatter_sum(
     values = torch.where((coefs != 0)[..., None], coefs[..., None].to(x.dtype) * x[:, None], 0)
     total = x.new_zeros(num_rows, x.shape[1]).index_add(0, ids.flatten(), values.flatten(0, 1))
     return total if out is None else out.copy_(total)
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+def adam_rows(
+    weight: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: float,
+    *,
+    unit_rows: bool,
+    scale: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of Adam, in place, on rows that may have to keep length 1.
+
+        g = scale * grad, less what of it lies along the row
+        mean += (1 - beta1) * (g - mean)    square += (1 - beta2) * (g * g - square)
+        weight -= lr * (mean / (1 - beta1**step)) / (sqrt(square / (1 - beta2**step)) + eps)
+
+    Args:
+        weight, grad, mean, square: [..., d]; all but grad are written.
+        step: how many there have been with this one.
+        unit_rows: whether rows have length 1: only then the gradient along them is left out, and
+            they are scaled back to it.
+        scale: of the gradient, as clipping has it.
+
+    Source: Kingma and Ba 2014, arXiv:1412.6980; unit rows as in `SwitchSAE.project_decoder_grad`.
+    """
+    g, (beta1, beta2) = scale * grad, betas
+    if unit_rows:
+        g = g - (g * weight).sum(-1, keepdim=True) * weight
+    mean += (1 - beta1) * (g - mean)
+    square += (1 - beta2) * (g.square() - square)
+    weight -= lr * (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
+    if unit_rows:
+        weight /= weight.norm(dim=-1, keepdim=True).clamp_min(1e-12)

@@ -7,8 +7,6 @@ expert's rows are a view. Letters as in `reference.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -18,21 +16,6 @@ from hf_switch_sae.ops.eager import products
 from hf_switch_sae.precision import wide
 
 _ZERO = torch.zeros(())
-
-
-class TokenCode(NamedTuple):
-    """What `encode_token` makes of a token."""
-
-    bias: Tensor
-    """[d], b_dec / scale, float32."""
-    z: Tensor
-    """[1, d], x - bias."""
-    acts: Tensor
-    """[1, k] in the dtype of W_enc."""
-    ids: Tensor
-    """[1, k] int64."""
-    router: tuple[Tensor, Tensor, Tensor] | None
-    """logits, probs [1, E] float32, expert_ids [1, 1]; None with one expert."""
 
 
 def encode_token(
@@ -45,7 +28,7 @@ def encode_token(
     k: int,
     centered: bool,
     gated: bool,
-) -> TokenCode:
+) -> tuple[Tensor, Tensor]:
     """As `reference.route` and `reference.routed_encode` of one token with one expert.
 
         logits = weight @ (scale * x - b_router)    acts = the k largest of
@@ -61,29 +44,28 @@ def encode_token(
         k: features kept, 1 to m.
         centered: whether the experts see x less b_dec / scale.
         gated: whether activations are weighted by p, the router's probability.
+
+    Returns:
+        acts [1, k] in the dtype of W_enc, ids [1, k] int64.
     """
     if _is_native(b_dec, W_enc):
-        return TokenCode(
-            *native.encode_token(x, b_dec, scale, router, W_enc, b_enc, k, centered, gated)
-        )
-    bias = wide(b_dec) / scale
-    z = x - bias
-    expert, gate, routed = 0, None, None
+        return native.encode_token(x, b_dec, scale, router, W_enc, b_enc, k, centered, gated)
+    expert, gate = 0, None
     if router is not None:
         weight, b_router = router
         logits = torch.mm(x.to(weight.dtype) * scale - b_router, weight.T)
-        routed = logits, logits.softmax(1), logits.argmax(1, keepdim=True)  # the first of several
-        expert = int(routed[2])
-        gate = routed[1][:, expert] if gated else None
+        expert = int(logits.argmax(1))  # the first of several maxima
+        gate = logits.softmax(1)[:, expert] if gated else None
+    x = x - wide(b_dec) / scale if centered else x
     pre = W_enc.new_empty(1, W_enc.shape[1])
-    products((z if centered else x).to(W_enc.dtype), W_enc[expert], pre)
+    products(x.to(W_enc.dtype), W_enc[expert], pre)
     if b_enc is not None:
         pre += b_enc[expert] / scale
     acts, ids = pre.topk(k, sorted=False)
     acts = torch.fmax(acts, _ZERO)  # which takes 0 of 0 and nan
     if gate is not None:
         acts *= gate
-    return TokenCode(bias, z, acts, ids.add_(expert * W_enc.shape[1]), routed)
+    return acts, ids.add_(expert * W_enc.shape[1])
 
 
 def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:

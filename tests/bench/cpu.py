@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_switch_sae import SwitchSAE, SwitchSAEAdam, residuals
+from hf_switch_sae import SwitchSAE, SwitchSAEAdam, residuals, use_backend
 
 from .attached import attach_table
 from .peers import installed
@@ -133,9 +133,9 @@ def forward_table() -> Table:
 
 def train_table() -> Table:
     x = torch.randn(TOKENS, D)
-    sae, fused_sae = switch_sae(32).train(), switch_sae(32).train()
+    sae, fused_sae, eager_sae = (switch_sae(32).train() for _ in range(3))
     adam = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
-    fused = SwitchSAEAdam(fused_sae, lr=1e-4)
+    fused, eager = SwitchSAEAdam(fused_sae, lr=1e-4), SwitchSAEAdam(eager_sae, lr=1e-4)
 
     def plain_loop() -> None:
         sae(x).loss.backward()
@@ -150,9 +150,16 @@ def train_table() -> Table:
         fused.step()
         fused.zero_grad()
 
+    @use_backend("eager")
+    def eager_loop() -> None:
+        eager_sae(x).loss.backward()
+        eager.step()
+        eager.zero_grad()
+
     calls: dict[str, Callable[[], Any]] = {
         "ours, SwitchSAEAdam": fused_loop,
         "ours, torch's Adam": plain_loop,
+        "ours, without a compiler": eager_loop,
     }
     peers, _ = installed(D, F, K)
     for name, peer in peers.items():

@@ -1,0 +1,207 @@
+"""The kernels in C++: what only they do, and how they come to be on a machine."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from saes import make, rows
+
+from hf_switch_sae import SparseFeatures, explain_backends, ops
+from hf_switch_sae.errors import BackendError, FeatureIdError
+from hf_switch_sae.ops import backends, eager, native, native_build, reference
+
+WHY_NOT = native.why_not(torch.device("cpu"), torch.float32)
+NATIVE = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+def rows_to_choose_from() -> dict[str, torch.Tensor]:
+    """Pre-activations [12, 300] of many kinds."""
+    x = torch.randn(12, 300)
+    rare = torch.where(torch.rand(12, 300) < 0.02, x.abs(), -x.abs())
+    spiked = x.clone()
+    spiked[:, 7] = torch.inf
+    spiked[:, 8] = torch.nan
+    spiked[:, 9] = -torch.inf
+    spiked[:, 10] = 1e30
+    return {
+        "random": x,
+        "ties": (2 * x).round(),
+        "all_alike": torch.ones(12, 300),
+        "few_positive": rare,
+        "none_positive": -x.abs(),
+        "inf_and_nan": spiked,
+        "tiny": 1e-42 * x,
+        "far_apart": (10 * x).exp(),
+    }
+
+
+@NATIVE
+@pytest.mark.parametrize("k", [1, 5, 32, 299, 300])
+@pytest.mark.parametrize("kind", rows_to_choose_from())
+def test_the_largest_are_those_of_the_definition_ties_included(kind, k):
+    pre = rows_to_choose_from()[kind]
+    acts, ids = native.relu_topk(pre, k)
+    wanted_acts, wanted_ids = reference.relu_topk(pre, k)
+    torch.testing.assert_close(acts.sort(1).values, wanted_acts.sort(1).values, atol=0, rtol=0)
+    assert ((ids >= 0) & (ids < 300)).all()
+    for row in range(len(pre)):
+        mine = ids[row][acts[row] > 0].tolist()
+        assert sorted(mine) == sorted(wanted_ids[row][wanted_acts[row] > 0].tolist())
+
+
+@NATIVE
+@pytest.mark.parametrize("few", [0, 3, 100], ids="few_{}".format)
+@pytest.mark.parametrize("gathered", [True, False], ids=["gathered", "in_order"])
+@pytest.mark.parametrize("m", [5, 64, 67], ids="m{}".format)
+@pytest.mark.parametrize("d", [16, 21, 80], ids="d{}".format)
+def test_products_agree_with_the_definition_whoever_takes_them(monkeypatch, few, gathered, m, d):
+    monkeypatch.setattr(native, "_FEW", few)
+    offsets = torch.tensor([0, 1, 1, 3, 10, 14])
+    x, W, bias = torch.randn(14, d), torch.randn(5, m, d), torch.randn(5, m)
+    picked = torch.randint(14, (14,)) if gathered else None
+    for b in (bias, None):
+        mine = native.expert_products(x, picked, W, b, offsets)
+        wanted = reference.expert_products(x, picked, W, b, offsets)
+        torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
+
+
+@NATIVE
+@pytest.mark.parametrize("unit_rows", [True, False])
+@pytest.mark.parametrize("d", [1, 37, 64])
+def test_steps_of_adam_are_those_of_the_definition(unit_rows, d):
+    torch.manual_seed(0)
+    weight = torch.nn.functional.normalize(torch.randn(3, 7, d), dim=-1)
+    mine = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
+    theirs = [tensor.double() for tensor in mine]
+    for step in range(1, 5):
+        grad = torch.randn_like(weight)
+        rest = {"unit_rows": unit_rows, "scale": 0.3, "lr": 0.01, "betas": (0.9, 0.999)}
+        for (w, m, v), g in ((mine, grad), (theirs, grad.double())):
+            adam = native if w is weight else reference
+            adam.adam_rows(w, g, m, v, float(step), **rest, eps=1e-8)
+    torch.testing.assert_close(mine, [t.float() for t in theirs], atol=1e-6, rtol=1e-4)
+
+
+@NATIVE
+def test_results_do_not_depend_on_the_number_of_threads():
+    coefs, ids = torch.randn(9, 4), torch.randint(24, (9, 4))
+    x, W = torch.randn(9, 16), torch.randn(24, 16)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                (
+                    native.gather_sum(coefs, ids, W),
+                    native.row_dots(x, ids, W),
+                    native.scatter_sum(coefs, ids, x, 24),
+                    *native.relu_topk(x, 3),
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], atol=0, rtol=0)
+
+
+@NATIVE
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("wrong", [-1, 24])
+def test_a_feature_that_is_not_there_is_refused_and_nothing_is_read(tokens, wrong):
+    sae = make("switch")
+    F, d = sae.config.num_features, sae.config.hidden_size
+    assert F == 24
+    x = torch.randn(tokens, d)
+    acts, ids = torch.ones(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int64)
+    ids[-1, 1] = wrong
+    features = SparseFeatures(acts, ids, F)
+    calls = (
+        lambda: sae.decode(features),
+        lambda: sae.decode_delta(features),
+        lambda: native.row_dots(x, ids, torch.randn(F, d)),
+        lambda: native.scatter_sum(acts, ids, x, F),
+    )
+    for call in calls:
+        with torch.no_grad(), pytest.raises(FeatureIdError, match=f"no feature {wrong}: there are"):
+            call()
+    acts[-1, 1] = 0  # an empty slot names nothing
+    assert sae.decode(features).isfinite().all()
+
+
+@NATIVE
+def test_other_dtypes_are_refused_instead_of_read_as_float32():
+    with pytest.raises(BackendError, match="computes float32"):
+        native.relu_topk(torch.randn(3, 9, dtype=torch.float64), 2)
+
+
+# ---------------------------------------------------------------- on a machine
+
+
+@pytest.fixture
+def fresh_machine(monkeypatch, tmp_path):
+    """One on which nothing has been compiled; its cache is in `tmp_path`."""
+    monkeypatch.setattr(native_build, "_found", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    backends._best_on_a_cpu.cache_clear()
+    yield monkeypatch
+    backends._best_on_a_cpu.cache_clear()
+
+
+def compiler_that(does: str, folder) -> str:
+    path = folder / "cxx"
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        (None, "need a C.. compiler: install"),
+        ("echo 'x.cpp:1: error: no OpenMP here' >&2; exit 1", "could not compile .* no OpenMP"),
+        ("echo cxx 1.0", "could not be compiled and loaded"),
+    ],
+    ids=["no_compiler", "a_compiler_that_fails", "a_compiler_that_writes_nothing"],
+)
+def test_without_a_compiler_that_can_torchs_operators_compute(fresh_machine, tmp_path, does, said):
+    cxx = str(tmp_path / "none") if does is None else compiler_that(does, tmp_path)
+    fresh_machine.setenv("CXX", cxx)
+    told = explain_backends("cpu")
+    assert re.search(said, str(told["native"]))
+    assert backends.backend_for(torch.device("cpu"), torch.float32) is eager
+    assert make("switch")(rows(5)).loss.isfinite()
+    with ops.use_backend("native"), pytest.raises(BackendError, match="declines"):
+        make("switch")(rows(5))
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+@NATIVE
+def test_what_is_compiled_is_kept_and_another_process_takes_it(fresh_machine, tmp_path):
+    assert explain_backends("cpu")["native"] is None
+    (kept,) = (tmp_path / "cache" / "hf_switch_sae").iterdir()
+    changed = kept.stat().st_mtime_ns
+    code = "import hf_switch_sae as h; print(h.explain_backends('cpu')['native'])"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["None"]
+    assert [kept] == list(kept.parent.iterdir())
+    assert kept.stat().st_mtime_ns == changed
+
+
+@NATIVE
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(fresh_machine, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o500)
+    assert explain_backends("cpu")["native"] is None
+
+
+@NATIVE
+def test_a_cache_that_is_a_file_is_no_cache(fresh_machine, tmp_path):
+    (tmp_path / "cache").write_text("")
+    assert explain_backends("cpu")["native"] is None
+    assert (tmp_path / "cache").read_text() == ""
