@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -412,8 +412,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             WidthError: the last dimension is not `hidden_size`.
             ConfigError: a batch_topk SAE without a threshold, outside training.
         """
-        if hidden_states.numel() == len(self.b_dec) and self._takes_single_tokens():
-            return self._encode_token(hidden_states)
+        if (group := self._group_of_one_token(hidden_states)) is not None:
+            return self._encode_token(hidden_states, group)
         return self._features(self._encode(hidden_states), hidden_states.shape)
 
     def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
@@ -429,11 +429,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         Raises:
             ConfigError: it needs them, and they are not given.
         """
-        if features.acts.numel() == features.k and self._takes_single_tokens():
-            (group,) = self.experts
-            acts = features.acts.to(group.W_dec)
-            y = ops.decode_token(acts, features.ids, group.W_dec, self.b_dec, self.input_scale)
-            return y.view(*features.shape, len(y))
+        if (group := self._group_of_one_token(features.acts)) is not None:
+            acts, ids = features.acts.cpu(), features.ids.cpu()
+            return ops.decode_token(acts, ids, group.W_dec, self.b_dec, self.input_scale)
         delta, bias = self.decode_delta(features), self._bias()
         norm = self.config.input_norm
         if norm != "none":
@@ -683,7 +681,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def _encode(self, hidden_states: Tensor, sort: bool = False) -> _Encoded:
         """The tokens' code; with `sort`, in the order of experts where each has one."""
-        x = self._rows(hidden_states)
+        self._check_width(hidden_states)
+        x = hidden_states.reshape(-1, len(self.b_dec)).to(self.b_dec.device)
         config = self.config
         bias, unit = self._bias(), None
         fixed, centered = bias.detach(), config.subtract_b_dec
@@ -724,53 +723,52 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         visits = _Visits(x, expert_ids, gates)
         return _Encoded(z, bias, acts, ids, order, router, outlier, visits, unit)
 
-    def _takes_single_tokens(self) -> bool:
-        """Whether `_encode_token` applies: as in `generate` on a CPU."""
-        config = vars(self.config)  # a config's own attribute access would take as long as an op
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        groups = self.experts
-        return (
-            config["activation"] == "topk"
-            and config["input_norm"] == "none"
-            and config["num_experts_per_token"] == 1
-            and len(groups) == 1
-            and self.b_dec.device.type == "cpu"
-            and not torch.is_autocast_enabled("cpu")
-            and "_hf_hook" not in vars(groups[0])  # offloaded: brought in by its forward
-        )
+    def _group_of_one_token(self, of_tokens: Tensor) -> ExpertGroup | None:
+        """The experts, where [..., x] is of a single token whose one expert a CPU computes, as in
+        `generate`; else None. To ask takes no longer than an operator."""
+        if torch.compiler.is_compiling() or of_tokens.numel() != of_tokens.shape[-1]:
+            return None
+        config, groups = _fields_of(self.config), self.experts._modules
+        if (
+            torch.is_grad_enabled()
+            or config["activation"] != "topk"
+            or config["input_norm"] != "none"
+            or config["num_experts_per_token"] != 1
+            or len(groups) != 1
+            or self.b_dec.device.type != "cpu"
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        group = cast(ExpertGroup, groups["0"])
+        return None if "_hf_hook" in vars(group) else group  # offloaded: its forward brings it in
 
-    def _encode_token(self, hidden_states: Tensor) -> SparseFeatures:
+    def _encode_token(self, hidden_states: Tensor, group: ExpertGroup) -> SparseFeatures:
         """As `encode`, of one token."""
-        x, (group,) = self._rows(hidden_states), self.experts
-        config, outlier = vars(self.config), self._outliers_among(x)
-        if outlier is not None:  # encoded as nothing
-            x = self._bias().to(x.dtype)[None] if config["subtract_b_dec"] else torch.zeros_like(x)
+        config, router = _fields_of(self.config), None
+        self._check_width(hidden_states)
+        if config["num_experts"] > 1:
+            router = self.router.weight, self.b_router
         acts, ids = ops.encode_token(
-            x,
+            hidden_states.cpu(),
             self.b_dec,
             self.input_scale,
-            (self.router.weight, self.b_router) if config["num_experts"] > 1 else None,
+            self.outlier_norm,
+            router,
             group.W_enc,
             group.b_enc,
             config["k"],
             config["subtract_b_dec"],
             config["apply_router_probs"],
         )
-        if outlier is not None:  # a bias may still have made it active
-            acts = acts.zero_()
-        shape = (*hidden_states.shape[:-1], acts.shape[1])
-        return SparseFeatures(acts.view(shape), ids.view(shape), config["num_features"])
+        return SparseFeatures(acts, ids, config["num_features"])
 
-    def _rows(self, hidden_states: Tensor) -> Tensor:
-        """[n, d] of hidden_states [..., d], where the SAE is."""
-        width = len(self.b_dec)
+    def _check_width(self, hidden_states: Tensor) -> None:
+        width = self.b_dec.shape[0]
         if hidden_states.shape[-1] != width:
             raise WidthError(
                 f"the SAE reads a residual stream of width {width}; this one is "
                 f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
             )
-        return hidden_states.reshape(-1, width).to(self.b_dec.device)
 
     def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""
@@ -900,6 +898,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if SwitchSAE._open_session is None:
             raise AttachError("import hf_switch_sae as a whole: its attach module is not loaded.")
         return SwitchSAE._open_session(lm, self, at=at, **options)
+
+
+def _fields_of(config: SwitchSAEConfig) -> dict[str, Any]:
+    """What `vars` gives, without the detour of a config's own attribute access."""
+    return cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
 
 
 def _with_bias(rows: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:

@@ -184,7 +184,10 @@ class Tokens:
         """Whether none is padding; False too where that would cost more than to go by `real`."""
         call, mask = self._call, self._mask
         if mask is None:
-            return self._before is None and call.position_ids is None
+            ids = call.position_ids
+            if self._before is not None or ids is None:
+                return self._before is None
+            return ids.device.type == "cpu" and ids.numel() > 0 and int(ids.min()) >= 0
         if mask.width != self._end or not _is_flat(call.mask) or call.mask.device.type != "cpu":
             return False
         mostly = bool(call.mask.all())  # one operator, where a part takes three

@@ -44,7 +44,7 @@ class Passed:
 
     def __init__(self, sae: SwitchSAE, stream: Tensor, tokens: Tokens) -> None:
         live = stream.requires_grad and torch.is_grad_enabled()
-        self.stream = (stream if live else stream.detach()).clone()
+        self.stream = (stream if live or not stream.requires_grad else stream.detach()).clone()
         self.tokens = tokens
         self._sae = sae
         self._features: SparseFeatures | None = None
@@ -121,7 +121,9 @@ class Tap:
                 f"the SAE reads {self.width}."
             )
         # a sum over all is one operator; it may overflow where every number is finite
-        if not math.isfinite(x.detach().sum()) and not torch.isfinite(x).all():
+        total = x.sum()
+        total = total.detach() if total.requires_grad else total
+        if not math.isfinite(total) and not torch.isfinite(x).all():
             wrong = (~torch.isfinite(x)).any(-1) & tokens.real
             if wrong.any():
                 row, at = (int(i) for i in wrong.nonzero()[0])

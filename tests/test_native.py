@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -16,6 +17,13 @@ from hf_switch_sae.ops import backends, eager, native, native_build, reference
 
 WHY_NOT = native.why_not(torch.device("cpu"), torch.float32)
 NATIVE = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which("g++") is None, reason="no g++ here"
+)
+def test_where_there_is_a_compiler_the_kernels_compile():
+    assert WHY_NOT is None
 
 
 def rows_to_choose_from() -> dict[str, torch.Tensor]:

@@ -616,7 +616,8 @@ def test_under_deterministic_algorithms_nothing_raises_and_nothing_changes():
         pytest.param("eager", torch.float32, id="fp32"),
         pytest.param("eager", torch.bfloat16, id="bf16"),
         pytest.param("eager", torch.float16, id="fp16"),
-        pytest.param(*NATIVE.values, torch.float32, marks=NATIVE.marks, id="native"),
+        pytest.param(*NATIVE.values, torch.float32, marks=NATIVE.marks, id="native_fp32"),
+        pytest.param(*NATIVE.values, torch.bfloat16, marks=NATIVE.marks, id="native_bf16"),
     ],
     indirect=["backend"],
 )
@@ -636,6 +637,7 @@ def test_one_token_is_encoded_as_the_definition_has_it(backend, dtype, bias, E, 
             x,
             b_dec,
             scale,
+            torch.tensor(torch.inf),
             (weight, b_router) if E > 1 else None,
             W_enc,
             b_enc,
@@ -660,7 +662,7 @@ def test_one_token_is_encoded_as_the_definition_has_it(backend, dtype, bias, E, 
 
         W_dec = torch.randn(E, 9, d).to(dtype)
         y = backend.decode_token(acts, ids, W_dec, b_dec, scale)
-        wanted = reference.sparse_decode(acts, ids, W_dec)[0] + center.to(dtype)
+        wanted = reference.sparse_decode(acts, ids, W_dec) + center.to(dtype)
         torch.testing.assert_close(y, wanted, atol=10 * loose, rtol=loose)
 
 
@@ -676,7 +678,7 @@ def test_nan_is_never_an_active_feature(backend):
         torch.testing.assert_close(acts[others], clean[others])
         nan, ones = torch.full((1, 48), torch.nan), torch.ones(())
         acts, _ = ops.encode_token(
-            nan, torch.zeros(48), ones, None, inputs["W_enc"], None, 4, True, False
+            nan, torch.zeros(48), ones, ones, None, inputs["W_enc"], None, 4, True, False
         )
         assert not acts.any()
 
@@ -686,7 +688,8 @@ def test_of_equal_experts_one_token_goes_to_the_first_as_in_a_batch(backend):
     weight = torch.zeros(5, 8)
     weight[2:4, 0] = 1.0
     acts, ids = ops.encode_token(
-        torch.ones(1, 8), torch.zeros(8), torch.ones(()), (weight, torch.zeros(8)),
+        torch.ones(1, 8), torch.zeros(8), torch.ones(()), torch.tensor(9.0),
+        (weight, torch.zeros(8)),
         torch.ones(5, 3, 8), None, 2, True, True,
     )  # fmt: skip
     assert (ids // 3 == 2).all()

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 _WORTH_A_THREAD = 2**17  # weights of an expert that one token is multiplied with
+TOKEN_DTYPES = (torch.float32, torch.bfloat16)
+"""Of weights that `encode_token` and `decode_token` compute with."""
 _FEW = 24  # rows of an expert that it is multiplied with here
 _P, _I, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
@@ -42,8 +44,8 @@ _ARGUMENTS = {
     "row_dots": (_P, _P, _P, _I, _I, _I, _I, _P, _T),
     "scatter_sum": (_P, _P, _P, _I, _I, _I, _I, _P, _T),
     "adam_rows": (_P, _P, _P, _P, _I, _I, _T, *[_F] * 7, _T),
-    "encode_token": (_P, _P, _F, *[_P] * 4, *[_I] * 4, _T, _T, _P, _P, _T),
-    "decode_token": (_P, _P, _P, _P, _F, _I, _I, _I, _P),
+    "encode_token": (*[_P] * 8, *[_I] * 4, _T, _T, _P, _P, _T, _T),
+    "decode_token": (*[_P] * 5, _I, _I, _I, _P, _T),
 }
 _CHECKED = ("gather_sum", "row_dots", "scatter_sum", "decode_token")
 _IN_RANGE = -(2**63)  # what these return unless an id is out of range
@@ -150,6 +152,7 @@ def encode_token(
     x: Tensor,
     b_dec: Tensor,
     scale: Tensor,
+    outlier_norm: Tensor,
     router: tuple[Tensor, Tensor] | None,
     W_enc: Tensor,
     b_enc: Tensor | None,
@@ -158,26 +161,27 @@ def encode_token(
     gated: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `token.encode_token`, in one call; weights are contiguous."""
-    E, m, d = W_enc.shape
-    x = x.to(torch.float32).contiguous()
-    acts, ids = torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
+    (E, m, d), shape = W_enc.shape, (*x.shape[:-1], k)
+    x = (x if x.dtype == torch.float32 else x.to(torch.float32)).contiguous()
+    acts, ids = torch.empty(shape, dtype=W_enc.dtype), torch.empty(shape, dtype=torch.int64)
     weight, b_router = (None, None) if router is None else (t.data_ptr() for t in router)
     _kernels()["encode_token"](
-        x.data_ptr(), b_dec.data_ptr(), float(scale), weight, b_router, W_enc.data_ptr(),
-        None if b_enc is None else b_enc.data_ptr(), E, m, d, k, centered, gated,
+        x.data_ptr(), b_dec.data_ptr(), scale.data_ptr(), outlier_norm.data_ptr(), weight, b_router,
+        W_enc.data_ptr(), None if b_enc is None else b_enc.data_ptr(), E, m, d, k, centered, gated,
         acts.data_ptr(), ids.data_ptr(),
-        torch.get_num_threads() if m * d >= _WORTH_A_THREAD else 1,
+        torch.get_num_threads() if m * d >= _WORTH_A_THREAD else 1, W_enc.dtype == torch.bfloat16,
     )  # fmt: skip
     return acts, ids
 
 
 def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
     """As `token.decode_token`, in one call; weights are contiguous."""
-    acts, ids, y = acts.contiguous(), ids.contiguous(), torch.empty_like(b_dec)
-    E, m, d = W_dec.shape
+    acts, ids = acts.contiguous(), ids.contiguous()
+    (E, m, d), k = W_dec.shape, acts.shape[-1]
+    y = torch.empty((*acts.shape[:-1], d), dtype=W_dec.dtype)
     wrong = _kernels()["decode_token"](
-        acts.data_ptr(), ids.data_ptr(), W_dec.data_ptr(), b_dec.data_ptr(), float(scale),
-        acts.numel(), E * m, d, y.data_ptr(),
+        acts.data_ptr(), ids.data_ptr(), W_dec.data_ptr(), b_dec.data_ptr(), scale.data_ptr(), k,
+        E * m, d, y.data_ptr(), W_dec.dtype == torch.bfloat16,
     )  # fmt: skip
     _check(wrong, E * m)
     return y

@@ -1,4 +1,4 @@
-// A CPU's kernels in float32: each pass over memory once, where operators of torch take several.
+// A CPU's kernels in float32, and for single tokens in bfloat16: each pass over memory once, where operators of torch take several.
 //
 // Letters as in reference.py; `native.py` calls these with contiguous memory and says what they
 // compute. Every sum has an order that depends on shapes alone, so results do not depend on threads.
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 using Id = std::int64_t;
@@ -25,49 +26,80 @@ bool is_among(Id id, Id num_rows, Id& wrong) {
     return false;
 }
 
+struct BFloat16 {
+    std::uint16_t bits;
+};
+
+float value(float x) { return x; }
+
+float value(BFloat16 x) {
+    const std::uint32_t bits = std::uint32_t{x.bits} << 16;
+    float found;
+    std::memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+void store(float* at, float x) { *at = x; }
+
+void store(BFloat16* at, float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if (x == x) bits += 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to the even one
+    at->bits = static_cast<std::uint16_t>(bits >> 16);
+}
+
+template <class Weight>
 struct Term {
     float coef;
-    const float* row;
+    const Weight* row;
 };
 
 // y = sum of coef * row over terms, eight rows at a time, so that y is read and written seldom.
-void weighted_sum(float* __restrict y, Id d, const Term* terms, Id count) {
-    static const float nothing = 0;
-    std::fill(y, y + d, nothing);
+template <class Weight>
+void weighted_sum(float* __restrict y, Id d, const Term<Weight>* terms, Id count) {
+    std::fill(y, y + d, 0.0f);
     Id at = 0;
     for (; at + 8 <= count; at += 8) {
-        const Term* t = terms + at;
-        const float *r0 = t[0].row, *r1 = t[1].row, *r2 = t[2].row, *r3 = t[3].row;
-        const float *r4 = t[4].row, *r5 = t[5].row, *r6 = t[6].row, *r7 = t[7].row;
+        const Term<Weight>* t = terms + at;
+        const Weight *r0 = t[0].row, *r1 = t[1].row, *r2 = t[2].row, *r3 = t[3].row;
+        const Weight *r4 = t[4].row, *r5 = t[5].row, *r6 = t[6].row, *r7 = t[7].row;
         const float c0 = t[0].coef, c1 = t[1].coef, c2 = t[2].coef, c3 = t[3].coef;
         const float c4 = t[4].coef, c5 = t[5].coef, c6 = t[6].coef, c7 = t[7].coef;
 #pragma omp simd
         for (Id i = 0; i < d; ++i)
-            y[i] += (c0 * r0[i] + c1 * r1[i] + c2 * r2[i] + c3 * r3[i]) +
-                    (c4 * r4[i] + c5 * r5[i] + c6 * r6[i] + c7 * r7[i]);
+            y[i] += (c0 * value(r0[i]) + c1 * value(r1[i]) + c2 * value(r2[i]) + c3 * value(r3[i])) +
+                    (c4 * value(r4[i]) + c5 * value(r5[i]) + c6 * value(r6[i]) + c7 * value(r7[i]));
     }
     for (; at + 2 <= count; at += 2) {
-        const float *r0 = terms[at].row, *r1 = terms[at + 1].row;
+        const Weight *r0 = terms[at].row, *r1 = terms[at + 1].row;
         const float c0 = terms[at].coef, c1 = terms[at + 1].coef;
 #pragma omp simd
-        for (Id i = 0; i < d; ++i) y[i] += c0 * r0[i] + c1 * r1[i];
+        for (Id i = 0; i < d; ++i) y[i] += c0 * value(r0[i]) + c1 * value(r1[i]);
     }
     for (; at < count; ++at) {
-        const float* row = terms[at].row;
+        const Weight* row = terms[at].row;
         const float coef = terms[at].coef;
 #pragma omp simd
-        for (Id i = 0; i < d; ++i) y[i] += coef * row[i];
+        for (Id i = 0; i < d; ++i) y[i] += coef * value(row[i]);
     }
 }
 
 // Sixteen floats at once, in as many registers as this CPU needs for them.
-typedef float Lanes __attribute__((vector_size(64)));
 const Id LANES = 16;
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
 
 Lanes load(const float* at) {
     Lanes found;
     std::memcpy(&found, at, sizeof found);
     return found;
+}
+
+Lanes load(const BFloat16* at) {
+    typedef std::uint16_t Halves __attribute__((vector_size(LANES * 2)));
+    typedef std::uint32_t Words __attribute__((vector_size(LANES * 4)));
+    Halves halves;
+    std::memcpy(&halves, at, sizeof halves);
+    return (Lanes)(__builtin_convertvector(halves, Words) << 16);
 }
 
 float sum_of(Lanes lanes) {
@@ -76,20 +108,21 @@ float sum_of(Lanes lanes) {
     return sum;
 }
 
-float dot(const float* a, const float* b, Id d) {
+template <class Weight>
+float dot(const float* a, const Weight* b, Id d) {
     Lanes sums = {};
     Id i = 0;
     for (; i + LANES <= d; i += LANES) sums += load(a + i) * load(b + i);
     float sum = sum_of(sums);
-    for (; i < d; ++i) sum += a[i] * b[i];
+    for (; i < d; ++i) sum += a[i] * value(b[i]);
     return sum;
 }
 
 // out[t * stride + r] = <g[t], rows[r]> of R rows and T tokens at once; `ahead` is where the memory
 // lies that is read next.
-template <int R, int T>
-void tile_of_dots(const float* const* g, const float* const* rows, Id d, const float* const* ahead,
-                  float* out, Id stride) {
+template <int R, int T, class Weight>
+void tile_of_dots(const float* const* g, const Weight* const* rows, Id d,
+                  const Weight* const* ahead, float* out, Id stride) {
     Lanes sums[T][R] = {};
     Id i = 0;
     for (; i + LANES <= d; i += LANES) {
@@ -105,29 +138,31 @@ void tile_of_dots(const float* const* g, const float* const* rows, Id d, const f
     for (int t = 0; t < T; ++t)
         for (int r = 0; r < R; ++r) {
             float sum = sum_of(sums[t][r]);
-            for (Id rest = i; rest < d; ++rest) sum += g[t][rest] * rows[r][rest];
+            for (Id rest = i; rest < d; ++rest) sum += g[t][rest] * value(rows[r][rest]);
             out[t * stride + r] = sum;
         }
 }
 
 // out[t * stride + r] = <g[t], row r> of the rows of W [rows, d], which are read once.
-void products(const float* const* g, Id tokens, const float* W, Id rows, Id d, float* out,
+template <class Weight>
+void products(const float* const* g, Id tokens, const Weight* W, Id rows, Id d, float* out,
               Id stride) {
     for (Id r = 0; r < rows; r += 4) {
-        const float *own[4], *ahead[4];
+        if (r + 4 > rows) {
+            for (Id t = 0; t < tokens; ++t)
+                for (Id j = r; j < rows; ++j) out[t * stride + j] = dot(g[t], W + j * d, d);
+            return;
+        }
+        const Weight *own[4], *ahead[4];
         for (Id j = 0; j < 4; ++j) {
             own[j] = W + (r + j) * d;
             ahead[j] = W + std::min(r + 4 + j, rows - 1) * d;
         }
         Id t = 0;
-        if (r + 4 <= rows) {
-            if (tokens % 2) tile_of_dots<4, 1>(g, own, d, ahead, out + r, stride), t = 1;
-            for (; t < tokens; t += 2)
-                tile_of_dots<4, 2>(g + t, own, d, t ? nullptr : ahead, out + t * stride + r, stride);
-        } else {
-            for (; t < tokens; ++t)
-                for (Id j = r; j < rows; ++j) out[t * stride + j] = dot(g[t], W + j * d, d);
-        }
+        if (tokens % 2) tile_of_dots<4, 1>(g, own, d, ahead, out + r, stride), t = 1;
+        for (; t < tokens; t += 2)
+            tile_of_dots<4, 2, Weight>(g + t, own, d, t ? nullptr : ahead, out + t * stride + r,
+                                       stride);
     }
 }
 
@@ -177,6 +212,58 @@ void topk(const float* pre, Id m, Id k, float* acts, Id* ids,
     }
 }
 
+template <class Weight>
+Id decode_one(const Weight* acts, const Id* ids, const Weight* W, const Weight* b_dec, float scale,
+              Id k, Id num_rows, Id d, Weight* y) {
+    Id wrong = IN_RANGE, count = 0;
+    std::vector<Term<Weight>> terms(k);
+    std::vector<float> sum(d);
+    for (Id j = 0; j < k; ++j) {
+        const float act = value(acts[j]);
+        if (act != 0 && is_among(ids[j], num_rows, wrong)) terms[count++] = {act, W + ids[j] * d};
+    }
+    weighted_sum(sum.data(), d, terms.data(), count);
+    for (Id i = 0; i < d; ++i) store(y + i, sum[i] + value(b_dec[i]) / scale);
+    return wrong;
+}
+
+template <class Weight>
+void encode_one(const float* x, const Weight* b_dec, float scale, float outlier,
+                const float* router, const float* b_router, const Weight* W_enc,
+                const Weight* b_enc, Id E, Id m, Id d, Id k, bool centered, bool gated,
+                Weight* acts, Id* ids, int threads) {
+    std::vector<float> input(x, x + d), pre(std::max(m, E)), kept(k);
+    const float* token = input.data();
+    Id expert = 0;
+    float gate = 1;
+    if (router != nullptr) {
+        for (Id i = 0; i < d; ++i) input[i] = scale * x[i] - b_router[i];
+        products(&token, 1, router, E, d, pre.data(), E);
+        float total = 0;
+        for (Id e = 1; e < E; ++e)
+            if (pre[e] > pre[expert]) expert = e;
+        for (Id e = 0; e < E; ++e) total += std::exp(pre[e] - pre[expert]);
+        if (gated) gate = 1 / total;
+    }
+    if (std::sqrt(dot(x, x, d)) > outlier) gate = 0;
+    for (Id i = 0; i < d; ++i) input[i] = centered ? x[i] - value(b_dec[i]) / scale : x[i];
+    const Weight* W = W_enc + expert * m * d;
+    const Id part = (m + 4 * threads - 1) / (4 * threads) * 4;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int t = 0; t < threads; ++t) {
+        const Id begin = std::min(t * part, m), end = std::min(begin + part, m);
+        products(&token, 1, W + begin * d, end - begin, d, pre.data() + begin, m);
+    }
+    if (b_enc != nullptr)
+        for (Id f = 0; f < m; ++f) pre[f] += value(b_enc[expert * m + f]) / scale;
+    std::vector<std::uint64_t> candidates;
+    topk(pre.data(), m, k, kept.data(), ids, candidates);
+    for (Id j = 0; j < k; ++j) {
+        store(acts + j, gate == 0 ? 0 : gate * kept[j]);  // of an outlier, infinite ones too
+        ids[j] += expert * m;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -223,7 +310,7 @@ Id gather_sum(const float* coefs, const Id* ids, const float* W, Id n, Id k, Id 
     Id wrong = IN_RANGE;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<Term> terms(k);
+        std::vector<Term<float>> terms(k);
 #pragma omp for schedule(static)
         for (Id i = 0; i < n; ++i) {
             Id count = 0;
@@ -253,7 +340,7 @@ Id row_dots(const float* g, const Id* ids, const float* W, Id n, Id k, Id num_ro
         for (; j + 4 <= k; j += 4) {
             const float* rows[4];
             for (Id r = 0; r < 4; ++r) rows[r] = W + own[j + r] * d;
-            tile_of_dots<4, 1>(&token, rows, d, nullptr, out + j, 4);
+            tile_of_dots<4, 1, float>(&token, rows, d, nullptr, out + j, 4);
         }
         for (; j < k; ++j) out[j] = dot(token, W + own[j] * d, d);
     }
@@ -269,7 +356,7 @@ Id scatter_sum(const float* coefs, const Id* ids, const float* x, Id n, Id k, Id
         if (coefs[p] != 0 && is_among(ids[p], num_rows, wrong)) ++starts[ids[p] + 1];
     if (wrong != IN_RANGE) return wrong;
     for (Id f = 0; f < num_rows; ++f) starts[f + 1] += starts[f];
-    std::vector<Term> terms(starts[num_rows]);
+    std::vector<Term<float>> terms(starts[num_rows]);
     std::vector<Id> next(starts.begin(), starts.end() - 1);
     for (Id i = 0; i < n; ++i)
         for (Id p = i * k; p < (i + 1) * k; ++p)
@@ -309,44 +396,30 @@ void adam_rows(float* w, const float* g, float* m, float* v, Id rows, Id d, int 
 }
 
 // y [d] = sum_j acts[j] * W[ids[j]] + b_dec / scale, of one token. Returns as gather_sum.
-Id decode_token(const float* acts, const Id* ids, const float* W, const float* b_dec, float scale,
-                Id k, Id num_rows, Id d, float* y) {
-    const Id wrong = gather_sum(acts, ids, W, 1, k, num_rows, d, y, 1);
-    for (Id i = 0; i < d; ++i) y[i] += b_dec[i] / scale;
-    return wrong;
+Id decode_token(const void* acts, const Id* ids, const void* W, const void* b_dec,
+                const float* scale, Id k, Id num_rows, Id d, void* y, int low) {
+    const auto as = [&](auto* w) {
+        using Weight = std::remove_reference_t<decltype(*w)>;
+        return decode_one(static_cast<const Weight*>(acts), ids, static_cast<const Weight*>(W),
+                          static_cast<const Weight*>(b_dec), *scale, k, num_rows, d,
+                          static_cast<Weight*>(y));
+    };
+    return low ? as(static_cast<BFloat16*>(nullptr)) : as(static_cast<float*>(nullptr));
 }
 
 // acts, ids [k] of one token x [d] with one of E experts; see `token.encode_token`. router is null
-// with E = 1, b_enc without a bias.
-void encode_token(const float* x, const float* b_dec, float scale, const float* router,
-                  const float* b_router, const float* W_enc, const float* b_enc, Id E, Id m, Id d,
-                  Id k, int centered, int gated, float* acts, Id* ids, int threads) {
-    std::vector<float> input(x, x + d), pre(std::max(m, E));
-    const float* token = input.data();
-    Id expert = 0;
-    float gate = 1;
-    if (router != nullptr) {
-        for (Id i = 0; i < d; ++i) input[i] = scale * x[i] - b_router[i];
-        products(&token, 1, router, E, d, pre.data(), E);
-        float total = 0;
-        for (Id e = 1; e < E; ++e)
-            if (pre[e] > pre[expert]) expert = e;
-        for (Id e = 0; e < E; ++e) total += std::exp(pre[e] - pre[expert]);
-        if (gated) gate = 1 / total;
-    }
-    for (Id i = 0; i < d; ++i) input[i] = centered ? x[i] - b_dec[i] / scale : x[i];
-    const float* W = W_enc + expert * m * d;
-    const Id part = (m + 4 * threads - 1) / (4 * threads) * 4;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int t = 0; t < threads; ++t) {
-        const Id begin = std::min(t * part, m), end = std::min(begin + part, m);
-        products(&token, 1, W + begin * d, end - begin, d, pre.data() + begin, m);
-    }
-    if (b_enc != nullptr)
-        for (Id f = 0; f < m; ++f) pre[f] += b_enc[expert * m + f] / scale;
-    std::vector<std::uint64_t> candidates;
-    topk(pre.data(), m, k, acts, ids, candidates);
-    for (Id j = 0; j < k; ++j) acts[j] *= gate, ids[j] += expert * m;
+// with E = 1, b_enc without a bias. With `low`, all but x and the router are in bfloat16.
+void encode_token(const float* x, const void* b_dec, const float* scale, const float* outlier,
+                  const float* router, const float* b_router, const void* W_enc, const void* b_enc,
+                  Id E, Id m, Id d, Id k, int centered, int gated, void* acts, Id* ids, int threads,
+                  int low) {
+    const auto as = [&](auto* w) {
+        using Weight = std::remove_reference_t<decltype(*w)>;
+        encode_one(x, static_cast<const Weight*>(b_dec), *scale, *outlier, router, b_router,
+                   static_cast<const Weight*>(W_enc), static_cast<const Weight*>(b_enc), E, m, d, k,
+                   centered, gated, static_cast<Weight*>(acts), ids, threads);
+    };
+    low ? as(static_cast<BFloat16*>(nullptr)) : as(static_cast<float*>(nullptr));
 }
 
 }  // extern "C"

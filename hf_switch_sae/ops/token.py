@@ -22,6 +22,7 @@ def encode_token(
     x: Tensor,
     b_dec: Tensor,
     scale: Tensor,
+    outlier_norm: Tensor,
     router: tuple[Tensor, Tensor] | None,
     W_enc: Tensor,
     b_enc: Tensor | None,
@@ -35,9 +36,9 @@ def encode_token(
         p * relu(W_enc[e] @ (x - b_dec / scale) + b_enc[e] / scale)
 
     Args:
-        x: [1, d], floating, in the LM's own units.
+        x: [..., d] of one token, floating, in the LM's own units.
         b_dec: [d], in scaled units.
-        scale: [] float32.
+        scale, outlier_norm: [] float32; a token with a larger norm has no activation.
         router: weight [E, d] and b_router [d], float32; None for one expert.
         W_enc: [E, m, d].
         b_enc: [E, m] in scaled units, or None.
@@ -46,11 +47,14 @@ def encode_token(
         gated: whether activations are weighted by p, the router's probability.
 
     Returns:
-        acts [1, k] in the dtype of W_enc, ids [1, k] int64.
+        acts [..., k] in the dtype of W_enc, ids [..., k] int64.
     """
     if _is_native(b_dec, W_enc):
-        return native.encode_token(x, b_dec, scale, router, W_enc, b_enc, k, centered, gated)
-    expert, gate = 0, None
+        return native.encode_token(
+            x, b_dec, scale, outlier_norm, router, W_enc, b_enc, k, centered, gated
+        )
+    shape, x = (*x.shape[:-1], k), x.reshape(1, -1)
+    outlier, expert, gate = x.float().norm() > outlier_norm, 0, None
     if router is not None:
         weight, b_router = router
         logits = torch.mm(x.to(weight.dtype) * scale - b_router, weight.T)
@@ -65,30 +69,35 @@ def encode_token(
     acts = torch.fmax(acts, _ZERO)  # which takes 0 of 0 and nan
     if gate is not None:
         acts *= gate
-    return acts, ids.add_(expert * W_enc.shape[1])
+    if outlier:
+        acts.zero_()
+    return acts.view(shape), ids.add_(expert * W_enc.shape[1]).view(shape)
 
 
 def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
     """As `reference.sparse_decode` of one token, plus b_dec / scale.
 
     Args:
-        acts, ids: one token's, in any shape; acts in the dtype of W_dec.
+        acts, ids: [..., k] of one token.
         W_dec: [E, m, d].
         b_dec: [d], in scaled units.
         scale: [] float32.
 
     Returns:
-        [d] in the dtype of W_dec.
+        [..., d] in the dtype of W_dec.
     """
+    acts = acts if acts.dtype == W_dec.dtype else acts.to(W_dec.dtype)
     if _is_native(b_dec, W_dec):
         return native.decode_token(acts, ids, W_dec, b_dec, scale)
-    rows = W_dec.view(-1, len(b_dec)).index_select(0, ids.view(-1))
-    return torch.mv(rows.T, acts.view(-1)).add_((wide(b_dec) / scale).to(rows.dtype))
+    rows = W_dec.view(-1, len(b_dec)).index_select(0, ids.reshape(-1))
+    y = torch.mv(rows.T, acts.reshape(-1)).add_((wide(b_dec) / scale).to(rows.dtype))
+    return y.view(*acts.shape[:-1], len(b_dec))
 
 
 def _is_native(b_dec: Tensor, weight: Tensor) -> bool:
     return (
-        backend_for(weight.device, weight.dtype) is native
-        and b_dec.dtype == torch.float32
+        weight.dtype in native.TOKEN_DTYPES
+        and backend_for(weight.device, torch.float32) is native
+        and b_dec.dtype == weight.dtype
         and weight.is_contiguous()
     )

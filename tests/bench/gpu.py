@@ -279,8 +279,9 @@ def _row(what: str, mine: float, limit: float | None, other: float | None) -> tu
     )
 
 
-def our_steps(size: Size, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """A whole training step under bfloat16 autocast in several forms, and its passes alone."""
+def our_steps(size: Size, x: Tensor) -> tuple[dict[str, Callable[[], Any]], dict[str, SwitchSAE]]:
+    """A whole training step under bfloat16 autocast in several forms, and its passes alone; and the
+    SAEs that they train."""
     torch.manual_seed(0)
     config = SwitchSAEConfig(
         hidden_size=size.d, num_features=size.E * size.m, num_experts=size.E, k=size.k
@@ -297,12 +298,26 @@ def our_steps(size: Size, x: Tensor) -> dict[str, Callable[[], Any]]:
             loss = (sae if forward is None else forward)(x).loss
         loss.backward()
 
-    return {
+    calls: dict[str, Callable[[], Any]] = {
         "step": lambda: (passes(mine), optimizers[0].step()),
         "plain": lambda: (passes(plain), plain_step(plain, adam)),
         "compiled": lambda: (passes(compiled, forward), optimizers[1].step()),
         "passes": lambda: passes(mine),
     }
+    return calls, {"step": mine, "plain": plain, "compiled": compiled}
+
+
+@torch.no_grad()
+def state_of(sae: SwitchSAE, x: Tensor) -> str:
+    """What a step's time may depend on: is anything nan, or are some features or experts hot."""
+    output = sae(x)
+    active, E = output.features.ids[output.features.acts > 0], sae.config.num_experts
+    hottest = torch.bincount(active, minlength=1).max()
+    experts = torch.bincount(output.router_logits.argmax(-1), minlength=E)
+    return (
+        f"loss {float(output.loss):.4f}, {len(active) / len(x):.1f} active features a token, the "
+        f"hottest on {int(hottest)} tokens, experts on {int(experts.min())} to {int(experts.max())}"
+    )
 
 
 def as_graph(step: Callable[[], Any]) -> Callable[[], Any]:
@@ -347,13 +362,16 @@ def time_steps(
 ) -> tuple[list[tuple[str, ...]], dict[str, Callable[[], Any]]]:
     """Rows of the table: the training step beside its floor and sparsify's; and what was timed."""
     x = torch.randn(size.n, size.d, device=device)
-    calls = our_steps(size, x)
+    calls, saes = our_steps(size, x)
     if device.type == "cuda":
-        calls["graph"] = as_graph(our_steps(size, x)["step"])
+        again, others = our_steps(size, x)
+        calls["graph"], saes["graph"] = as_graph(again["step"]), others["step"]
     theirs = sparsify_step(size, x)
     if theirs is not None:
         calls["sparsify"] = theirs
     found = medians(calls)
+    for name, sae in saes.items():
+        print(f"{name}: {state_of(sae, x)}", file=sys.stderr)
     torch.cuda.reset_peak_memory_stats()
     calls["step"]()
     peak = torch.cuda.max_memory_allocated() / 2**30
