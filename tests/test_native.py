@@ -11,7 +11,7 @@ import pytest
 import torch
 from saes import make, rows
 
-from hf_switch_sae import SparseFeatures, explain_backends, ops
+from hf_switch_sae import SparseFeatures, SwitchSAEAdam, explain_backends, ops
 from hf_switch_sae.errors import BackendError, FeatureIdError
 from hf_switch_sae.ops import backends, eager, native, native_build, reference
 
@@ -92,6 +92,16 @@ def test_steps_of_adam_are_those_of_the_definition(unit_rows, d):
             adam = native if w is weight else reference
             adam.adam_rows(w, g, m, v, float(step), **rest, eps=1e-8)
     torch.testing.assert_close(mine, [t.float() for t in theirs], atol=1e-6, rtol=1e-4)
+
+
+@NATIVE
+def test_a_step_is_noticed_by_a_graph_that_still_needs_the_weights():
+    sae = make("switch").train()
+    optimizer, output = SwitchSAEAdam(sae), sae(rows(5))
+    output.loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.loss.backward()
 
 
 @NATIVE

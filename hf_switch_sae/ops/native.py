@@ -1,9 +1,8 @@
 """The primitives in C++, for float32 on a CPU: what `native_kernels.cpp` computes, from tensors.
 
-Where torch has no operator, or only several one after the other: against `eager` on two cores, a
-top-k takes 0.6 of the time, dots of rows 0.7, sums into rows half, a step of Adam with its
-projection and normalization 0.6. Products of more than a few rows are left to the CPU's own
-library, as nothing is faster.
+Where torch has no operator, or only several one after the other, each of which takes memory once
+more: `python -m tests.bench.cpu train` measures a training step with these and without. Products of
+more than a few rows are left to the CPU's own library, as nothing is faster.
 """
 
 from __future__ import annotations
@@ -98,7 +97,8 @@ def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     (n, k), d = ids.shape, W.shape[1]
     y = W.new_empty(n, d)
     threads = 1 if n == 1 else torch.get_num_threads()
-    _check(_call("gather_sum", coefs.to(W.dtype), ids, W, n, k, len(W), d, y, threads), len(W))
+    coefs, ids = coefs.to(W.dtype), ids.to(torch.int64)
+    _check(_call("gather_sum", coefs, ids, W, n, k, len(W), d, y, threads), len(W))
     return y
 
 
@@ -146,6 +146,8 @@ def adam_rows(
         "adam_rows", weight, grad, mean, square, rows, d, unit_rows, scale, rate, 1 - beta1, beta2,
         1 - beta2, eps, correction2, torch.get_num_threads(),
     )  # fmt: skip
+    # as after any operator in place, a graph that has saved these is to notice
+    torch.autograd.graph.increment_version((weight, mean, square))
 
 
 def encode_token(
@@ -176,7 +178,7 @@ def encode_token(
 
 def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
     """As `token.decode_token`, in one call; weights are contiguous."""
-    acts, ids = acts.contiguous(), ids.contiguous()
+    acts, ids = acts.contiguous(), ids.to(torch.int64).contiguous()
     (E, m, d), k = W_dec.shape, acts.shape[-1]
     y = torch.empty((*acts.shape[:-1], d), dtype=W_dec.dtype)
     wrong = _kernels()["decode_token"](
