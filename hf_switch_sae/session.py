@@ -43,8 +43,8 @@ class Passed:
     """One residual stream [B, T, d] that came by, as it arrived; encoded when first asked."""
 
     def __init__(self, sae: SwitchSAE, stream: Tensor, tokens: Tokens) -> None:
-        live = stream.requires_grad and torch.is_grad_enabled()
-        self.stream = (stream if live or not stream.requires_grad else stream.detach()).clone()
+        cut = stream.requires_grad and not torch.is_grad_enabled()
+        self.stream = (stream.detach() if cut else stream).clone()
         self.tokens = tokens
         self._sae = sae
         self._features: SparseFeatures | None = None
@@ -121,9 +121,7 @@ class Tap:
                 f"the SAE reads {self.width}."
             )
         # a sum over all is one operator; it may overflow where every number is finite
-        total = x.sum()
-        total = total.detach() if total.requires_grad else total
-        if not math.isfinite(total) and not torch.isfinite(x).all():
+        if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
             wrong = (~torch.isfinite(x)).any(-1) & tokens.real
             if wrong.any():
                 row, at = (int(i) for i in wrong.nonzero()[0])

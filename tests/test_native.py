@@ -212,6 +212,17 @@ def test_what_is_compiled_is_kept_and_another_process_takes_it(fresh_machine, tm
 
 
 @NATIVE
+def test_a_library_that_does_not_load_is_made_anew(fresh_machine, tmp_path):
+    compiler = native_build._compiler()
+    assert compiler is not None
+    path = tmp_path / "cache" / "hf_switch_sae" / f"native_{native_build._key(compiler)}.so"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"of another system")
+    assert explain_backends("cpu")["native"] is None
+    assert path.stat().st_size > 1000
+
+
+@NATIVE
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(fresh_machine, tmp_path):
     (tmp_path / "cache").mkdir(mode=0o500)

@@ -14,10 +14,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native_kernels.cpp")
@@ -47,25 +49,28 @@ def _load() -> ctypes.CDLL | str:
     name = f"native_{_key(compiler)}.so"
     try:
         path = _cache() / name
-        if not path.exists():
-            _compile(compiler, path)
+        if path.exists():
+            with suppress(OSError):  # of another system that shares this home
+                return ctypes.CDLL(str(path))
+        _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as err:
         said = [line for line in err.stderr.splitlines() if "error" in line] or [err.stderr.strip()]
-        return f"{compiler} could not compile the native kernels: {said[0]}"
+        return f"{compiler[0]} could not compile the native kernels: {said[0]}"
     except (OSError, subprocess.SubprocessError) as err:
         return f"the native kernels could not be compiled and loaded: {err}"
 
 
-def _compiler() -> str | None:
-    asked = os.environ.get("CXX")
-    names = [asked] if asked else ["g++", "c++", "clang++"]
-    return next((path for path in map(shutil.which, names) if path), None)
+def _compiler() -> list[str] | None:
+    """The command; CXX may have more than one word."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    commands = [asked] if asked else [["g++"], ["c++"], ["clang++"]]
+    return next((command for command in commands if shutil.which(command[0])), None)
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str]) -> str:
     """What the library depends on."""
-    done = subprocess.run([compiler, "--version"], capture_output=True, timeout=30)
+    done = subprocess.run([*compiler, "--version"], capture_output=True, timeout=30)
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -80,7 +85,7 @@ def _cache() -> Path:
     """A folder of the user's own; one for this process alone where there is no such place."""
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_switch_sae"
     try:
-        kept.mkdir(parents=True, exist_ok=True)
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         if os.access(kept, os.W_OK):
             return kept
     except (OSError, RuntimeError):  # read-only, or no home
@@ -90,13 +95,13 @@ def _cache() -> Path:
     return Path(own)
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     """Beside it and renamed, as several processes may do so at once."""
     handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:
         subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", part],
+            [*compiler, *FLAGS, str(SOURCE), "-o", part],
             capture_output=True,
             check=True,
             text=True,
