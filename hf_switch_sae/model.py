@@ -430,8 +430,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             ConfigError: it needs them, and they are not given.
         """
         if (group := self._group_of_one_token(features.acts)) is not None:
-            acts, ids = features.acts.cpu(), features.ids.cpu()
-            return ops.decode_token(acts, ids, group.W_dec, self.b_dec, self.input_scale)
+            acts, ids, own = features.acts.cpu(), features.ids.cpu(), _tensors_of(self)
+            return ops.decode_token(acts, ids, group.W_dec, own["b_dec"], own["input_scale"])
         delta, bias = self.decode_delta(features), self._bias()
         norm = self.config.input_norm
         if norm != "none":
@@ -728,31 +728,36 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         `generate`; else None. To ask takes no longer than an operator."""
         if torch.compiler.is_compiling() or of_tokens.numel() != of_tokens.shape[-1]:
             return None
-        config, groups = _fields_of(self.config), self.experts._modules
+        config, parts = _fields_of(self.config), self._modules
+        groups = cast(Experts, parts["experts"])._modules
         if (
             torch.is_grad_enabled()
             or config["activation"] != "topk"
             or config["input_norm"] != "none"
             or config["num_experts_per_token"] != 1
             or len(groups) != 1
-            or self.b_dec.device.type != "cpu"
+            or "parametrizations" in parts
+            or _tensors_of(self)["b_dec"].device.type != "cpu"
             or torch.is_autocast_enabled("cpu")
         ):
             return None
         group = cast(ExpertGroup, groups["0"])
-        return None if "_hf_hook" in vars(group) else group  # offloaded: its forward brings it in
+        # offloaded: its forward brings it in
+        alone = "_hf_hook" not in vars(group) and "parametrizations" not in group._modules
+        return group if alone else None
 
     def _encode_token(self, hidden_states: Tensor, group: ExpertGroup) -> SparseFeatures:
         """As `encode`, of one token."""
-        config, router = _fields_of(self.config), None
         self._check_width(hidden_states)
+        config, own = _fields_of(self.config), _tensors_of(self)
+        router = None
         if config["num_experts"] > 1:
-            router = self.router.weight, self.b_router
+            router = self.router.weight, own["b_router"]
         acts, ids = ops.encode_token(
             hidden_states.cpu(),
-            self.b_dec,
-            self.input_scale,
-            self.outlier_norm,
+            own["b_dec"],
+            own["input_scale"],
+            own["outlier_norm"],
             router,
             group.W_enc,
             group.b_enc,
@@ -903,6 +908,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 def _fields_of(config: SwitchSAEConfig) -> dict[str, Any]:
     """What `vars` gives, without the detour of a config's own attribute access."""
     return cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers, for about what looking up one of them takes."""
+    return cast(dict[str, Tensor], {**module._parameters, **module._buffers})
 
 
 def _with_bias(rows: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:

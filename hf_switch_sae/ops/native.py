@@ -166,7 +166,9 @@ def encode_token(
     (E, m, d), shape = W_enc.shape, (*x.shape[:-1], k)
     x = (x if x.dtype == torch.float32 else x.to(torch.float32)).contiguous()
     acts, ids = torch.empty(shape, dtype=W_enc.dtype), torch.empty(shape, dtype=torch.int64)
-    weight, b_router = (None, None) if router is None else (t.data_ptr() for t in router)
+    weight = b_router = None
+    if router is not None:
+        weight, b_router = router[0].data_ptr(), router[1].data_ptr()
     _kernels()["encode_token"](
         x.data_ptr(), b_dec.data_ptr(), scale.data_ptr(), outlier_norm.data_ptr(), weight, b_router,
         W_enc.data_ptr(), None if b_enc is None else b_enc.data_ptr(), E, m, d, k, centered, gated,
@@ -178,7 +180,7 @@ def encode_token(
 
 def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
     """As `token.decode_token`, in one call; weights are contiguous."""
-    acts, ids = acts.contiguous(), ids.to(torch.int64).contiguous()
+    acts, ids = acts.contiguous(), (ids if ids.dtype == torch.int64 else ids.long()).contiguous()
     (E, m, d), k = W_dec.shape, acts.shape[-1]
     y = torch.empty((*acts.shape[:-1], d), dtype=W_dec.dtype)
     wrong = _kernels()["decode_token"](

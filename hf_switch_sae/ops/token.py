@@ -15,7 +15,7 @@ from hf_switch_sae.ops.backends import backend_for
 from hf_switch_sae.ops.eager import products
 from hf_switch_sae.precision import wide
 
-_ZERO = torch.zeros(())
+_ZERO, _CPU = torch.zeros(()), torch.device("cpu")
 
 
 def encode_token(
@@ -96,8 +96,8 @@ def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale:
 
 def _is_native(b_dec: Tensor, weight: Tensor) -> bool:
     return (
-        weight.dtype in native.TOKEN_DTYPES
-        and backend_for(weight.device, torch.float32) is native
-        and b_dec.dtype == weight.dtype
+        backend_for(_CPU, torch.float32) is native
+        and weight.dtype == b_dec.dtype
+        and weight.dtype in native.TOKEN_DTYPES
         and weight.is_contiguous()
     )
