@@ -136,9 +136,9 @@ class _Fvu(torch.autograd.Function):
         known: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
         dtype = wide_dtype(x, x_hat)
         mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        tokens: int | Tensor = len(x) if counts is None else counts.sum()
         if known is None:
             for rows in _blocks(x):
                 mean += _counted(x[rows].to(dtype), rows, counts).sum(0)
@@ -146,12 +146,16 @@ class _Fvu(torch.autograd.Function):
         error, deviation = mean.new_zeros(()), mean.new_zeros(())
         for rows in _blocks(x):
             part = x[rows].to(dtype)
-            error += _counted(part - x_hat[rows], rows, counts).square_().sum()
+            error += _squares(_counted(part - x_hat[rows], rows, counts))
             if known is None:
-                deviation += _counted(part - mean, rows, counts).square_().sum()
-        fvu: Tensor = (error / deviation).where(tokens > 1, torch.nan)
+                deviation += _squares(_counted(part - mean, rows, counts))
+        fvu: Tensor = error / (deviation if known is None else known)
         if known is not None:
-            deviation, fvu = known, error / known
+            deviation = known
+        elif isinstance(tokens, Tensor):
+            fvu = fvu.where(tokens > 1, torch.nan)
+        elif tokens <= 1:
+            fvu = torch.full_like(fvu, torch.nan)
         ctx.known, ctx.bias_dtype = known is not None, None if bias is None else bias.dtype
         ctx.save_for_backward(x, x_hat, counts, mean, deviation, fvu)
         return fvu
@@ -166,8 +170,12 @@ class _Fvu(torch.autograd.Function):
         d_bias = torch.zeros_like(mean) if need_bias else None
         scale = 2 * grad / deviation
         for rows in _blocks(x):
-            d_error = _counted((x_hat[rows].to(mean.dtype) - x[rows]).mul_(scale), rows, counts)
-            if d_x_hat is not None:
+            place = None
+            if d_x_hat is not None and d_x_hat.dtype == mean.dtype and counts is None:
+                place = d_x_hat[rows]
+            d_error = torch.sub(x_hat[rows].to(mean.dtype), x[rows], out=place).mul_(scale)
+            d_error = _counted(d_error, rows, counts)
+            if d_x_hat is not None and place is None:
                 d_x_hat[rows] = d_error
             if d_bias is not None:
                 d_bias += d_error.sum(0)
@@ -183,6 +191,15 @@ def _blocks(x: Tensor) -> list[slice]:
     """The rows of x [n, d]: on a CPU as many at a time as stay in cache."""
     size = max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
     return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """The sum of the squares of rows [m, d], 0-d; on a CPU a dot product reads twice as fast."""
+    if rows.device.type == "cpu":
+        flat = rows.flatten()
+        return flat.dot(flat)
+    norm: Tensor = torch.linalg.vector_norm(rows)
+    return norm.square()
 
 
 def _counted(part: Tensor, rows: slice, counts: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
@@ -108,8 +109,10 @@ class Router(nn.Module):
         self, x: Tensor, center: Tensor, scale: Tensor, num_experts_per_token: int
     ) -> tuple[Tensor, ...]:
         """Route scale * x - center: x [n, d] -> logits, probs [n, E], expert ids [n, t]."""
-        weight = wide(self.weight)  # center goes into the bias: its gradient needs none of x
-        bias = -(weight @ center.to(weight.dtype))
+        weight = wide(self.weight)
+        with torch.autocast(x.device.type, enabled=False):
+            # center goes into the bias: its gradient needs none of x
+            bias = -(weight @ center.to(weight.dtype))
         return ops.route(x, weight * scale, bias, num_experts_per_token)
 
 
@@ -137,6 +140,8 @@ class _Encoded(NamedTuple):
     """[n, slots], in order."""
     order: Tensor | None
     """[n] int64, the token at each place; None: as they came."""
+    places: Tensor | None
+    """[n] int64, the place of each token; None likewise."""
     router: tuple[Tensor, Tensor, Tensor] | None
     """logits and probs [n, E], expert ids [n, t], as the tokens came; None with one expert."""
     outlier: Tensor | None
@@ -482,9 +487,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if attention_mask is not None:
             mask = attention_mask.reshape(-1).to(self.device).bool()
             counts = mask if counts is None else counts & mask
-        y = self.experts.decode(code.acts, code.ids)
+        y = self.experts.decode(code.acts, code.ids, in_order=code.order is not None)
         fvu, reconstruction = self._error(code, y, hidden_states, counts, whole_batch)
-        losses = dict.fromkeys(_OTHER_LOSSES, torch.zeros_like(fvu))
+        losses: dict[str, Tensor] = {}
         if code.router is not None:
             logits, probs, expert_ids = code.router
             losses["router_aux_loss"] = balance_of(probs, expert_ids, counts, whole_batch)
@@ -499,7 +504,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             losses |= self._training_losses(code, y, y2, counts)
         if whole_batch is not None:  # these are of this part, which is a share of the whole
             share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
-            losses |= {name: losses[name] * share for name in _MEANS}
+            losses |= {name: losses[name] * share for name in _MEANS if name in losses}
         if y2 is not None:
             losses["second_expert_loss"], _ = self._error(
                 code, y2, hidden_states, counts, whole_batch
@@ -507,13 +512,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         loss = self.config.fvu_loss_coef * fvu
         for name, value in losses.items():
             loss = loss + getattr(self.config, f"{name}_coef") * value
+        none = torch.zeros_like(fvu)
         output = SwitchSAEOutput(
             loss=loss,
             reconstruction=reconstruction.reshape(hidden_states.shape).to(hidden_states),
             features=self._features(code, hidden_states.shape),
             router_logits=None if code.router is None else code.router[0],
             fvu=fvu,
-            **losses,
+            **{name: losses.get(name, none) for name in _OTHER_LOSSES},
         )
         return output if return_dict or return_dict is None else output.to_tuple()
 
@@ -526,7 +532,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         whole: WholeBatch | None,
     ) -> tuple[Tensor, Tensor]:
         """FVU and reconstruction [n, d], in the LM's units whatever the SAE reads."""
-        reconstruction = _with_bias(y, code.bias, code.order)
+        add = torch.add if code.places is None else Tensor.add_
+        reconstruction = add(_as_they_came(y, code.places), code.bias.to(y.dtype))
         if code.unit is None:
             in_order = counts if counts is None or code.order is None else counts[code.order]
             return fvu_of(code.z, y, in_order, whole, code.bias), reconstruction
@@ -604,7 +611,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         tried = torch.arange(0, len(logits), config.num_experts, device=logits.device)
         if not len(tried):
             return logits.sum()
-        places = tried if code.order is None else code.order.argsort()[tried]
+        places = tried if code.places is None else code.places[tried]
         gates = None
         if config.apply_router_probs and not config.norm_topk_prob:
             gates = logits.detach()[tried].softmax(-1).amax(-1, keepdim=True)
@@ -691,7 +698,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             x, unit = normalized(x, config.input_norm)
         if outlier is not None:  # encoded as nothing, or one would take from a batch_topk's budget
             x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
-        router, order, gates = None, None, None
+        router, order, places, gates = None, None, None, None
         if config.num_experts == 1:
             expert_ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
         else:
@@ -700,8 +707,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         one_each = config.num_experts > 1 and config.num_experts_per_token == 1
         if sort and one_each and len(self.experts) == 1 and len(x) > 1:
             order, _ = ops.sort_by_expert(expert_ids, config.num_experts)
-            x, expert_ids = x.index_select(0, order), expert_ids[order]
-            gates = None if gates is None else gates[order]
+            places = torch.empty_like(order)
+            places[order] = torch.arange(len(order), device=order.device)
+            # not by indexing: the gradient of that sorts what lies in order already
+            x, expert_ids = x.index_select(0, order), expert_ids.index_select(0, order)
+            gates = None if gates is None else gates.index_select(0, order)
         # less a constant: the bias gets its gradient by column sums, so that none of z is needed
         ours = order is not None and centered and not x.requires_grad and x.dtype == fixed.dtype
         z = x.sub_(fixed) if ours else x - fixed
@@ -721,7 +731,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if outlier is not None:  # a bias may still have made it active
             acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
         visits = _Visits(x, expert_ids, gates)
-        return _Encoded(z, bias, acts, ids, order, router, outlier, visits, unit)
+        return _Encoded(z, bias, acts, ids, order, places, router, outlier, visits, unit)
 
     def _group_of_one_token(self, of_tokens: Tensor) -> ExpertGroup | None:
         """The experts, where [..., x] is of a single token whose one expert a CPU computes, as in
@@ -777,19 +787,19 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""
-        acts, ids = _as_they_came(code.acts, code.order), _as_they_came(code.ids, code.order)
+        acts, ids = _as_they_came(code.acts, code.places), _as_they_came(code.ids, code.places)
         if code.unit is not None:
             acts = (acts * code.unit.scale).to(acts.dtype)
         return SparseFeatures(acts, ids, self.config.num_features).reshape(*shape[:-1])
 
     def _outliers_among(self, x: Tensor) -> Tensor | None:
         """[n] bool of x [n, d]; None where it costs nothing to see that there are none."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self.is_outlier(x)
-        if math.isinf(self.outlier_norm):
+        if _is_infinite(self.outlier_norm):
             return None
         found = self.is_outlier(x)
-        return found if found.any() else None
+        return found if x.device.type != "cpu" or found.any() else None
 
     def _gates(self, probs: Tensor, expert_ids: Tensor) -> Tensor | None:
         if not self.config.apply_router_probs:
@@ -915,18 +925,28 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], {**module._parameters, **module._buffers})
 
 
-def _with_bias(rows: Tensor, bias: Tensor, order: Tensor | None) -> Tensor:
-    """Rows [n, d] that lie in `order` plus a bias [d], as the tokens came."""
-    if order is None:
-        return rows + bias.to(rows.dtype)
-    return _as_they_came(rows, order).add_(bias.to(rows.dtype))
+_infinite = WeakTensorKeyDictionary()  # bound -> the version of it that was read, and the answer
 
 
-def _as_they_came(rows: Tensor, order: Tensor | None) -> Tensor:
-    """Rows [n, ...] that lie in `order`, back in the order of the tokens."""
-    if order is None:
-        return rows
-    return rows.index_select(0, order.argsort())
+def _is_infinite(bound: Tensor) -> bool:
+    """Whether a bound [] is none; off the CPU, read once for each time it was written, as that
+    waits for the device."""
+    if bound.device.type == "cpu":
+        return math.isinf(bound)
+    if bound.device.type == "meta" or bound.is_inference():  # which has no version
+        return False
+    version, answer = _infinite.get(bound, (None, False))  # type: ignore[no-untyped-call]
+    if version != bound._version:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        version, answer = bound._version, math.isinf(bound)
+        _infinite[bound] = version, answer
+    return bool(answer)
+
+
+def _as_they_came(rows: Tensor, places: Tensor | None) -> Tensor:
+    """Rows [n, ...] in the order of the tokens, of which each has its place among them."""
+    return rows if places is None else rows.index_select(0, places)
 
 
 register_checkpoint_layout(SwitchSAEConfig.model_type)
