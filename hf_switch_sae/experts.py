@@ -146,7 +146,7 @@ class Experts(nn.ModuleList):
         acts, ids = self.encode(
             x, expert_ids, gates, k, threshold, False, None, input_scale, in_order
         )
-        return self.decode(acts, ids)
+        return self.decode(acts, ids, in_order)
 
     @torch.no_grad()
     def errors_of_each(
@@ -182,11 +182,12 @@ class Experts(nn.ModuleList):
         found = self.decode(acts, ids).view(num_experts, n, -1)
         return (wanted - found).square().sum(-1).T
 
-    def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
+    def decode(self, acts: Tensor, ids: Tensor, in_order: bool = False) -> Tensor:
         """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`."""
 
         def decode(g: ExpertGroup, acts: Tensor, ids: Tensor) -> Tensor:
-            return ops.sparse_decode(acts.to(g.W_dec.dtype), ids, g.W_dec)
+            acts = acts.to(g.W_dec.dtype)
+            return ops.sparse_decode(acts, ids, g.W_dec, in_order and len(self) == 1)
 
         first, total = next(iter(self)), None
         if len(self) == 1:

@@ -1,9 +1,10 @@
-"""Adam for an SAE: clip, projection, Adam and unit decoder rows, on a CPU in one pass.
+"""Adam for an SAE: clip, projection, Adam and unit decoder rows, in one pass over the weights.
 
 At these sizes an optimizer step is limited by memory: every weight, gradient and moment is read
 once and, but for the gradient, written once. Doing the four things one after another reads and
-writes weights and gradients twice more; here each block of rows goes through all four while it is
-in a CPU's cache. On other devices a block is a whole weight. Of a weight that is sharded over
+writes weights and gradients twice more; a backend's kernel (`adam_rows`) takes each row through all
+four. Where there is none, a block of rows goes through them while it is in a CPU's cache; on other
+devices a block is a whole weight. Of a weight that is sharded over
 processes (FSDP2) each process steps the rows it holds; only the norm is of the whole.
 """
 
@@ -150,16 +151,17 @@ class SwitchSAEAdam(Adam):
     ) -> None:
         if not weight.numel():
             return
-        if _has_kernel(group, weight, grad, mean, square):
-            ops.adam_rows(
+        kernel = _kernel_for(group, weight, grad, mean, square)
+        if kernel is not None:
+            kernel(
                 weight,
                 grad,
                 mean,
                 square,
-                float(step),
+                step,
                 unit_rows=is_decoder,
-                scale=1.0 if scale is None else float(scale),
-                lr=float(group["lr"]),
+                scale=1.0 if scale is None else scale,
+                lr=group["lr"],
                 betas=group["betas"],
                 eps=group["eps"],
             )
@@ -188,14 +190,12 @@ class SwitchSAEAdam(Adam):
                 normalize_rows(w)
 
 
-def _has_kernel(group: dict[str, Any], *tensors: Tensor) -> bool:
-    """Whether `ops.adam_rows` can step a weight: its rows, gradient and moments as they lie."""
-    backend = ops.backend_for(tensors[0].device, tensors[0].dtype)
-    return (
-        hasattr(backend, "adam_rows")
-        and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-        and not (group["weight_decay"] or group["maximize"])
-    )
+def _kernel_for(group: dict[str, Any], *tensors: Tensor) -> Callable[..., None] | None:
+    """The backend's `adam_rows`, if it has one for a weight, gradient and moments as they lie."""
+    plain = all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
+    if not plain or group["weight_decay"] or group["maximize"]:
+        return None
+    return getattr(ops.backend_for(tensors[0].device, tensors[0].dtype), "adam_rows", None)
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:

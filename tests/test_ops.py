@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_switch_sae import ops
+from hf_switch_sae import SwitchSAE, SwitchSAEConfig, ops
 from hf_switch_sae.errors import BackendError
 from hf_switch_sae.ops import backends, eager, memory, native, reference, routed, triton_kernels
 
@@ -499,6 +499,25 @@ def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(
         torch.testing.assert_close(route(x, weight, bias, 1), wanted, atol=0, rtol=0)
 
 
+def test_the_bias_of_the_router_is_not_rounded_under_autocast_either():
+    sae = SwitchSAE(SwitchSAEConfig(hidden_size=48, num_features=32, num_experts=4, k=2))
+    with torch.no_grad():
+        sae.b_router.normal_(std=10)
+    x = torch.randn(64, 48)
+    wanted = sae(x).router_logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(sae(x).router_logits, wanted, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("E", [1, 5, 127, 128, 300, 2**15 - 1, 2**15])
+def test_pairs_are_sorted_by_expert_however_narrow_their_ids_are_made(E):
+    expert_ids = torch.cat([torch.tensor([E - 1, 0]), torch.randint(E, (98,))]).view(50, 2)
+    order, offsets = ops.sort_by_expert(expert_ids, E)
+    flat = expert_ids.flatten()
+    assert torch.equal(order, flat.sort(stable=True).indices)
+    assert torch.equal(offsets.diff(), torch.bincount(flat, minlength=E))
+
+
 @BACKEND
 @CASE
 def test_autocast_takes_products_in_its_dtype_and_keeps_results_in_that_of_the_weights(
@@ -592,7 +611,7 @@ def test_operators_pass_torchs_own_check_of_custom_operators(name):
     torch.library.opcheck(torch.ops.hf_switch_sae.routed_encode, arguments)
     acts, ids = encode(ops, inputs)
     W_dec = torch.randn(case.E * case.m, case.d, requires_grad=True)
-    arguments = (acts.detach().requires_grad_(), ids, W_dec)
+    arguments = (acts.detach().requires_grad_(), ids, W_dec, False, None)
     torch.library.opcheck(torch.ops.hf_switch_sae.sparse_decode, arguments)
 
 

@@ -1,5 +1,6 @@
 """The Triton kernels compute the primitives of `ops/reference.py`; here in Triton's interpreter."""
 
+import copy
 import inspect
 import json
 import os
@@ -12,12 +13,13 @@ import torch
 from bench import gpu
 from torch import Tensor
 
-from hf_switch_sae import SwitchSAE
-from hf_switch_sae.ops import reference, triton_kernels, triton_rows
+from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig, ops
+from hf_switch_sae.ops import reference, triton_kernels, triton_rows, triton_sums
 
 pytestmark = pytest.mark.skipif(triton_kernels.triton is None, reason="Triton is not installed")
 
 PRIMITIVES = ["expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum"]
+KERNELS = [*PRIMITIVES, "adam_rows"]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPE = pytest.mark.parametrize(
     "dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch.")
@@ -34,7 +36,7 @@ def assert_exact_up_to_rounding(mine: Tensor, wanted: Tensor, dtype: torch.dtype
     )
 
 
-@pytest.mark.parametrize("name", PRIMITIVES)
+@pytest.mark.parametrize("name", KERNELS)
 def test_every_kernel_has_the_signature_of_its_reference(name):
     mine, theirs = getattr(triton_kernels, name), getattr(reference, name)
     assert inspect.signature(mine) == inspect.signature(theirs)
@@ -235,6 +237,123 @@ def test_scatter_sum_of_a_feature_in_every_token_is_a_sum_over_windows(monkeypat
     assert_exact_up_to_rounding(mine, wanted, torch.float32)
 
 
+def of_experts(counts, m, k, d):
+    """coefs, ids, x of tokens in the order of experts; every third has a single used slot."""
+    experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[:, None]
+    n = len(experts)
+    coefs, ids = torch.randn(n, k), torch.rand(n, m).argsort(1)[:, :k] + m * experts
+    coefs[::3, 1:] = 0
+    # as `relu_topk` leaves them: names the feature that the used slot may have
+    ids[::3, 1:] = m * experts[::3]
+    ids[::6, 0] = m * experts[::6, 0]
+    return coefs, ids, torch.randn(n, d)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize(("m", "k", "d"), [(16, 2, 32), (33, 5, 37), (7, 7, 1)])
+def test_sums_by_expert_are_products_of_16_bits(monkeypatch, dtype, counts, m, k, d):
+    coefs, ids, x = of_experts(counts, m, k, d)
+    coefs, x = coefs.to(dtype), x.to(dtype)
+    called = []
+    monkeypatch.setattr(triton_sums, "_spread", _Seen(triton_sums._spread, called))
+    mine = triton_kernels.scatter_sum(coefs, ids, x, len(counts) * m, num_experts=len(counts))
+    assert bool(called) == bool(sum(counts))
+    wanted = reference.scatter_sum(coefs.double(), ids, x.double(), len(counts) * m)
+    assert_exact_up_to_rounding(mine, wanted, dtype)
+
+
+class _Seen:
+    def __init__(self, kernel, called):
+        self.kernel, self.called = kernel, called
+
+    def __getitem__(self, grid):
+        self.called.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize(("m", "k"), [(24, 3), (triton_sums.FEATURES_A_SLOT * 2 + 1, 2)])
+def test_autocast_sums_by_expert_in_bfloat16_into_float32_where_that_is_faster(m, k):
+    coefs, ids, x = of_experts([9, 0, 21], m, k, 20)
+    out = torch.full((3 * m, 20), torch.nan)
+    given = coefs, ids, x, 3 * m, out, 3
+    assert triton_kernels.scatter_sum(*given, torch.bfloat16) is out
+    rough = out.clone()
+    exact = reference.scatter_sum(coefs.double(), ids, x.double(), 3 * m)
+    torch.testing.assert_close(rough.double(), exact, atol=3e-2, rtol=3e-2)
+    worth_it = triton_sums.worth_it(30, k, m, torch.bfloat16)
+    assert worth_it == (m == 24)
+    assert (distance(rough, exact) > 1e-4) == worth_it
+    for low in (None, torch.float16):  # which has not the range of a gradient
+        assert distance(triton_kernels.scatter_sum(*given, low), exact) < 1e-6
+
+
+def distance(mine, exact):
+    return float((mine.double() - exact).norm() / exact.norm())
+
+
+def test_there_is_a_bound_to_the_memory_of_sums_by_expert():
+    n = triton_sums.MOST_BYTES // (2 * 1024)
+    assert triton_sums.worth_it(n, 32, 1024, torch.bfloat16)
+    assert not triton_sums.worth_it(n + 1, 32, 1024, torch.bfloat16)
+    assert not triton_sums.worth_it(1, 32, 1024, torch.float32)
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+@DTYPE
+@pytest.mark.parametrize("shape", [(3, 5, 48), (4, 1), (7,), (2, 1500)], ids=str)
+@pytest.mark.parametrize("unit_rows", [True, False], ids=["unit_rows", "free"])
+@pytest.mark.parametrize("step", [1, 7.0, torch.tensor(300.0), 1e6], ids=str)
+def test_adam_agrees_with_reference(dtype, shape, unit_rows, step):
+    w, g, mean = (torch.randn(shape).to(dtype) for _ in range(3))
+    square = torch.rand(shape).to(dtype)
+    if unit_rows:
+        w = (w / w.norm(dim=-1, keepdim=True)).to(dtype)
+    wanted = [t.double() for t in (w, g, mean, square)]
+    rule = {"unit_rows": unit_rows, "scale": torch.tensor(0.25), "betas": (0.9, 0.999), "eps": 1e-8}
+    version = w._version
+    triton_kernels.adam_rows(w, g, mean, square, step, lr=0.01, **rule)
+    assert w._version > version
+    step = step.double() if isinstance(step, Tensor) else step
+    reference.adam_rows(*wanted, step, lr=0.01, **rule)
+    for mine, theirs in zip((w, mean, square), (wanted[0], *wanted[2:]), strict=True):
+        assert_exact_up_to_rounding(mine, theirs, dtype)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.5), (0.999, 0.99999)], ids=str)
+def test_adam_corrects_its_moments_to_all_digits_at_any_rate(betas):
+    """And takes its learning rate from a tensor."""
+    start = [torch.randn(2, 30), torch.randn(2, 30), torch.zeros(2, 30), torch.zeros(2, 30)]
+    for step in (1, 2, 100, 250, 251, 10**5):
+        mine, wanted = [t.clone() for t in start], [t.double() for t in start]
+        rule = {"unit_rows": False, "scale": 1.0, "betas": betas, "eps": 1e-8}
+        triton_kernels.adam_rows(*mine, step, lr=torch.tensor(0.5), **rule)
+        reference.adam_rows(*wanted, step, lr=0.5, **rule)
+        torch.testing.assert_close(mine[0].double(), wanted[0], atol=1e-6, rtol=1e-6)
+
+
+def test_an_sae_trains_on_these_kernels_as_on_torchs_operators():
+    """Whole steps, the optimizer's among them, in float32 and as under autocast."""
+    for autocast, allowed in ((False, 1e-4), (True, 3e-2)):
+        config = SwitchSAEConfig(hidden_size=24, num_features=48, num_experts=3, k=4)
+        torch.manual_seed(0)
+        mine = SwitchSAE(config).train()
+        theirs, x = copy.deepcopy(mine), torch.randn(60, 24)
+        for sae, backend in ((mine, "triton"), (theirs, "eager")):
+            optimizer = SwitchSAEAdam(sae, lr=1e-3)
+            with ops.use_backend(backend):
+                for _ in range(2):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                        loss = sae(x).loss
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        for (name, p), q in zip(mine.named_parameters(), theirs.parameters(), strict=True):
+            assert distance(p.detach(), q.detach().double()) <= allowed, name
+
+
 @pytest.mark.parametrize("num_rows", [2**15 - 1, 2**15, 2**15 + 1])
 def test_scatter_sum_knows_its_features_at_the_edge_of_a_narrow_key(monkeypatch, num_rows):
     coefs, ids = torch.tensor([[2.0, 0.0]]), torch.tensor([[num_rows - 1, 0]])
@@ -329,10 +448,13 @@ def test_every_kernel_compiles_for_an_h100_and_products_use_its_tensor_cores():
         [sys.executable, str(script)], capture_output=True, text=True, check=True, env=env
     )
     kernels = json.loads(done.stdout)
-    assert {name.split()[0] for name in kernels} == {*PRIMITIVES, "long_sums"}
+    others = {"long_sums", "spread", "expert_sums", "adam_rows"}
+    assert {name.split()[0] for name in kernels} == {*PRIMITIVES, *others}
     for name, kernel in kernels.items():
         assert kernel["shared"] <= 227 * 1024, name
-        assert kernel["wgmma"] == name.startswith("expert_products bf16"), name
+        products = name.startswith(("expert_products bf16", "expert_sums"))
+        assert kernel["wgmma"] == products, name
+        assert not name.startswith("expert_sums") or kernel["shared"] > 2**17, "not pipelined"
 
 
 # ---------------------------------------------------------------- the benchmark for a GPU

@@ -12,11 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_switch_sae.ops import triton_adam, triton_launch, triton_rows, triton_sums
 from hf_switch_sae.ops import triton_kernels as kernels
-from hf_switch_sae.ops import triton_launch, triton_rows
 
 TYPES = dict.fromkeys(("rows_ptr", "ids_ptr", "offsets_ptr", "order_ptr", "begins_ptr"), "i64")
 TYPES |= {"keys_ptr": "i16", "parts_ptr": "fp32"}
+TYPES |= dict.fromkeys(("step_ptr", "scale_ptr", "lr_ptr"), "fp32")
+NUMBERS = dict.fromkeys(("lr", "log_beta1", "log_beta2", "keep1", "keep2", "eps"), "fp32")
 SHIFT = {"bf16": 16, "fp32": 0}
 
 
@@ -31,7 +33,7 @@ def compiled(kernel: Any, dtype: str, constants: dict[str, Any], **options: Any)
             signature[name] = f"*{TYPES.get(name, dtype)}"
             aligned[(place,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
+            signature[name] = NUMBERS.get(name, "i32")
     source = ASTSource(kernel, signature, constants, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return {"shared": built.metadata.shared, "wgmma": "wgmma.mma_async" in built.asm["ptx"]}
@@ -45,6 +47,14 @@ def products(dtype: str, tile: tuple[int, ...], d: int = 768) -> dict[str, Any]:
     return compiled(kernels._expert_products, dtype, constants, num_warps=warps, num_stages=stages)
 
 
+def sums(tile: tuple[int, ...]) -> dict[str, Any]:
+    rows, cols, depth, warps, stages = tile
+    blocks = {"BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth, "GROUP": 8}
+    constants = {"E": 16, "m": 1536, "d": 768, "WIDEN": False, **blocks}
+    kernel = triton_sums._expert_sums
+    return compiled(kernel, "bf16", constants, num_warps=warps, num_stages=stages)
+
+
 def main() -> None:
     report = {}
     everything = "--all" in sys.argv
@@ -55,16 +65,22 @@ def main() -> None:
         row = {"m": 1536, "k": 32, "SHIFT": SHIFT[dtype], "BLOCK": 2048, "SLOTS": 32}
         report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=8)
         tiles_of_rows = {
-            "gather_sum": triton_rows._whole_rows(4 if dtype == "bf16" else 8, 768),
+            "gather_sum": triton_rows._whole_rows(768),
             "row_dots": {"BLOCK_K": 16, "BLOCK_D": 256},
-            "scatter_sum": {"WINDOW": triton_rows.WINDOW, **triton_rows._whole_rows(8, 768)},
-            "long_sums": {"WINDOW": triton_rows.WINDOW, **triton_rows._whole_rows(8, 768)},
+            "scatter_sum": {"WINDOW": triton_rows.WINDOW, **triton_rows._whole_rows(768)},
+            "long_sums": {"WINDOW": triton_rows.WINDOW, **triton_rows._whole_rows(768)},
         }
         for name, tile in tiles_of_rows.items():
             options = {"num_warps": tile.pop("num_warps")} if "num_warps" in tile else {}
             sizes = {"k": 32, "d": 768, **tile}
             kernel = getattr(triton_rows, f"_{name}")
             report[f"{name} {dtype}"] = compiled(kernel, dtype, sizes, **options)
+        spread = {"k": 32, "m": 1536, "BLOCK": 1024}
+        report[f"spread {dtype}"] = compiled(triton_sums._spread, dtype, spread)
+        row = {"d": 768, "BLOCK": 1024, "LR_AT": False, "UNIT_ROWS": True}
+        report[f"adam_rows {dtype}"] = compiled(triton_adam._adam_rows, dtype, row, num_warps=4)
+    for tile in triton_sums.TILES if everything else triton_sums.TILES[:1]:
+        report[f"expert_sums bf16 {tile}"] = sums(tile)
     print(json.dumps(report, indent=2))  # noqa: T201
 
 

@@ -6,14 +6,12 @@
 
 from hf_switch_sae.ops.backends import BACKENDS, backend_for, explain_backends, use_backend
 from hf_switch_sae.ops.memory import release_gradient_of
-from hf_switch_sae.ops.native import adam_rows
 from hf_switch_sae.ops.routed import keep_largest, routed_encode, sparse_decode
 from hf_switch_sae.ops.routing import route, sort_by_expert
 from hf_switch_sae.ops.token import decode_token, encode_token
 
 __all__ = [
     "BACKENDS",
-    "adam_rows",
     "backend_for",
     "decode_token",
     "encode_token",

@@ -131,7 +131,13 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
 
 
 def scatter_sum(
-    coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int, out: Tensor | None = None
+    coefs: Tensor,
+    ids: Tensor,
+    x: Tensor,
+    num_rows: int,
+    out: Tensor | None = None,
+    num_experts: int | None = None,
+    low: torch.dtype | None = None,
 ) -> Tensor:
     """As `reference.scatter_sum`.
 

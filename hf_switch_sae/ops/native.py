@@ -112,7 +112,13 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
 
 
 def scatter_sum(
-    coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int, out: Tensor | None = None
+    coefs: Tensor,
+    ids: Tensor,
+    x: Tensor,
+    num_rows: int,
+    out: Tensor | None = None,
+    num_experts: int | None = None,
+    low: torch.dtype | None = None,
 ) -> Tensor:
     """As `reference.scatter_sum`."""
     (n, k), d = ids.shape, x.shape[1]
@@ -130,16 +136,16 @@ def adam_rows(
     grad: Tensor,
     mean: Tensor,
     square: Tensor,
-    step: float,
+    step: float | Tensor,
     *,
     unit_rows: bool,
-    scale: float,
-    lr: float,
+    scale: float | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
     """As `reference.adam_rows`."""
-    beta1, beta2 = betas
+    (beta1, beta2), step, scale, lr = betas, float(step), float(scale), float(lr)
     rows, d = weight.numel() // weight.shape[-1], weight.shape[-1]
     rate, correction2 = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
     _call(

@@ -106,13 +106,15 @@ def routed_encode(
     return torch.where(keep, acts, 0).gather(1, ids), ids
 
 
-def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
+def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = False) -> Tensor:
     """y[n] = sum_j acts[n, j] * W_dec[ids[n, j]].
 
     Args:
         acts: [n, k]; a slot of 0 is padding and gets no gradient.
         ids: [n, k], int64 in [0, F).
         W_dec: [F, d], or [E, m, d] whose rows are counted through.
+        in_order: all ids of a token are of one expert of W_dec [E, m, d], and tokens come in the
+            order of experts.
 
     Returns:
         [n, d]; `b_dec` is not added.
@@ -180,12 +182,25 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
 
 
 def scatter_sum(
-    coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int, out: Tensor | None = None
+    coefs: Tensor,
+    ids: Tensor,
+    x: Tensor,
+    num_rows: int,
+    out: Tensor | None = None,
+    num_experts: int | None = None,
+    low: torch.dtype | None = None,
 ) -> Tensor:
     """W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f; -> [num_rows, d] as x.
 
-    coefs, ids [n, k], x [n, d]. A feature that nobody names gets 0; a slot of 0 adds nothing.
-    Written to `out` [num_rows, d], contiguous and as x, if given.
+    A feature that nobody names gets 0; a slot of 0 adds nothing.
+
+    Args:
+        coefs, ids: [n, k].
+        x: [n, d], finite.
+        out: [num_rows, d], contiguous and as x: where to write it.
+        num_experts: the features are those of so many experts, one after the other, all ids of a
+            token are of one expert, and tokens come in the order of experts.
+        low: products may be taken in this dtype, as autocast's; not so the sums.
     """
     values = torch.where((coefs != 0)[..., None], coefs[..., None].to(x.dtype) * x[:, None], 0)
     total = x.new_zeros(num_rows, x.shape[1]).index_add(0, ids.flatten(), values.flatten(0, 1))
@@ -200,11 +215,11 @@ def adam_rows(
     grad: Tensor,
     mean: Tensor,
     square: Tensor,
-    step: float,
+    step: float | Tensor,
     *,
     unit_rows: bool,
-    scale: float,
-    lr: float,
+    scale: float | Tensor,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
@@ -216,7 +231,7 @@ def adam_rows(
 
     Args:
         weight, grad, mean, square: [..., d]; all but grad are written.
-        step: how many there have been with this one.
+        step: how many there have been with this one; as scale and lr a number or a tensor [].
         unit_rows: whether rows have length 1: only then the gradient along them is left out, and
             they are scaled back to it.
         scale: of the gradient, as clipping has it.

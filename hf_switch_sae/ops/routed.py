@@ -56,9 +56,7 @@ def routed_encode(
     if n == 0:
         slots = k if k is not None and not batch_topk else 1
         return W_enc.new_zeros(0, slots), expert_ids.new_zeros(0, slots)
-    device = x.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    given = x, center, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, in_order, low
+    given = x, center, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, in_order, _low(x)
     if torch.compiler.is_compiling() or _is_recorded(x, center, W_enc, b_enc):
         acts, ids = _encode_op(*given)
     else:
@@ -96,12 +94,19 @@ def keep_largest(
     return acts, ids.gather(1, slot)
 
 
-def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
-    """As `reference.sparse_decode`."""
+def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = False) -> Tensor:
+    """As `reference.sparse_decode`; under autocast W_dec's gradient may be summed from products in
+    its dtype."""
     if torch.compiler.is_compiling() or _is_recorded(acts, W_dec):
-        y: Tensor = _decode_op(acts, ids, W_dec)
+        y: Tensor = _decode_op(acts, ids, W_dec, in_order, _low(acts))
         return y
-    return _decode(acts, ids, W_dec)
+    return _decode(acts, ids, W_dec, in_order, None)
+
+
+def _low(x: Tensor) -> torch.dtype | None:
+    """What autocast takes products in on x's device, if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
@@ -260,6 +265,8 @@ def _encode_backward(
     need_W: bool,
     need_b: bool,
     need_center: bool,
+    in_order: bool,
+    low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, W_enc, b_enc and center; an empty tensor for what is not needed."""
     E, m, d = W_enc.shape
@@ -272,7 +279,7 @@ def _encode_backward(
     if need_x:
         d_x = backend.gather_sum(coefs, ids, rows).to(x.dtype)
     if need_W:
-        d_W = _weight_gradient(backend, coefs, ids, x.to(W_enc.dtype), W_enc)
+        d_W = _weight_gradient(backend, coefs, ids, x.to(W_enc.dtype), W_enc, in_order, low)
     if need_b or need_center:
         # thousands of tokens may add to one bias: bfloat16 would stop counting after 256
         wide = torch.promote_types(W_enc.dtype, torch.float32)
@@ -289,7 +296,9 @@ def _encode_backward(
 
 
 @_without_autocast
-def _decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
+def _decode(
+    acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool, low: torch.dtype | None
+) -> Tensor:
     backend = backend_for(acts.device, W_dec.dtype)
     y: Tensor = backend.gather_sum(acts, ids, W_dec.reshape(-1, W_dec.shape[-1]))
     return y
@@ -297,7 +306,14 @@ def _decode(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
 
 @_without_autocast
 def _decode_backward(
-    d_y: Tensor, acts: Tensor, ids: Tensor, W_dec: Tensor, need_acts: bool, need_W: bool
+    d_y: Tensor,
+    acts: Tensor,
+    ids: Tensor,
+    W_dec: Tensor,
+    need_acts: bool,
+    need_W: bool,
+    in_order: bool,
+    low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of acts and W_dec; an empty tensor for what is not needed."""
     rows = W_dec.reshape(-1, W_dec.shape[-1])
@@ -307,17 +323,24 @@ def _decode_backward(
     if need_acts:
         d_acts = torch.where(acts != 0, backend.row_dots(d_y, ids, rows), 0).to(acts.dtype)
     if need_W:
-        d_W = _weight_gradient(backend, acts, ids, d_y, W_dec)
+        d_W = _weight_gradient(backend, acts, ids, d_y, W_dec, in_order, low)
     return d_acts, d_W
 
 
 def _weight_gradient(
-    backend: ModuleType, coefs: Tensor, ids: Tensor, x: Tensor, weight: Tensor
+    backend: ModuleType,
+    coefs: Tensor,
+    ids: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    in_order: bool,
+    low: torch.dtype | None,
 ) -> Tensor:
     d = weight.shape[-1]
+    E = len(weight) if in_order and weight.ndim == 3 else None
     grad = gradient_of(weight)
     out = None if grad is None else grad.view(-1, d)
-    total: Tensor = backend.scatter_sum(coefs, ids, x, weight.numel() // d, out)
+    total: Tensor = backend.scatter_sum(coefs, ids, x, weight.numel() // d, out, E, low)
     return total.view(weight.shape) if grad is None else grad
 
 
@@ -368,6 +391,8 @@ def _(
     need_W: bool,
     need_b: bool,
     need_center: bool,
+    in_order: bool,
+    low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(W_enc.dtype, torch.float32)
     return (
@@ -379,13 +404,20 @@ def _(
 
 
 @_decode_op.register_fake
-def _(acts: Tensor, ids: Tensor, W_dec: Tensor) -> Tensor:
+def _(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool, low: torch.dtype | None) -> Tensor:
     return W_dec.new_empty(len(acts), W_dec.shape[-1])
 
 
 @_decode_backward_op.register_fake
 def _(
-    d_y: Tensor, acts: Tensor, ids: Tensor, W_dec: Tensor, need_acts: bool, need_W: bool
+    d_y: Tensor,
+    acts: Tensor,
+    ids: Tensor,
+    W_dec: Tensor,
+    need_acts: bool,
+    need_W: bool,
+    in_order: bool,
+    low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(acts) if need_acts else d_y.new_empty(0, dtype=W_dec.dtype),
@@ -394,7 +426,8 @@ def _(
 
 
 def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, center, W_enc, *_ = inputs
+    x, center, W_enc, _, expert_ids, *_, in_order, low = inputs
+    ctx.in_order, ctx.low = in_order and expert_ids.shape[1] == 1, low
     ctx.center_dtype = None if center is None else center.dtype
     ctx.save_for_backward(x, W_enc, *output)
 
@@ -403,7 +436,7 @@ def _differentiate_encode(ctx: Any, d_acts: Tensor, _: Any) -> tuple[Tensor | No
     x, W_enc, acts, ids = ctx.saved_tensors
     need_x, need_center, need_W, need_b, *_ = ctx.needs_input_grad
     d_x, d_W, d_b, d_center = _encode_backward_op(
-        d_acts, acts, ids, x, W_enc, need_x, need_W, need_b, need_center
+        d_acts, acts, ids, x, W_enc, need_x, need_W, need_b, need_center, ctx.in_order, ctx.low
     )
     return (
         d_x if need_x else None,
@@ -414,14 +447,16 @@ def _differentiate_encode(ctx: Any, d_acts: Tensor, _: Any) -> tuple[Tensor | No
     )
 
 
-def _save_decode(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.in_order, ctx.low = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate_decode(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-    need_acts, _, need_W = ctx.needs_input_grad
-    d_acts, d_W = _decode_backward_op(d_y, *ctx.saved_tensors, need_acts, need_W)
-    return d_acts if need_acts else None, None, d_W if need_W else None
+def _differentiate_decode(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    need_acts, _, need_W, *_ = ctx.needs_input_grad
+    needed = need_acts, need_W, ctx.in_order, ctx.low
+    d_acts, d_W = _decode_backward_op(d_y, *ctx.saved_tensors, *needed)
+    return d_acts if need_acts else None, None, d_W if need_W else None, None, None
 
 
 _encode_op.register_autograd(_differentiate_encode, setup_context=_save_encode)

@@ -40,11 +40,19 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
         order [n * t] int64: pairs by expert, in token order within each (a stable sort).
         offsets [E + 1] int64: expert e's pairs are order[offsets[e]:offsets[e + 1]].
     """
-    experts, order = expert_ids.reshape(-1).sort(stable=True)
+    experts, order = expert_ids.reshape(-1).to(narrowest(num_experts)).sort(stable=True)
     return order, expert_offsets(experts, num_experts)
 
 
 def expert_offsets(experts: Tensor, num_experts: int) -> Tensor:
     """Where each expert's share of rising experts [p] begins and ends: [num_experts + 1] int64."""
-    bounds = torch.arange(num_experts + 1, device=experts.device)
+    bounds = torch.arange(num_experts + 1, dtype=experts.dtype, device=experts.device)
     return torch.searchsorted(experts.contiguous(), bounds)
+
+
+def narrowest(last: int) -> torch.dtype:
+    """The integers that hold 0 to `last`: the narrower, the fewer passes a radix sort makes."""
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        if last <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int64

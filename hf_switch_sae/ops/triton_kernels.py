@@ -20,15 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_switch_sae.ops.triton_launch import INTERPRETED, jit, launch, tl, triton
+from hf_switch_sae.ops.triton_adam import adam_rows
+from hf_switch_sae.ops.triton_launch import INTERPRETED, TINY, jit, launch, tl, triton, tuned
 from hf_switch_sae.ops.triton_rows import gather_sum, row_dots, scatter_sum
 
-__all__ = ["expert_products", "gather_sum", "relu_topk", "row_dots", "scatter_sum", "why_not"]
+__all__ = [
+    "adam_rows",
+    "expert_products",
+    "gather_sum",
+    "relu_topk",
+    "row_dots",
+    "scatter_sum",
+    "why_not",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ROW = 8192
 """Longest row that a program of relu_topk holds in registers; longer ones are taken in rounds."""
-_TINY = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP": 2}  # for the interpreter
 
 # BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages. A tile of 64 or more tokens runs on a warp
 # group's tensor cores (wgmma); float32 has only the ordinary cores, and less room for its tiles.
@@ -67,23 +75,6 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _tuned(kernel: Any) -> Any:
-    """Choose the tile by measuring, once for each shape; the interpreter has one, see `_TINY`."""
-    if triton is None or INTERPRETED:
-        return kernel
-    configs = [
-        triton.Config(
-            {"BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth, "GROUP": 8},
-            num_warps=warps,
-            num_stages=stages,
-        )
-        for rows, cols, depth, warps, stages in TILES_16BIT + TILES_32BIT
-    ]
-    return triton.autotune(
-        configs, key=["share", "E", "m", "d"], prune_configs_by={"early_config_prune": _worth_it}
-    )(kernel)
-
-
 def _worth_it(configs: list[Any], arguments: dict[str, Any], **named: Any) -> list[Any]:
     """Tiles of the dtype's own list that are no taller than an expert's usual share of tokens.
 
@@ -97,7 +88,7 @@ def _worth_it(configs: list[Any], arguments: dict[str, Any], **named: Any) -> li
 # ---------------------------------------------------------------- encode
 
 
-@_tuned
+@tuned(TILES_16BIT + TILES_32BIT, key=["share", "E", "m", "d"], prune=_worth_it)
 @jit
 def _expert_products(
     x_ptr,  # [n, d]
@@ -199,7 +190,7 @@ def expert_products(
         HAS_ROWS=rows is not None,
         HAS_BIAS=bias is not None,
         WIDEN=INTERPRETED,  # its dot takes bfloat16 for integers
-        **(_TINY if INTERPRETED else {}),
+        **(TINY if INTERPRETED else {}),
     )
     return pre
 
@@ -221,9 +212,11 @@ def _relu_topk(
     # The bits of positive floats are ordered like them; nan is not > 0, so its key is 0.
     keys = tl.where(pre > 0, pre, 0.0).to(tl.int32, bitcast=True) >> SHIFT
 
-    # Invariant: `count` keys reach `low`, and either that is k or fewer than k reach `high`.
-    low = tl.full([], 1, dtype=tl.int32)
-    high = tl.max(keys, 0) + 1
+    # Invariant: `count` keys reach `low`, and either that is k or fewer than k reach `high`. Each
+    # of SLOTS >= k groups has a key that reaches the smallest of their maxima.
+    maxima = tl.max(tl.reshape(keys, [BLOCK // SLOTS, SLOTS]), 0)
+    low = tl.maximum(tl.min(maxima, 0), 1)
+    high = tl.max(maxima, 0) + 1
     count = tl.sum((keys >= low).to(tl.int32), 0)
     while (count > k) & (high - low > 1):
         middle = low + (high - low) // 2
@@ -232,17 +225,18 @@ def _relu_topk(
         count = tl.where(reach >= k, reach, count)
         high = tl.where(reach >= k, high, middle)
 
-    above = keys > low
-    ties = (keys == low).to(tl.int32)
-    room = k - tl.sum(above.to(tl.int32), 0)
-    keep = above | ((ties > 0) & (tl.cumsum(ties, 0) <= room))
-    place = tl.cumsum(keep.to(tl.int32), 0) - 1
+    # One running sum counts both: keys above in the high half, ties in the low one.
+    above, ties = keys > low, keys == low
+    both = above.to(tl.int32) * 65536 + ties.to(tl.int32)
+    running, num_above = tl.cumsum(both, 0), tl.sum(above.to(tl.int32), 0)
+    place = tl.where(above, (running >> 16) - 1, num_above + (running & 65535) - 1)
+    keep = above | (ties & (place < k))
     acts = (keys << SHIFT).to(tl.float32, bitcast=True)
     tl.store(acts_ptr + row * k + place, acts.to(acts_ptr.dtype.element_ty), mask=keep)
     tl.store(ids_ptr + row * k + place, cols.to(tl.int64), mask=keep)
 
     slots = tl.arange(0, SLOTS)
-    empty = (slots >= tl.sum(keep.to(tl.int32), 0)) & (slots < k)
+    empty = (slots >= tl.minimum(tl.sum(both, 0) & 65535, k - num_above) + num_above) & (slots < k)
     tl.store(acts_ptr + row * k + slots, tl.zeros([SLOTS], acts_ptr.dtype.element_ty), mask=empty)
     tl.store(ids_ptr + row * k + slots, tl.zeros([SLOTS], tl.int64), mask=empty)
 

@@ -6,7 +6,7 @@ Beware TRITON_INTERPRET is read on import; with it kernels run on the CPU, slowl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ try:
 except ImportError:  # kernels stay functions that nobody calls: see `triton_kernels.why_not`
     triton = tl = None
 
-__all__ = ["INTERPRETED", "jit", "launch", "tl", "triton"]
+__all__ = ["INTERPRETED", "TINY", "jit", "launch", "tl", "triton", "tuned"]
 
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
+
+TINY = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP": 2}
+"""The tile of a product in the interpreter."""
 
 # From 3.10 on Triton multiplies and adds in one instruction only if told to.
 _FUSED = {"enable_fp_fusion": True}
@@ -29,6 +32,31 @@ _FUSED = {"enable_fp_fusion": True}
 def jit(kernel: Callable[..., None]) -> Any:
     """`triton.jit`, or nothing without Triton."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def tuned(
+    tiles: Sequence[tuple[int, ...]], key: list[str], prune: Callable[..., list[Any]] | None = None
+) -> Callable[[Any], Any]:
+    """Choose a product's tile by measuring, once for each `key`; the interpreter has `TINY`.
+
+    Args:
+        tiles: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
+        key: names of arguments.
+        prune: which of them to try, as Triton's early_config_prune.
+    """
+    if triton is None or INTERPRETED:
+        return lambda kernel: kernel
+    configs = [
+        triton.Config(
+            {"BLOCK_M": rows, "BLOCK_N": cols, "BLOCK_K": depth, "GROUP": 8},
+            num_warps=warps,
+            num_stages=stages,
+        )
+        for rows, cols, depth, warps, stages in tiles
+    ]
+    rules = {} if prune is None else {"early_config_prune": prune}
+    tune: Callable[[Any], Any] = triton.autotune(configs, key=key, prune_configs_by=rules)
+    return tune
 
 
 def launch(kernel: Any, grid: Any, *tensors: Tensor, **constants: Any) -> None:

@@ -1,7 +1,7 @@
 """The primitives of the Triton backend that go over single rows of W; see `triton_kernels`.
 
 Letters as there. How many rows and columns a program takes at once is what an H100 was fastest
-with, at d = 768 and k = 32: whole rows up to 1024 wide where they are summed.
+with, at d = 768 and k = 32: two rows, whole up to 1024 wide, where they are summed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_switch_sae.ops.routing import narrowest
 from hf_switch_sae.ops.triton_launch import jit, launch, tl, triton
+from hf_switch_sae.ops.triton_sums import expert_sums, worth_it
 
 WINDOW = 256
 """How many tokens of a feature one program of scatter_sum adds up; what is beyond has programs of
@@ -49,7 +51,7 @@ def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     y = W.new_empty(n, d)
     if y.numel() == 0:
         return y
-    blocks = _whole_rows(min(4 if W.element_size() == 2 else 8, k), d)
+    blocks = _whole_rows(d)
     grid = (n, triton.cdiv(d, blocks["BLOCK_D"]))
     launch(_gather_sum, grid, coefs, ids, W, y, k=k, d=d, **blocks)
     return y
@@ -174,22 +176,29 @@ def _scatter_sum(
 
 
 def scatter_sum(
-    coefs: Tensor, ids: Tensor, x: Tensor, num_rows: int, out: Tensor | None = None
+    coefs: Tensor,
+    ids: Tensor,
+    x: Tensor,
+    num_rows: int,
+    out: Tensor | None = None,
+    num_experts: int | None = None,
+    low: torch.dtype | None = None,
 ) -> Tensor:
     """As `reference.scatter_sum`, in float32 sums; no atomics, so the same bits every time."""
-    k, d = ids.shape[1], x.shape[1]
+    (n, k), d = ids.shape, x.shape[1]
     W = x.new_empty(num_rows, d) if out is None else out
     if W.numel() == 0:
         return W
+    # gradients reach below what float16 holds
+    dtype = low if low == torch.bfloat16 else x.dtype
+    if num_experts is not None and worth_it(n, k, num_rows // num_experts, dtype):
+        return expert_sums(coefs, ids, x.to(dtype), num_experts, W)
     # Empty slots all name one feature of their expert: they sort behind all features, to nobody.
-    # The narrower the key, the fewer passes a radix sort makes.
-    narrow = torch.int16 if num_rows < 2**15 else torch.int32
-    key_dtype = narrow if num_rows < 2**31 else torch.int64
-    keys = torch.where(coefs != 0, ids, num_rows).flatten().to(key_dtype)
+    keys = torch.where(coefs != 0, ids, num_rows).flatten().to(narrowest(num_rows))
     keys, order = keys.sort(stable=True)
-    features = torch.arange(num_rows + 1, dtype=key_dtype, device=x.device)
+    features = torch.arange(num_rows + 1, dtype=keys.dtype, device=x.device)
     begins = torch.searchsorted(keys, features)
-    blocks = _whole_rows(8, d)
+    blocks = _whole_rows(d)
     cols = triton.cdiv(d, blocks["BLOCK_D"])
     constants: dict[str, Any] = {"k": max(k, 1), "d": d, "WINDOW": WINDOW, **blocks}
     windows = triton.cdiv(len(keys), WINDOW)
@@ -203,7 +212,7 @@ def scatter_sum(
     return W
 
 
-def _whole_rows(rows: int, d: int) -> dict[str, int]:
-    """A tile of rows, with 32 of its numbers for each thread."""
-    rows, cols = triton.next_power_of_2(rows), min(1024, triton.next_power_of_2(d))
-    return {"BLOCK_K": rows, "BLOCK_D": cols, "num_warps": max(1, min(8, rows * cols // 1024))}
+def _whole_rows(d: int) -> dict[str, int]:
+    """A tile of two rows, with 32 of its numbers for each thread."""
+    cols = min(1024, triton.next_power_of_2(d))
+    return {"BLOCK_K": 2, "BLOCK_D": cols, "num_warps": max(1, cols // 512)}

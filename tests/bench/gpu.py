@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ if not torch.cuda.is_available():
 from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
 from hf_switch_sae.ops import eager, reference, triton_kernels
 
-PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum")
+BY_EXPERT = "scatter_sum by expert"
+PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum", BY_EXPERT)
 L2_RATE = 5.5e12  # bytes/s of an H100's; memory's and the GEMM's rate are measured
 GEMM = 8192  # rows, columns and depth of the GEMM whose rate is the limit
 COPIED = 2**31  # bytes
@@ -79,7 +81,14 @@ def arguments(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str,
         "gather_sum": (coefs, ids, rows),
         "row_dots": (x, ids, rows),
         "scatter_sum": (coefs, ids, x, len(rows)),
+        BY_EXPERT: (coefs, ids, x, len(rows), None, size.E),
     }
+
+
+def primitive(backend: ModuleType, name: str) -> Callable[..., Any] | None:
+    """The function behind a name of `PRIMITIVES`."""
+    found: Callable[..., Any] | None = getattr(backend, name.split()[0], None)
+    return found
 
 
 # ---------------------------------------------------------------- is it right
@@ -99,7 +108,8 @@ def kernel_errors(size: Size, dtype: torch.dtype, device: torch.device) -> dict[
             a.cpu().double() if torch.is_tensor(a) and a.is_floating_point() else a for a in args
         ]
         exact = [a.cpu() if torch.is_tensor(a) else a for a in exact]
-        mine, wanted = getattr(triton_kernels, name)(*args), getattr(reference, name)(*exact)
+        mine = primitive(triton_kernels, name)(*args)
+        wanted = primitive(reference, name)(*exact)
         if name == "relu_topk":  # slots have no order
             mine, wanted = (
                 torch.zeros(size.n, size.m, dtype=torch.float64).scatter_add(
@@ -173,6 +183,19 @@ def optimizer_errors(device: torch.device, steps: int = 5) -> dict[str, float]:
     return {name: distance(p, other_weights[name]) for name, p in mine.named_parameters()}
 
 
+def bound_errors(device: torch.device) -> dict[str, float]:
+    """How many tokens are wrongly taken for outliers, or not, after the bound was written again."""
+    sae = SwitchSAE(SwitchSAEConfig(hidden_size=64, num_features=512, num_experts=4, k=8))
+    sae.to(device)
+    x, wrong = torch.randn(256, 64, device=device), 0
+    for bound in (torch.inf, 8.0, torch.inf, 7.0):
+        sae.outlier_norm.fill_(bound)
+        for _ in range(2):
+            silent = (sae(x).features.acts == 0).all(-1)
+            wrong += int((silent != (x.norm(dim=-1) > bound)).sum())
+    return {"outliers": float(wrong)}
+
+
 def plain_step(sae: SwitchSAE, optimizer: torch.optim.Optimizer) -> None:
     """What `SwitchSAEAdam.step` does, one thing after the other."""
     torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
@@ -194,6 +217,7 @@ def check(device: torch.device) -> list[tuple[str, float, float]]:
             found.append((f"model, {rule}: {name}", error, allowed))
     for name, error in optimizer_errors(device).items():
         found.append((f"optimizer: {name}", error, 1e-4))
+    found.extend((name, error, 0.5) for name, error in bound_errors(device).items())
     return found
 
 
@@ -202,7 +226,8 @@ def check(device: torch.device) -> list[tuple[str, float, float]]:
 
 def medians(calls: dict[str, Callable[[], Any]], rounds: int = 30) -> dict[str, float]:
     """Milliseconds of each call; rounds go over all calls, and the cache is flushed before each."""
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    # as long as the host takes to launch a call, so that the device has not to wait for it
+    flush = torch.empty(2**31, dtype=torch.int8, device="cuda")
     for call in calls.values():
         for _ in range(3):  # compiles and tunes
             call()
@@ -245,6 +270,7 @@ def least_milliseconds(
         "gather_sum": max((tokens + weights + slots) / memory_rate, rows),
         "row_dots": max((tokens + weights + slots) / memory_rate, rows),
         "scatter_sum": max((tokens + weights + slots) / memory_rate, rows),
+        BY_EXPERT: max((tokens + weights + slots + 2 * pre) / memory_rate, flop),
     }
     return {name: 1e3 * value for name, value in seconds.items()}
 
@@ -255,17 +281,45 @@ def time_primitives(size: Size, dtype: torch.dtype, device: torch.device) -> lis
     calls: dict[str, Callable[[], Any]] = {}
     for name in PRIMITIVES:
         for backend in (triton_kernels, eager):
-            if hasattr(backend, name):
-                label = f"{name} {backend.__name__}"
-                calls[label] = partial(getattr(backend, name), *args[name])
+            label = f"{name} {backend.__name__}"
+            calls[label] = partial(primitive(backend, name), *args[name])
     found = medians(calls)
     least = least_milliseconds(size, dtype.itemsize, *limits(dtype, device))
     rows = []
     for name in PRIMITIVES:
-        other = found.get(f"{name} {eager.__name__}")
+        other = found[f"{name} {eager.__name__}"]
         label = f"{name} {str(dtype).removeprefix('torch.')}"
         rows.append(_row(label, found[f"{name} {triton_kernels.__name__}"], least[name], other))
     return rows
+
+
+def time_adam(size: Size, device: torch.device) -> list[tuple[str, ...]]:
+    """A row of the table: Adam with projection and unit rows over a decoder, and torch's alone."""
+    shape = (size.E * size.m, size.d)
+    w, g, mean, square = (torch.rand(shape, device=device) for _ in range(4))
+    step = torch.ones((), device=device)
+    rule: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8}
+    mine = partial(
+        triton_kernels.adam_rows,
+        *(w, g, mean, square, step),
+        unit_rows=True,
+        scale=torch.ones((), device=device),
+        betas=(0.9, 0.999),
+        **rule,
+    )
+    theirs = partial(
+        torch._fused_adam_,
+        *([w], [g], [mean], [square], [], [step]),
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=0.0,
+        amsgrad=False,
+        maximize=False,
+        **rule,
+    )
+    found = medians({"mine": mine, "theirs": theirs})
+    limit = 1e3 * 28 * w.numel() / limits(torch.float32, device)[1]
+    return [_row("adam_rows float32; other: torch's alone", found["mine"], limit, found["theirs"])]
 
 
 def _row(what: str, mine: float, limit: float | None, other: float | None) -> tuple[str, ...]:
@@ -453,7 +507,7 @@ def main() -> int:
         row
         for dtype in (torch.bfloat16, torch.float32)
         for row in time_primitives(FULL, dtype, device)
-    ]
+    ] + time_adam(FULL, device)
     steps, calls = time_steps(FULL, device)
     result = table(rows + steps, FULL)
     print(result)
