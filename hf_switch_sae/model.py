@@ -417,8 +417,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             WidthError: the last dimension is not `hidden_size`.
             ConfigError: a batch_topk SAE without a threshold, outside training.
         """
-        if (group := self._group_of_one_token(hidden_states)) is not None:
-            return self._encode_token(hidden_states, group)
+        if (plan := self._token_plan(hidden_states)) is not None:
+            if hidden_states.shape[-1] != plan.width:
+                self._check_width(hidden_states)
+            acts, ids = plan.encode(hidden_states.cpu())
+            return SparseFeatures(acts, ids, _fields_of(self.config)["num_features"])
         return self._features(self._encode(hidden_states), hidden_states.shape)
 
     def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
@@ -434,9 +437,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         Raises:
             ConfigError: it needs them, and they are not given.
         """
-        if (group := self._group_of_one_token(features.acts)) is not None:
-            acts, ids, own = features.acts.cpu(), features.ids.cpu(), _tensors_of(self)
-            return ops.decode_token(acts, ids, group.W_dec, own["b_dec"], own["input_scale"])
+        if (plan := self._token_plan(features.acts)) is not None:
+            return plan.decode(features.acts.cpu(), features.ids.cpu())
         delta, bias = self.decode_delta(features), self._bias()
         norm = self.config.input_norm
         if norm != "none":
@@ -733,49 +735,46 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         visits = _Visits(x, expert_ids, gates)
         return _Encoded(z, bias, acts, ids, order, places, router, outlier, visits, unit)
 
-    def _group_of_one_token(self, of_tokens: Tensor) -> ExpertGroup | None:
-        """The experts, where [..., x] is of a single token whose one expert a CPU computes, as in
-        `generate`; else None. To ask takes no longer than an operator."""
-        if torch.compiler.is_compiling() or of_tokens.numel() != of_tokens.shape[-1]:
+    def _token_plan(self, of_tokens: Tensor) -> ops.TokenPlan | None:
+        """How a CPU's kernels take [..., x], if it is of a single token that they can, as in
+        `generate`; else None. To ask takes no longer than an operator or two."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or type(of_tokens) not in ops.PLAIN
+            or of_tokens.numel() != of_tokens.shape[-1]
+            or not of_tokens.numel()
+        ):
             return None
         config, parts = _fields_of(self.config), self._modules
         groups = cast(Experts, parts["experts"])._modules
         if (
-            torch.is_grad_enabled()
-            or config["activation"] != "topk"
+            config["activation"] != "topk"
             or config["input_norm"] != "none"
             or config["num_experts_per_token"] != 1
             or len(groups) != 1
             or "parametrizations" in parts
-            or _tensors_of(self)["b_dec"].device.type != "cpu"
-            or torch.is_autocast_enabled("cpu")
         ):
             return None
         group = cast(ExpertGroup, groups["0"])
         # offloaded: its forward brings it in
-        alone = "_hf_hook" not in vars(group) and "parametrizations" not in group._modules
-        return group if alone else None
-
-    def _encode_token(self, hidden_states: Tensor, group: ExpertGroup) -> SparseFeatures:
-        """As `encode`, of one token."""
-        self._check_width(hidden_states)
-        config, own = _fields_of(self.config), _tensors_of(self)
-        router = None
-        if config["num_experts"] > 1:
-            router = self.router.weight, own["b_router"]
-        acts, ids = ops.encode_token(
-            hidden_states.cpu(),
+        if "_hf_hook" in vars(group) or "parametrizations" in group._modules:
+            return None
+        own, buffers, experts = self._parameters, self._buffers, group._parameters
+        router = parts.get("router")
+        weights = (
+            buffers["input_scale"],
+            buffers["outlier_norm"],
+            None if router is None else router._parameters.get("weight"),
+            own.get("b_router"),
             own["b_dec"],
-            own["input_scale"],
-            own["outlier_norm"],
-            router,
-            group.W_enc,
-            group.b_enc,
-            config["k"],
-            config["subtract_b_dec"],
-            config["apply_router_probs"],
+            experts["W_enc"],
+            experts.get("b_enc"),
+            experts["W_dec"],
         )
-        return SparseFeatures(acts, ids, config["num_features"])
+        rules = config["k"], config["subtract_b_dec"], config["apply_router_probs"]
+        return ops.token_plan(group, weights, rules)
 
     def _check_width(self, hidden_states: Tensor) -> None:
         width = self.b_dec.shape[0]
@@ -918,11 +917,6 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 def _fields_of(config: SwitchSAEConfig) -> dict[str, Any]:
     """What `vars` gives, without the detour of a config's own attribute access."""
     return cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
-
-
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers, for about what looking up one of them takes."""
-    return cast(dict[str, Tensor], {**module._parameters, **module._buffers})
 
 
 _infinite = WeakTensorKeyDictionary()  # bound -> the version of it that was read, and the answer

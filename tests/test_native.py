@@ -169,9 +169,9 @@ def fresh_machine(monkeypatch, tmp_path):
     backends._best_on_a_cpu.cache_clear()
 
 
-def compiler_that(does: str, folder) -> str:
+def compiler_that(does: str | bytes, folder) -> str:
     path = folder / "cxx"
-    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.write_bytes(does if isinstance(does, bytes) else f"#!/bin/sh\n{does}\n".encode())
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
 
@@ -182,11 +182,21 @@ def compiler_that(does: str, folder) -> str:
         (None, "need a C.. compiler: install"),
         ("echo 'x.cpp:1: error: no OpenMP here' >&2; exit 1", "could not compile .* no OpenMP"),
         ("echo cxx 1.0", "could not be compiled and loaded"),
+        (b"\x7fELF", "could not be compiled and loaded"),
+        (b"", "could not be compiled and loaded"),
     ],
-    ids=["no_compiler", "a_compiler_that_fails", "a_compiler_that_writes_nothing"],
+    ids=[
+        *("no_compiler", "a_compiler_that_fails", "a_compiler_that_writes_nothing"),
+        *("a_compiler_that_cannot_run", "a_command_that_is_none"),
+    ],
 )
 def test_without_a_compiler_that_can_torchs_operators_compute(fresh_machine, tmp_path, does, said):
-    cxx = str(tmp_path / "none") if does is None else compiler_that(does, tmp_path)
+    if does is None:
+        cxx = str(tmp_path / "none")
+    elif does == b"":
+        cxx = "g++ 'an open quote"
+    else:
+        cxx = compiler_that(does, tmp_path)
     fresh_machine.setenv("CXX", cxx)
     told = explain_backends("cpu")
     assert re.search(said, str(told["native"]))
@@ -227,6 +237,37 @@ def test_a_library_that_does_not_load_is_made_anew(fresh_machine, tmp_path):
 def test_where_nothing_can_be_kept_it_is_compiled_for_the_process(fresh_machine, tmp_path):
     (tmp_path / "cache").mkdir(mode=0o500)
     assert explain_backends("cpu")["native"] is None
+
+
+@NATIVE
+def test_what_others_may_have_put_into_the_cache_is_not_run(fresh_machine, tmp_path):
+    kept = tmp_path / "cache" / "hf_switch_sae"
+    kept.mkdir(parents=True)
+    kept.chmod(0o777)
+    assert explain_backends("cpu")["native"] is None
+    assert not list(kept.iterdir())
+
+
+def test_a_library_is_of_its_compilers_flags():
+    compiler = [sys.executable]
+    assert native_build._key(compiler) != native_build._key([*compiler, "-O"])
+    assert native_build._key(compiler) == native_build._key(compiler)
+
+
+@NATIVE
+def test_ids_of_any_integers_are_taken_in_both_directions():
+    acts, W = torch.rand(3, 2, requires_grad=True), torch.randn(24, 16, requires_grad=True)
+    grads = []
+    for dtype in (torch.int64, torch.int32):
+        ids = torch.arange(6).view(3, 2).to(dtype)
+        grads.append(torch.autograd.grad(ops.sparse_decode(acts, ids, W).square().sum(), (acts, W)))
+    torch.testing.assert_close(grads[1], grads[0], atol=0, rtol=0)
+
+
+@NATIVE
+def test_tensors_of_another_device_are_refused():
+    with pytest.raises(BackendError, match="on a CPU"):
+        native.relu_topk(torch.empty(3, 9, device="meta"), 2)
 
 
 @NATIVE

@@ -8,13 +8,13 @@ from hf_switch_sae.ops.backends import BACKENDS, backend_for, explain_backends, 
 from hf_switch_sae.ops.memory import release_gradient_of
 from hf_switch_sae.ops.routed import keep_largest, routed_encode, sparse_decode
 from hf_switch_sae.ops.routing import route, sort_by_expert
-from hf_switch_sae.ops.token import decode_token, encode_token
+from hf_switch_sae.ops.token import PLAIN, TokenPlan, token_plan
 
 __all__ = [
     "BACKENDS",
+    "PLAIN",
+    "TokenPlan",
     "backend_for",
-    "decode_token",
-    "encode_token",
     "explain_backends",
     "keep_largest",
     "release_gradient_of",
@@ -22,5 +22,6 @@ __all__ = [
     "routed_encode",
     "sort_by_expert",
     "sparse_decode",
+    "token_plan",
     "use_backend",
 ]

@@ -1,7 +1,8 @@
 """Which primitives compute: chosen by where the tensors lie, overridable, and able to say why not.
 
 A backend is a module with the five primitives that `reference.py` defines (`expert_products`,
-`relu_topk`, `gather_sum`, `row_dots`, `scatter_sum`) and `why_not(device, dtype)`.
+`relu_topk`, `gather_sum`, `row_dots`, `scatter_sum`) and `why_not(device, dtype)`; and, if it has a
+kernel for the optimizer, `adam_rows`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
     if device.type == "cpu":
         return _best_on_a_cpu(dtype)
     return _best(device, dtype)
+
+
+def takes_native() -> bool:
+    """Whether the native kernels are the ones that compute on a CPU."""
+    return _forced in (None, "native") and _best_on_a_cpu(torch.float32) is native
 
 
 @functools.cache  # where a call may cost less than the question

@@ -31,10 +31,7 @@ __all__ = [
     "why_not",
 ]
 
-_WORTH_A_THREAD = 2**17  # weights of an expert that one token is multiplied with
-TOKEN_DTYPES = (torch.float32, torch.bfloat16)
-"""Of weights that `encode_token` and `decode_token` compute with."""
-_FEW = 24  # rows of an expert that it is multiplied with here
+_FEW = 24  # tokens of an expert, up to which its products are taken here
 _P, _I, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
     "expert_products": (_P, _P, _P, _P, _P, _I, _I, _I, _I, _P, _T),
@@ -43,8 +40,8 @@ _ARGUMENTS = {
     "row_dots": (_P, _P, _P, _I, _I, _I, _I, _P, _T),
     "scatter_sum": (_P, _P, _P, _I, _I, _I, _I, _P, _T),
     "adam_rows": (_P, _P, _P, _P, _I, _I, _T, *[_F] * 7, _T),
-    "encode_token": (*[_P] * 8, *[_I] * 4, _T, _T, _P, _P, _T, _T),
-    "decode_token": (*[_P] * 5, _I, _I, _I, _P, _T),
+    "encode_token": (_P, _P, _P, _P, _T),
+    "decode_token": (_P, _P, _P, _I, _P),
 }
 _CHECKED = ("gather_sum", "row_dots", "scatter_sum", "decode_token")
 _IN_RANGE = -(2**63)  # what these return unless an id is out of range
@@ -156,52 +153,30 @@ def adam_rows(
     torch.autograd.graph.increment_version((weight, mean, square))
 
 
-def encode_token(
-    x: Tensor,
-    b_dec: Tensor,
-    scale: Tensor,
-    outlier_norm: Tensor,
-    router: tuple[Tensor, Tensor] | None,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    k: int,
-    centered: bool,
-    gated: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `token.encode_token`, in one call; weights are contiguous."""
-    (E, m, d), shape = W_enc.shape, (*x.shape[:-1], k)
-    x = (x if x.dtype == torch.float32 else x.to(torch.float32)).contiguous()
-    acts, ids = torch.empty(shape, dtype=W_enc.dtype), torch.empty(shape, dtype=torch.int64)
-    weight = b_router = None
-    if router is not None:
-        weight, b_router = router[0].data_ptr(), router[1].data_ptr()
-    _kernels()["encode_token"](
-        x.data_ptr(), b_dec.data_ptr(), scale.data_ptr(), outlier_norm.data_ptr(), weight, b_router,
-        W_enc.data_ptr(), None if b_enc is None else b_enc.data_ptr(), E, m, d, k, centered, gated,
-        acts.data_ptr(), ids.data_ptr(),
-        torch.get_num_threads() if m * d >= _WORTH_A_THREAD else 1, W_enc.dtype == torch.bfloat16,
-    )  # fmt: skip
-    return acts, ids
+def encode_token(*where: int) -> None:
+    """One token's features, for `token.TokenPlan`, which knows that all is as the kernel has it.
+
+    Args:
+        where: addresses of the plan, the token, its acts and ids; and how many threads.
+    """
+    _kernels()["encode_token"](*where)
 
 
-def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
-    """As `token.decode_token`, in one call; weights are contiguous."""
-    acts, ids = acts.contiguous(), (ids if ids.dtype == torch.int64 else ids.long()).contiguous()
-    (E, m, d), k = W_dec.shape, acts.shape[-1]
-    y = torch.empty((*acts.shape[:-1], d), dtype=W_dec.dtype)
-    wrong = _kernels()["decode_token"](
-        acts.data_ptr(), ids.data_ptr(), W_dec.data_ptr(), b_dec.data_ptr(), scale.data_ptr(), k,
-        E * m, d, y.data_ptr(), W_dec.dtype == torch.bfloat16,
-    )  # fmt: skip
-    _check(wrong, E * m)
-    return y
+def decode_token(plan: int, acts: int, ids: int, slots: int, num_rows: int, y: int) -> None:
+    """One token's reconstruction, likewise.
+
+    Raises:
+        FeatureIdError: an id of no feature.
+    """
+    _check(_kernels()["decode_token"](plan, acts, ids, slots, y), num_rows)
 
 
 def _call(name: str, *arguments: Any) -> Any:
     """A kernel, on tensors, numbers and None; what it writes to is contiguous."""
     held = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-    if any(a.dtype not in (torch.float32, torch.int64) for a in held if isinstance(a, Tensor)):
-        raise BackendError(f"the native {name} computes float32, by ids in int64.")
+    tensors = [a for a in held if isinstance(a, Tensor)]
+    if any(t.dtype not in (torch.float32, torch.int64) or not t.is_cpu for t in tensors):
+        raise BackendError(f"the native {name} computes float32 on a CPU, by ids in int64.")
     return _kernels()[name](*(a.data_ptr() if isinstance(a, Tensor) else a for a in held))
 
 

@@ -1,7 +1,7 @@
 """The CPU's kernels, compiled on the machine they run on by its own C++ compiler.
 
-native_kernels.cpp -> a shared library in the user's cache -> functions. It takes about a second,
-once per machine; without a compiler everything works by torch's operators.
+native_kernels.cpp -> a shared library in the user's cache -> functions. It takes seconds, once
+per machine; without a compiler everything works by torch's operators.
 
 Beware The compiler may use every instruction this CPU has, so a library is kept under a name that
        tells CPUs, compilers and sources apart: a home may be shared by different machines.
@@ -28,7 +28,8 @@ FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math"),  # or square roots would be taken one by one
 ]
 _LONGEST_COMPILATION = 120  # seconds
-_lock = threading.Lock()
+_lock = threading.Lock()  # a process forked while a thread compiles gets one of its own
+os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
 _found: ctypes.CDLL | str | None = None
 
 
@@ -43,12 +44,13 @@ def native_library() -> ctypes.CDLL | str:
 
 
 def _load() -> ctypes.CDLL | str:
-    compiler = _compiler()
-    if compiler is None:
-        return "the native kernels need a C++ compiler: install g++ or clang++, or set CXX."
-    name = f"native_{_key(compiler)}.so"
     try:
-        path = _cache() / name
+        compiler = _compiler()
+        if compiler is None:
+            asked = os.environ.get("CXX")
+            missing = f"CXX names {asked!r}, which is not there" if asked else "set CXX"
+            return f"the native kernels need a C++ compiler: install g++ or clang++, or {missing}."
+        path = _cache() / f"native_{_key(compiler)}.so"
         if path.exists():
             with suppress(OSError):  # of another system that shares this home
                 return ctypes.CDLL(str(path))
@@ -56,8 +58,8 @@ def _load() -> ctypes.CDLL | str:
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as err:
         said = [line for line in err.stderr.splitlines() if "error" in line] or [err.stderr.strip()]
-        return f"{compiler[0]} could not compile the native kernels: {said[0]}"
-    except (OSError, subprocess.SubprocessError) as err:
+        return f"{err.cmd[0]} could not compile the native kernels: {said[0]}"
+    except (OSError, ValueError, subprocess.SubprocessError) as err:
         return f"the native kernels could not be compiled and loaded: {err}"
 
 
@@ -77,22 +79,30 @@ def _key(compiler: list[str]) -> str:
         told = ("flags", "Features", "model name", "CPU part")
         lines = info.read_text().splitlines()
         cpu = "".join(sorted({line for line in lines if line.startswith(told)}))
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), done.stdout, cpu.encode())
+    command = " ".join([*compiler, *FLAGS])
+    parts = (SOURCE.read_bytes(), command.encode(), done.stdout, cpu.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _cache() -> Path:
-    """A folder of the user's own; one for this process alone where there is no such place."""
+    """A folder that only this user writes to, as what lies there is run; one for this process alone
+    where there is no such place."""
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_switch_sae"
     try:
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(kept, os.W_OK):
+        if _is_own(kept):
             return kept
     except (OSError, RuntimeError):  # read-only, or no home
         pass
     own = tempfile.mkdtemp(prefix="hf_switch_sae_")
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     return Path(own)
+
+
+def _is_own(folder: Path) -> bool:
+    status = folder.stat()
+    private = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return private and os.access(folder, os.W_OK)
 
 
 def _compile(compiler: list[str], path: Path) -> None:

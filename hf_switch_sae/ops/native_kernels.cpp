@@ -1,7 +1,8 @@
-// A CPU's kernels in float32, and for single tokens in bfloat16: each pass over memory once, where operators of torch take several.
+// A CPU's kernels in float32, and for single tokens in bfloat16: one pass over memory where torch's
+// operators take several.
 //
 // Letters as in reference.py; `native.py` calls these with contiguous memory and says what they
-// compute. Every sum has an order that depends on shapes alone, so results do not depend on threads.
+// compute. The order of a sum depends on shapes alone, so results do not depend on threads.
 // Beware 0 * nan is nan: a slot of 0 must not be multiplied, whatever its row holds.
 
 #include <algorithm>
@@ -9,7 +10,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <type_traits>
 #include <vector>
 
 using Id = std::int64_t;
@@ -67,8 +67,9 @@ void weighted_sum(float* __restrict y, Id d, const Term<Weight>* terms, Id count
         const float c4 = t[4].coef, c5 = t[5].coef, c6 = t[6].coef, c7 = t[7].coef;
 #pragma omp simd
         for (Id i = 0; i < d; ++i)
-            y[i] += (c0 * value(r0[i]) + c1 * value(r1[i]) + c2 * value(r2[i]) + c3 * value(r3[i])) +
-                    (c4 * value(r4[i]) + c5 * value(r5[i]) + c6 * value(r6[i]) + c7 * value(r7[i]));
+            y[i] +=
+                (c0 * value(r0[i]) + c1 * value(r1[i]) + c2 * value(r2[i]) + c3 * value(r3[i])) +
+                (c4 * value(r4[i]) + c5 * value(r5[i]) + c6 * value(r6[i]) + c7 * value(r7[i]));
     }
     for (; at + 2 <= count; at += 2) {
         const Weight *r0 = terms[at].row, *r1 = terms[at + 1].row;
@@ -212,50 +213,63 @@ void topk(const float* pre, Id m, Id k, float* acts, Id* ids,
     }
 }
 
+// What a single token meets; `token._Layout`, field by field. With one expert there is no router;
+// b_enc may be missing. With `low`, b_dec, W_enc, b_enc and W_dec are in bfloat16.
+struct Plan {
+    const float *scale, *outlier_norm, *router, *b_router;
+    const void *b_dec, *W_enc, *b_enc, *W_dec;
+    Id E, m, d, k;
+    int centered, gated, low;
+};
+
 template <class Weight>
-Id decode_one(const Weight* acts, const Id* ids, const Weight* W, const Weight* b_dec, float scale,
-              Id k, Id num_rows, Id d, Weight* y) {
+Id decode_one(const Plan& plan, const Weight* acts, const Id* ids, Id slots, Weight* y) {
+    const auto* W = static_cast<const Weight*>(plan.W_dec);
+    const auto* b_dec = static_cast<const Weight*>(plan.b_dec);
     Id wrong = IN_RANGE, count = 0;
-    std::vector<Term<Weight>> terms(k);
-    std::vector<float> sum(d);
-    for (Id j = 0; j < k; ++j) {
+    std::vector<Term<Weight>> terms(slots);
+    std::vector<float> sum(plan.d);
+    for (Id j = 0; j < slots; ++j) {
         const float act = value(acts[j]);
-        if (act != 0 && is_among(ids[j], num_rows, wrong)) terms[count++] = {act, W + ids[j] * d};
+        if (act != 0 && is_among(ids[j], plan.E * plan.m, wrong))
+            terms[count++] = {act, W + ids[j] * plan.d};
     }
-    weighted_sum(sum.data(), d, terms.data(), count);
-    for (Id i = 0; i < d; ++i) store(y + i, sum[i] + value(b_dec[i]) / scale);
+    weighted_sum(sum.data(), plan.d, terms.data(), count);
+    for (Id i = 0; i < plan.d; ++i) store(y + i, sum[i] + value(b_dec[i]) / *plan.scale);
     return wrong;
 }
 
 template <class Weight>
-void encode_one(const float* x, const Weight* b_dec, float scale, float outlier,
-                const float* router, const float* b_router, const Weight* W_enc,
-                const Weight* b_enc, Id E, Id m, Id d, Id k, bool centered, bool gated,
-                Weight* acts, Id* ids, int threads) {
+void encode_one(const Plan& plan, const float* x, Weight* acts, Id* ids, int threads) {
+    const Id E = plan.E, m = plan.m, d = plan.d, k = plan.k;
+    const float scale = *plan.scale;
     std::vector<float> input(x, x + d), pre(std::max(m, E)), kept(k);
     const float* token = input.data();
     Id expert = 0;
     float gate = 1;
-    if (router != nullptr) {
-        for (Id i = 0; i < d; ++i) input[i] = scale * x[i] - b_router[i];
-        products(&token, 1, router, E, d, pre.data(), E);
+    if (E > 1) {
+        for (Id i = 0; i < d; ++i) input[i] = scale * x[i] - plan.b_router[i];
+        products(&token, 1, plan.router, E, d, pre.data(), E);
         float total = 0;
         for (Id e = 1; e < E; ++e)
             if (pre[e] > pre[expert]) expert = e;
         for (Id e = 0; e < E; ++e) total += std::exp(pre[e] - pre[expert]);
-        if (gated) gate = 1 / total;
+        if (plan.gated) gate = 1 / total;
     }
-    if (std::sqrt(dot(x, x, d)) > outlier) gate = 0;
-    for (Id i = 0; i < d; ++i) input[i] = centered ? x[i] - value(b_dec[i]) / scale : x[i];
-    const Weight* W = W_enc + expert * m * d;
+    if (std::sqrt(dot(x, x, d)) > *plan.outlier_norm) gate = 0;
+    const auto* b_dec = static_cast<const Weight*>(plan.b_dec);
+    for (Id i = 0; i < d; ++i) input[i] = plan.centered ? x[i] - value(b_dec[i]) / scale : x[i];
+    const Weight* W = static_cast<const Weight*>(plan.W_enc) + expert * m * d;
     const Id part = (m + 4 * threads - 1) / (4 * threads) * 4;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int t = 0; t < threads; ++t) {
         const Id begin = std::min(t * part, m), end = std::min(begin + part, m);
         products(&token, 1, W + begin * d, end - begin, d, pre.data() + begin, m);
     }
-    if (b_enc != nullptr)
-        for (Id f = 0; f < m; ++f) pre[f] += value(b_enc[expert * m + f]) / scale;
+    if (plan.b_enc != nullptr) {
+        const Weight* bias = static_cast<const Weight*>(plan.b_enc) + expert * m;
+        for (Id f = 0; f < m; ++f) pre[f] += value(bias[f]) / scale;
+    }
     std::vector<std::uint64_t> candidates;
     topk(pre.data(), m, k, kept.data(), ids, candidates);
     for (Id j = 0; j < k; ++j) {
@@ -395,31 +409,20 @@ void adam_rows(float* w, const float* g, float* m, float* v, Id rows, Id d, int 
     }
 }
 
-// y [d] = sum_j acts[j] * W[ids[j]] + b_dec / scale, of one token. Returns as gather_sum.
-Id decode_token(const void* acts, const Id* ids, const void* W, const void* b_dec,
-                const float* scale, Id k, Id num_rows, Id d, void* y, int low) {
-    const auto as = [&](auto* w) {
-        using Weight = std::remove_reference_t<decltype(*w)>;
-        return decode_one(static_cast<const Weight*>(acts), ids, static_cast<const Weight*>(W),
-                          static_cast<const Weight*>(b_dec), *scale, k, num_rows, d,
-                          static_cast<Weight*>(y));
-    };
-    return low ? as(static_cast<BFloat16*>(nullptr)) : as(static_cast<float*>(nullptr));
+// acts, ids [k] of one token x [d]; see `token.TokenPlan.encode`.
+void encode_token(const Plan* plan, const float* x, void* acts, Id* ids, int threads) {
+    if (plan->low)
+        encode_one(*plan, x, static_cast<BFloat16*>(acts), ids, threads);
+    else
+        encode_one(*plan, x, static_cast<float*>(acts), ids, threads);
 }
 
-// acts, ids [k] of one token x [d] with one of E experts; see `token.encode_token`. router is null
-// with E = 1, b_enc without a bias. With `low`, all but x and the router are in bfloat16.
-void encode_token(const float* x, const void* b_dec, const float* scale, const float* outlier,
-                  const float* router, const float* b_router, const void* W_enc, const void* b_enc,
-                  Id E, Id m, Id d, Id k, int centered, int gated, void* acts, Id* ids, int threads,
-                  int low) {
-    const auto as = [&](auto* w) {
-        using Weight = std::remove_reference_t<decltype(*w)>;
-        encode_one(x, static_cast<const Weight*>(b_dec), *scale, *outlier, router, b_router,
-                   static_cast<const Weight*>(W_enc), static_cast<const Weight*>(b_enc), E, m, d, k,
-                   centered, gated, static_cast<Weight*>(acts), ids, threads);
-    };
-    low ? as(static_cast<BFloat16*>(nullptr)) : as(static_cast<float*>(nullptr));
+// y [d] = sum_j acts[j] * W_dec[ids[j]] + b_dec / scale, of one token. Returns as gather_sum.
+Id decode_token(const Plan* plan, const void* acts, const Id* ids, Id slots, void* y) {
+    if (plan->low)
+        return decode_one(*plan, static_cast<const BFloat16*>(acts), ids, slots,
+                          static_cast<BFloat16*>(y));
+    return decode_one(*plan, static_cast<const float*>(acts), ids, slots, static_cast<float*>(y));
 }
 
 }  // extern "C"

@@ -111,7 +111,7 @@ def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = Fal
 
     Args:
         acts: [n, k]; a slot of 0 is padding and gets no gradient.
-        ids: [n, k], int64 in [0, F).
+        ids: [n, k], integers in [0, F).
         W_dec: [F, d], or [E, m, d] whose rows are counted through.
         in_order: all ids of a token are of one expert of W_dec [E, m, d], and tokens come in the
             order of experts.
@@ -119,8 +119,7 @@ def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = Fal
     Returns:
         [n, d]; `b_dec` is not added.
     """
-    acts = torch.where(acts != 0, acts, 0)
-    return torch.einsum("nk,nkd->nd", acts, W_dec.reshape(-1, W_dec.shape[-1])[ids])
+    return gather_sum(acts, ids, W_dec.reshape(-1, W_dec.shape[-1]))
 
 
 # ---------------------------------------------------------------- the primitives of the backends

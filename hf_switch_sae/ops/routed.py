@@ -97,6 +97,7 @@ def keep_largest(
 def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = False) -> Tensor:
     """As `reference.sparse_decode`; under autocast W_dec's gradient may be summed from products in
     its dtype."""
+    ids = ids.to(torch.int64)
     if torch.compiler.is_compiling() or _is_recorded(acts, W_dec):
         y: Tensor = _decode_op(acts, ids, W_dec, in_order, _low(acts))
         return y

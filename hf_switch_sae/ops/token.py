@@ -1,103 +1,151 @@
-"""One token on a CPU: route, encode and keep the largest, in as few calls as there can be.
+"""One token on a CPU, by the native kernels: encoded in one call and decoded in one.
 
-While a model generates, an SAE sees one token at a time. Its products take some 20 microseconds
-then, and each operator call one or two: what counts is how many there are. No weight is copied; the
-expert's rows are a view. Letters as in `reference.py`.
+While a model generates, an SAE sees one token at a time. Its products take some 15 microseconds
+then, an operator of torch one or two, and to look at a tensor a tenth: what counts is how often
+that is done. So what the kernels must know of an SAE is laid out once, and at each token it is only
+asked whether that still holds. No weight is copied; the expert's rows are read where they lie.
 """
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_switch_sae.ops import native
-from hf_switch_sae.ops.backends import backend_for
-from hf_switch_sae.ops.eager import products
-from hf_switch_sae.precision import wide
+from hf_switch_sae.ops.backends import takes_native
 
-_ZERO, _CPU = torch.zeros(()), torch.device("cpu")
+PLAIN = (Tensor, nn.Parameter)
+"""Types of tensors whose memory is theirs: of others, as of a sharded one, there may be none."""
+_DTYPES = (torch.float32, torch.bfloat16)
+_WORTH_A_THREAD = 2**17  # weights of an expert that one token is multiplied with
+_POINTERS = (
+    *("scale", "outlier_norm", "router", "b_router"),
+    *("b_dec", "W_enc", "b_enc", "W_dec"),
+)
+Weights = tuple[Any, ...]
+"""Of an SAE, in this order: input_scale [], outlier_norm [], router.weight [E, d], b_router [d],
+all float32; b_dec [d], W_enc [E, m, d], b_enc [E, m] or None, W_dec [E, m, d]. Without a router, as
+of one expert, it is None."""
+Rules = tuple[int, bool, bool]
+"""k, subtract_b_dec, apply_router_probs."""
 
 
-def encode_token(
-    x: Tensor,
-    b_dec: Tensor,
-    scale: Tensor,
-    outlier_norm: Tensor,
-    router: tuple[Tensor, Tensor] | None,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    k: int,
-    centered: bool,
-    gated: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.route` and `reference.routed_encode` of one token with one expert.
+class _Layout(ctypes.Structure):
+    """`Plan` of native_kernels.cpp."""
 
-        logits = weight @ (scale * x - b_router)    acts = the k largest of
-        p * relu(W_enc[e] @ (x - b_dec / scale) + b_enc[e] / scale)
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in ("E", "m", "d", "k")),
+        *((name, ctypes.c_int) for name in ("centered", "gated", "low")),
+    ]
 
-    Args:
-        x: [..., d] of one token, floating, in the LM's own units.
-        b_dec: [d], in scaled units.
-        scale, outlier_norm: [] float32; a token with a larger norm has no activation.
-        router: weight [E, d] and b_router [d], float32; None for one expert.
-        W_enc: [E, m, d].
-        b_enc: [E, m] in scaled units, or None.
-        k: features kept, 1 to m.
-        centered: whether the experts see x less b_dec / scale.
-        gated: whether activations are weighted by p, the router's probability.
 
-    Returns:
-        acts [..., k] in the dtype of W_enc, ids [..., k] int64.
+class TokenPlan:
+    """How the kernels take a single token through an SAE, as long as it `holds`.
+
+    logits = router @ (scale * x - b_router)    acts = the k largest of
+    p * relu(W_enc[e] @ (x - b_dec / scale) + b_enc[e] / scale)
+    y = sum_j acts[j] * W_dec[ids[j]] + b_dec / scale
     """
-    if _is_native(b_dec, W_enc):
-        return native.encode_token(
-            x, b_dec, scale, outlier_norm, router, W_enc, b_enc, k, centered, gated
-        )
-    shape, x = (*x.shape[:-1], k), x.reshape(1, -1)
-    outlier, expert, gate = x.float().norm() > outlier_norm, 0, None
-    if router is not None:
-        weight, b_router = router
-        logits = torch.mm(x.to(weight.dtype) * scale - b_router, weight.T)
-        expert = int(logits.argmax(1))  # the first of several maxima
-        gate = logits.softmax(1)[:, expert] if gated else None
-    x = x - wide(b_dec) / scale if centered else x
-    pre = W_enc.new_empty(1, W_enc.shape[1])
-    products(x.to(W_enc.dtype), W_enc[expert], pre)
-    if b_enc is not None:
-        pre += b_enc[expert] / scale
-    acts, ids = pre.topk(k, sorted=False)
-    acts = torch.fmax(acts, _ZERO)  # which takes 0 of 0 and nan
-    if gate is not None:
-        acts *= gate
-    if outlier:
-        acts.zero_()
-    return acts.view(shape), ids.add_(expert * W_enc.shape[1]).view(shape)
+
+    def __init__(self, weights: Weights, rules: Rules) -> None:
+        self._of = _seen(weights, rules)
+        W_enc = weights[5]
+        (E, m, d), k = W_enc.shape, rules[0]
+        self.can = takes_native() and _are_as_described(weights, k)
+        self._dtype, self._is_long = W_enc.dtype, m * d >= _WORTH_A_THREAD
+        self._layout = _Layout(*self._of[0], E, m, d, *rules, W_enc.dtype == torch.bfloat16)
+        self._at = ctypes.addressof(self._layout)
+        self._k, self.width, self._num_features = k, d, E * m
+        self._like: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def holds(self, weights: Weights, rules: Rules) -> bool:
+        """Whether all is where and as it was."""
+        return self._of == _seen(weights, rules)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., d] of one token -> acts [..., k] in the dtype of W_enc, ids [..., k] int64.
+
+        A token whose norm is over outlier_norm has no activation.
+        """
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
+        like_acts, like_ids, _ = self._results_of(x.ndim)
+        acts, ids = torch.empty_like(like_acts), torch.empty_like(like_ids)
+        threads = torch.get_num_threads() if self._is_long else 1
+        native.encode_token(self._at, x.data_ptr(), acts.data_ptr(), ids.data_ptr(), threads)
+        return acts, ids
+
+    def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
+        """acts, ids [..., slots] of one token -> y [..., d] in the dtype of W_dec.
+
+        Raises:
+            FeatureIdError: an id of no feature.
+        """
+        if acts.dtype != self._dtype or not acts.is_contiguous():
+            acts = acts.to(self._dtype).contiguous()
+        if ids.dtype != torch.int64 or not ids.is_contiguous():
+            ids = ids.to(torch.int64).contiguous()
+        y = torch.empty_like(self._results_of(acts.ndim)[2])
+        at, slots = acts.data_ptr(), acts.numel()
+        native.decode_token(self._at, at, ids.data_ptr(), slots, self._num_features, y.data_ptr())
+        return y
+
+    def _results_of(self, ndim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What acts, ids and y are to be like: the fastest way to make one."""
+        if (like := self._like.get(ndim)) is None:
+            ones = (1,) * (ndim - 1)
+            like = self._like[ndim] = (
+                torch.empty(*ones, self._k, dtype=self._dtype),
+                torch.empty(*ones, self._k, dtype=torch.int64),
+                torch.empty(*ones, self.width, dtype=self._dtype),
+            )
+        return like
 
 
-def decode_token(acts: Tensor, ids: Tensor, W_dec: Tensor, b_dec: Tensor, scale: Tensor) -> Tensor:
-    """As `reference.sparse_decode` of one token, plus b_dec / scale.
-
-    Args:
-        acts, ids: [..., k] of one token.
-        W_dec: [E, m, d].
-        b_dec: [d], in scaled units.
-        scale: [] float32.
-
-    Returns:
-        [..., d] in the dtype of W_dec.
-    """
-    acts = acts if acts.dtype == W_dec.dtype else acts.to(W_dec.dtype)
-    if _is_native(b_dec, W_dec):
-        return native.decode_token(acts, ids, W_dec, b_dec, scale)
-    rows = W_dec.view(-1, len(b_dec)).index_select(0, ids.reshape(-1))
-    y = torch.mv(rows.T, acts.reshape(-1)).add_((wide(b_dec) / scale).to(rows.dtype))
-    return y.view(*acts.shape[:-1], len(b_dec))
+_plans: WeakKeyDictionary[nn.Module, TokenPlan] = WeakKeyDictionary()
 
 
-def _is_native(b_dec: Tensor, weight: Tensor) -> bool:
+def token_plan(owner: nn.Module, weights: Weights, rules: Rules) -> TokenPlan | None:
+    """The plan of an SAE's weights, which `owner` has; None if the kernels can't take them."""
+    plan = _plans.get(owner)
+    if plan is None or not plan.holds(weights, rules):
+        plan = _plans[owner] = TokenPlan(weights, rules)
+    return plan if plan.can else None
+
+
+def _seen(weights: Weights, rules: Rules) -> tuple[Any, ...]:
+    """What a plan rests on: a weight may be replaced, or get other memory, at any time."""
+    W_enc, W_dec = weights[5], weights[7]
+    places = [None if t is None else t.data_ptr() for t in weights]
+    return places, rules, W_enc.dtype, W_enc.shape, W_dec.shape, takes_native()
+
+
+def _are_as_described(weights: Weights, k: int) -> bool:
+    """Whether all lies row by row in a CPU's memory, as `Weights` has it."""
+    *numbers, b_dec, W_enc, b_enc, W_dec = weights
+    (E, m, d), low = W_enc.shape, W_enc.dtype
+    shapes = ((), (), (E, d), (d,)), ((d,), (E, m, d), (E, m), (E, m, d))
+    wanted = [
+        *zip(numbers, shapes[0], (torch.float32,) * 4, strict=True),
+        *zip((b_dec, W_enc, b_enc, W_dec), shapes[1], (low,) * 4, strict=True),
+    ]
+    has_router = numbers[2] is not None and numbers[3] is not None
     return (
-        backend_for(_CPU, torch.float32) is native
-        and weight.dtype == b_dec.dtype
-        and weight.dtype in native.TOKEN_DTYPES
-        and weight.is_contiguous()
+        low in _DTYPES
+        and 1 <= k <= m
+        and has_router == (E > 1)
+        and all(
+            type(t) in PLAIN
+            and t.device.type == "cpu"
+            and t.dtype == dtype
+            and t.shape == shape
+            and t.is_contiguous()
+            for t, shape, dtype in wanted
+            if t is not None
+        )
     )

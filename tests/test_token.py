@@ -1,0 +1,226 @@
+"""A single token by the native kernels: what the general computation makes of it, or not at all."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from saes import KINDS, NORMED, make
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from hf_switch_sae import SparseFeatures, SwitchSAE, ops
+from hf_switch_sae.errors import FeatureIdError, WidthError
+from hf_switch_sae.ops import native, token
+
+WHY_NOT = native.why_not(torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+TAKEN = ("switch", "switch_with_bias", "k_is_all_of_an_expert", "no_router_weight", "plain_topk")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def generally(compute, *given):
+    """Without the path of a single token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SwitchSAE, "_token_plan", lambda self, of_tokens: None)
+        return compute(*given)
+
+
+def is_taken(sae: SwitchSAE, x: torch.Tensor) -> bool:
+    return sae._token_plan(x) is not None
+
+
+def assert_as_in_general(sae: SwitchSAE, x: torch.Tensor) -> None:
+    mine, wanted = sae.encode(x), generally(sae.encode, x)
+    assert (mine.acts.dtype, mine.ids.dtype) == (wanted.acts.dtype, wanted.ids.dtype)
+    assert mine.acts.shape == mine.ids.shape == (*x.shape[:-1], sae.config.k)
+    loose = 1e-5 if sae.dtype == torch.float32 else 0.03
+    close = {"atol": loose, "rtol": loose, "equal_nan": True}
+    if sae.dtype == torch.float32:  # in others, ties are common
+        torch.testing.assert_close(mine.to_dense(), wanted.to_dense(), **close)
+    else:
+        torch.testing.assert_close(mine.acts.sort().values, wanted.acts.sort().values, **close)
+    m = sae.config.features_per_expert
+    assert (mine.ids // m == wanted.ids.flatten()[0] // m).all()
+    y, wanted = sae.decode(wanted), generally(sae.decode, wanted)
+    assert y.dtype == wanted.dtype
+    torch.testing.assert_close(y, wanted, **close)
+
+
+@DTYPE
+@pytest.mark.parametrize("centered", [True, False], ids=["centered", "as_it_is"])
+@pytest.mark.parametrize("kind", TAKEN)
+def test_it_is_encoded_and_decoded_as_in_general(kind, centered, dtype):
+    sae = make(kind, subtract_b_dec=centered).to(dtype)
+    for shape in ((16,), (1, 16), (1, 1, 16)):
+        for x in torch.randn(20, *shape, dtype=dtype):
+            assert is_taken(sae, x)
+            assert_as_in_general(sae, x)
+    assert_as_in_general(sae, torch.randn(1, 16, dtype=torch.float64))
+    assert_as_in_general(sae, torch.randn(1, 32)[:, ::2])
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS, *NORMED} - {*TAKEN}))
+def test_other_rules_are_left_to_the_general_computation(kind):
+    assert not is_taken(make(kind), torch.randn(1, 16))
+
+
+@DTYPE
+@pytest.mark.parametrize("of", ["nan", "inf", "outlier", "zero"])
+def test_tokens_at_the_edge(of, dtype):
+    sae = make("switch_with_bias").to(dtype)
+    sae.outlier_norm.fill_(50.0)
+    x = torch.randn(1, 16, dtype=dtype)
+    x = {"nan": x * torch.nan, "inf": x * torch.inf, "outlier": x * 100, "zero": x * 0}[of]
+    acts = sae.encode(x).acts
+    wanted = generally(sae.encode, x).acts
+    close = {"atol": 0.02, "rtol": 0.02, "equal_nan": True}
+    torch.testing.assert_close(acts.sort().values, wanted.sort().values, **close)
+    if of in ("inf", "outlier"):
+        assert not acts.any()
+
+
+def test_of_equal_experts_it_goes_to_the_first():
+    sae = make("switch")
+    sae.router.weight.zero_()
+    sae.router.weight[1:3] = 1.0
+    x = torch.ones(1, 16) + sae.b_router / sae.input_scale
+    assert (sae.encode(x).ids // sae.config.features_per_expert == 1).all()
+
+
+def test_it_is_taken_only_where_nothing_else_is_asked_for():
+    sae, x = make("switch"), torch.randn(1, 16)
+    assert is_taken(sae, x)
+    assert not is_taken(sae, torch.randn(2, 16))
+    assert not is_taken(make("switch", groups=2), x)
+    with torch.enable_grad():
+        assert not is_taken(sae, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not is_taken(sae, x)
+    with ops.use_backend("eager"):
+        assert not is_taken(sae, x)
+        assert_as_in_general(sae, x)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert not is_taken(sae, mode.from_tensor(x))
+    assert not is_taken(sae.to(torch.float64), x)
+    with pytest.raises(WidthError):
+        make("switch").encode(torch.randn(1, 17))
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.stack([tensor, torch.randn_like(tensor)], -1)[..., 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["b_dec", "b_router", "router.weight", "W_enc", "b_enc", "W_dec", "outlier_norm"]
+)
+@pytest.mark.parametrize("how", [strided, torch.Tensor.double], ids=["strided", "double"])
+def test_weights_that_lie_otherwise_are_not_read_as_if_they_did_not(name, how):
+    sae, x = make("switch_with_bias"), torch.randn(1, 16)
+    module = sae.experts[0] if name in ("W_enc", "b_enc", "W_dec") else sae
+    *path, last = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    tensor = getattr(module, last)
+    if tensor.ndim == 0 and how is strided:
+        return
+    changed = how(tensor.detach().clone())
+    if isinstance(tensor, nn.Parameter):
+        setattr(module, last, nn.Parameter(changed))
+    else:
+        module._buffers[last] = changed
+    assert not is_taken(sae, x)
+    if how is strided:
+        assert_as_in_general(sae, x)
+
+
+def test_a_plan_follows_its_weights():
+    sae, x = make("switch_with_bias"), torch.randn(1, 16)
+    changes = (
+        lambda: sae.experts[0].W_enc.mul_(-1),
+        lambda: sae.b_dec.add_(1),
+        lambda: sae.input_scale.fill_(2.0),
+        lambda: setattr(sae.experts[0].W_dec, "data", torch.randn(4, 6, 16)),
+        lambda: setattr(sae.experts[0], "W_enc", nn.Parameter(torch.randn(4, 6, 16))),
+        lambda: setattr(sae.config, "k", 5),
+        lambda: setattr(sae.config, "apply_router_probs", False),
+        lambda: setattr(sae.config, "subtract_b_dec", False),
+        lambda: sae.load_state_dict({k: 0.5 * v for k, v in sae.state_dict().items()}),
+        lambda: sae.to(torch.bfloat16),
+        lambda: sae.to(torch.float32),
+    )
+    for change in (lambda: None, *changes):
+        change()
+        assert is_taken(sae, x)
+        assert_as_in_general(sae, x)
+    other = copy.deepcopy(sae)
+    other.b_dec.zero_()
+    assert_as_in_general(other, x)
+    assert_as_in_general(sae, x)
+
+
+def test_a_plan_is_made_once_and_goes_with_the_sae():
+    sae, x = make("switch"), torch.randn(1, 16)
+    plan = sae._token_plan(x)
+    assert sae._token_plan(torch.randn(16)) is plan
+    before = len(token._plans)
+    del sae
+    assert len(token._plans) == before - 1
+
+
+@pytest.mark.parametrize("wrong", [-1, 24])
+def test_a_feature_that_is_not_there_is_refused(wrong):
+    sae = make("switch")
+    for ids in (torch.tensor([[0, wrong]]), torch.tensor([[0, wrong]], dtype=torch.int32)):
+        with pytest.raises(FeatureIdError, match=f"no feature {wrong}: there are 0 to 23"):
+            sae.decode(SparseFeatures(torch.ones(1, 2), ids, 24))
+        assert sae.decode(SparseFeatures(torch.tensor([[1.0, 0.0]]), ids, 24)).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (0,)])
+def test_no_tokens_and_no_slots_are_no_single_token(shape):
+    sae = make("switch")
+    assert not is_taken(sae, torch.randn(shape))
+    no_slots = SparseFeatures(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.int64), 24)
+    assert not is_taken(sae, no_slots.acts)
+    assert not is_taken(sae, no_slots.acts[:0])
+
+
+def test_features_of_other_widths_and_dtypes_are_decoded():
+    sae = make("switch")
+    for slots in (1, 2, 7):
+        ids = torch.randperm(24)[None, :slots]
+        for features in (
+            SparseFeatures(torch.randn(1, slots), ids, 24),
+            SparseFeatures(torch.randn(1, slots, dtype=torch.float64), ids.int(), 24),
+            SparseFeatures(torch.randn(1, 2 * slots)[:, ::2], ids, 24),
+        ):
+            wanted = generally(sae.decode, features)
+            torch.testing.assert_close(sae.decode(features), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_sharded_weights_are_left_to_their_own_hooks(tmp_path):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        for whole in (True, False):
+            sae, x = make("switch"), torch.randn(1, 16)
+            features = sae.encode(x)
+            wanted = sae.decode(features)
+            fully_shard(sae.experts[0])
+            if whole:
+                fully_shard(sae)
+            assert not is_taken(sae, x)
+            sae(torch.randn(5, 16))
+            # what is whole after a forward pass is taken as it lies
+            assert is_taken(sae, x) != whole
+            torch.testing.assert_close(sae.decode(features), wanted, atol=1e-5, rtol=1e-5)
+    finally:
+        dist.destroy_process_group()
