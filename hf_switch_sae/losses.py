@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_switch_sae import ops
 from hf_switch_sae.precision import wide_dtype
 
 
@@ -59,15 +60,9 @@ def batch_sums(
     """
     # in float64 the square of the mean can be taken off again without losing digits
     widest = torch.float32 if x.device.type == "mps" else torch.float64
-    dtype = wide_dtype(x)
     tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
-    total = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-    squares = total.new_zeros(())
-    for rows in _blocks(x):
-        total += _counted(x[rows].to(dtype), rows, counts).sum(0)
-    mean = total / tokens.clamp_min(1)
-    for rows in _blocks(x):
-        squares += _counted(x[rows].to(dtype) - mean, rows, counts).square_().sum()
+    mean = ops.column_sums(x, counts) / tokens.clamp_min(1)
+    _, squares = ops.squared_sums(x, None, mean, counts)
     tokens, mean = tokens.to(widest), mean.to(widest)
     head = torch.stack([tokens, squares.to(widest) + tokens * mean.square().sum()])
     parts = [head, tokens * mean]
@@ -125,7 +120,7 @@ def fvu_formula(
 
 
 class _Fvu(torch.autograd.Function):
-    """In few passes over rows that stay in cache; no temporary is as large as the batch."""
+    """In as few passes over the rows as there can be."""
 
     @staticmethod
     def forward(
@@ -136,19 +131,10 @@ class _Fvu(torch.autograd.Function):
         known: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        dtype = wide_dtype(x, x_hat)
-        mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-        tokens: int | Tensor = len(x) if counts is None else counts.sum()
+        mean, tokens = None, len(x) if counts is None else counts.sum()
         if known is None:
-            for rows in _blocks(x):
-                mean += _counted(x[rows].to(dtype), rows, counts).sum(0)
-            mean /= tokens
-        error, deviation = mean.new_zeros(()), mean.new_zeros(())
-        for rows in _blocks(x):
-            part = x[rows].to(dtype)
-            error += _squares(_counted(part - x_hat[rows], rows, counts))
-            if known is None:
-                deviation += _squares(_counted(part - mean, rows, counts))
+            mean = ops.column_sums(x, counts) / tokens
+        error, deviation = ops.squared_sums(x, x_hat, mean, counts)
         fvu: Tensor = error / (deviation if known is None else known)
         if known is not None:
             deviation = known
@@ -156,7 +142,7 @@ class _Fvu(torch.autograd.Function):
             fvu = fvu.where(tokens > 1, torch.nan)
         elif tokens <= 1:
             fvu = torch.full_like(fvu, torch.nan)
-        ctx.known, ctx.bias_dtype = known is not None, None if bias is None else bias.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, x_hat, counts, mean, deviation, fvu)
         return fvu
 
@@ -165,46 +151,22 @@ class _Fvu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, x_hat, counts, mean, deviation, fvu = ctx.saved_tensors
         need_x, need_x_hat, *_, need_bias = ctx.needs_input_grad
-        d_x = torch.empty_like(x) if need_x else None
-        d_x_hat = torch.empty_like(x_hat) if need_x_hat else None
-        d_bias = torch.zeros_like(mean) if need_bias else None
         scale = 2 * grad / deviation
-        for rows in _blocks(x):
-            place = None
-            if d_x_hat is not None and d_x_hat.dtype == mean.dtype and counts is None:
-                place = d_x_hat[rows]
-            d_error = torch.sub(x_hat[rows].to(mean.dtype), x[rows], out=place).mul_(scale)
-            d_error = _counted(d_error, rows, counts)
-            if d_x_hat is not None and place is None:
-                d_x_hat[rows] = d_error
-            if d_bias is not None:
-                d_bias += d_error.sum(0)
-            if d_x is not None:  # the mean's own gradient is 0, as deviations add up to 0
-                d_x[rows] = -d_error
-                if not ctx.known:
-                    d_deviation = (x[rows].to(mean.dtype) - mean).mul_(scale * fvu)
-                    d_x[rows] -= _counted(d_deviation, rows, counts)
-        return d_x, d_x_hat, None, None, None if d_bias is None else d_bias.to(ctx.bias_dtype)
-
-
-def _blocks(x: Tensor) -> list[slice]:
-    """The rows of x [n, d]: on a CPU as many at a time as stay in cache."""
-    size = max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
-
-
-def _squares(rows: Tensor) -> Tensor:
-    """The sum of the squares of rows [m, d], 0-d; on a CPU a dot product reads twice as fast."""
-    if rows.device.type == "cpu":
-        flat = rows.flatten()
-        return flat.dot(flat)
-    norm: Tensor = torch.linalg.vector_norm(rows)
-    return norm.square()
-
-
-def _counted(part: Tensor, rows: slice, counts: Tensor | None) -> Tensor:
-    """Rows [m, d] of at least float32, 0 where they do not count."""
-    return part if counts is None else part.where(counts[rows, None], 0)
+        d_x, d_x_hat, d_bias = None, None, None
+        if need_x_hat or need_bias:
+            d_x_hat, d_bias = ops.scaled_errors(x, x_hat, scale, counts, need_bias)
+        if need_x:
+            d_x, _ = ops.scaled_errors(x_hat, x, scale, counts, False)
+            if mean is not None:  # whose own gradient is 0, as deviations add up to 0
+                rows = mean.expand_as(x)
+                d_x -= ops.scaled_errors(rows, x, scale * fvu, counts, False)[0]
+        return (
+            d_x,
+            d_x_hat if need_x_hat else None,
+            None,
+            None,
+            None if d_bias is None else d_bias.to(ctx.bias_dtype),
+        )
 
 
 def balance_of(

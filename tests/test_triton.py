@@ -13,7 +13,7 @@ import torch
 from bench import gpu
 from torch import Tensor
 
-from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig, ops
+from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig, losses, ops
 from hf_switch_sae.ops import reference, triton_kernels, triton_rows, triton_sums
 
 pytestmark = pytest.mark.skipif(triton_kernels.triton is None, reason="Triton is not installed")
@@ -299,6 +299,57 @@ def test_there_is_a_bound_to_the_memory_of_sums_by_expert():
     assert not triton_sums.worth_it(1, 32, 1024, torch.float32)
 
 
+# ---------------------------------------------------------------- the losses
+
+
+ROWS_OF = pytest.mark.parametrize(("n", "d"), [(0, 5), (1, 1), (65, 37), (130, 300)], ids=str)
+
+
+@DTYPE
+@ROWS_OF
+@pytest.mark.parametrize("counted", [True, False], ids=["some_count", "all_count"])
+def test_sums_over_rows_agree_with_torchs_operators(dtype, n, d, counted):
+    x, x_hat = (torch.randn(n, d).to(dtype) for _ in range(2))
+    counts = torch.rand(n) < 0.7 if counted else None
+    mean, scale = torch.randn(d), torch.tensor(-1.5)
+    if counted:
+        x[~counts] = torch.nan
+    close = {"atol": 1e-3, "rtol": 1e-4}
+    calls = (
+        lambda: ops.column_sums(x, counts),
+        lambda: ops.squared_sums(x, x_hat, mean, counts),
+        lambda: ops.squared_sums(x, None, mean, counts),
+        lambda: ops.squared_sums(x, x_hat, None, counts),
+    )
+    for call in calls:
+        wanted = call()
+        with ops.use_backend("triton"):
+            torch.testing.assert_close(call(), wanted, **close)
+    for want_sums in (True, False):
+        wanted, sums = ops.scaled_errors(x, x_hat, scale, counts, want_sums)
+        with ops.use_backend("triton"):
+            errors, mine = ops.scaled_errors(x, x_hat, scale, counts, want_sums)
+        assert_exact_up_to_rounding(errors, wanted.double(), dtype)
+        assert (mine is None) == (not want_sums)
+        if mine is not None:
+            torch.testing.assert_close(
+                mine, sums, atol=0.05 if dtype != torch.float32 else 1e-3, rtol=1e-2
+            )
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["some_count", "all_count"])
+def test_fvu_and_its_gradients_are_those_of_the_formula(counted):
+    counts = torch.rand(70) < 0.7 if counted else None
+    x, x_hat = (torch.randn(70, 20, requires_grad=True) for _ in range(2))
+    bias = torch.randn(20, requires_grad=True)
+    wanted = losses.fvu_formula(x, x_hat, counts, None, bias)
+    gradients = torch.autograd.grad(wanted, (x, x_hat, bias))
+    with ops.use_backend("triton"):
+        mine = losses.fvu_of(x, x_hat, counts, None, bias)
+        torch.testing.assert_close(torch.autograd.grad(mine, (x, x_hat, bias)), gradients)
+    torch.testing.assert_close(mine, wanted)
+
+
 # ---------------------------------------------------------------- the optimizer
 
 
@@ -449,6 +500,7 @@ def test_every_kernel_compiles_for_an_h100_and_products_use_its_tensor_cores():
     )
     kernels = json.loads(done.stdout)
     others = {"long_sums", "spread", "expert_sums", "adam_rows"}
+    others |= {"column_sums", "squared_sums", "scaled_errors"}
     assert {name.split()[0] for name in kernels} == {*PRIMITIVES, *others}
     for name, kernel in kernels.items():
         assert kernel["shared"] <= 227 * 1024, name

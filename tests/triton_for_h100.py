@@ -12,11 +12,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_switch_sae.ops import triton_adam, triton_launch, triton_rows, triton_sums
+from hf_switch_sae.ops import (
+    triton_adam,
+    triton_deviations,
+    triton_launch,
+    triton_rows,
+    triton_sums,
+)
 from hf_switch_sae.ops import triton_kernels as kernels
 
 TYPES = dict.fromkeys(("rows_ptr", "ids_ptr", "offsets_ptr", "order_ptr", "begins_ptr"), "i64")
 TYPES |= {"keys_ptr": "i16", "parts_ptr": "fp32"}
+TYPES |= {"counts_ptr": "u8", "mean_ptr": "fp32"}
 TYPES |= dict.fromkeys(("step_ptr", "scale_ptr", "lr_ptr"), "fp32")
 NUMBERS = dict.fromkeys(("lr", "log_beta1", "log_beta2", "keep1", "keep2", "eps"), "fp32")
 SHIFT = {"bf16": 16, "fp32": 0}
@@ -63,7 +70,7 @@ def main() -> None:
         for tile in tiles[dtype] if everything else tiles[dtype][1:2]:
             report[f"expert_products {dtype} {tile}"] = products(dtype, tile)
         row = {"m": 1536, "k": 32, "SHIFT": SHIFT[dtype], "BLOCK": 2048, "SLOTS": 32}
-        report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=8)
+        report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=4)
         tiles_of_rows = {
             "gather_sum": triton_rows._whole_rows(768),
             "row_dots": {"BLOCK_K": 16, "BLOCK_D": 256},
@@ -77,6 +84,11 @@ def main() -> None:
             report[f"{name} {dtype}"] = compiled(kernel, dtype, sizes, **options)
         spread = {"k": 32, "m": 1536, "BLOCK": 1024}
         report[f"spread {dtype}"] = compiled(triton_sums._spread, dtype, spread)
+        rows = {"d": 768, "COUNTED": True, "ROWS": triton_deviations.ROWS, "STEP": 8, "BLOCK": 256}
+        for name in ("column_sums", "squared_sums", "scaled_errors"):
+            given = {"HAS_HAT": True, "HAS_MEAN": True} if name == "squared_sums" else {}
+            kernel = getattr(triton_deviations, f"_{name}")
+            report[f"{name} {dtype}"] = compiled(kernel, dtype, {**rows, **given})
         row = {"d": 768, "BLOCK": 1024, "LR_AT": False, "UNIT_ROWS": True}
         report[f"adam_rows {dtype}"] = compiled(triton_adam._adam_rows, dtype, row, num_warps=4)
     for tile in triton_sums.TILES if everything else triton_sums.TILES[:1]:

@@ -1,12 +1,15 @@
 """The numerical kernels, on plain tensors.
 
 `reference` holds the definitions; `routed` the computation, over the primitives of a backend
-(`native`, `eager`, `triton_kernels`, or the naive ones of `reference`) that `backends` chooses.
+(`native`, `eager`, `triton_kernels`, or the naive ones of `reference`) that `backends` chooses;
+`operators` what autograd and `torch.compile` see of it; `token` the short way of a single token.
 """
 
 from hf_switch_sae.ops.backends import BACKENDS, backend_for, explain_backends, use_backend
+from hf_switch_sae.ops.deviations import column_sums, scaled_errors, squared_sums
 from hf_switch_sae.ops.memory import release_gradient_of
-from hf_switch_sae.ops.routed import keep_largest, routed_encode, sparse_decode
+from hf_switch_sae.ops.operators import routed_encode, sparse_decode
+from hf_switch_sae.ops.routed import keep_largest
 from hf_switch_sae.ops.routing import route, sort_by_expert
 from hf_switch_sae.ops.token import PLAIN, TokenPlan, token_plan
 
@@ -15,13 +18,16 @@ __all__ = [
     "PLAIN",
     "TokenPlan",
     "backend_for",
+    "column_sums",
     "explain_backends",
     "keep_largest",
     "release_gradient_of",
     "route",
     "routed_encode",
+    "scaled_errors",
     "sort_by_expert",
     "sparse_decode",
+    "squared_sums",
     "token_plan",
     "use_backend",
 ]

@@ -1,16 +1,9 @@
-"""Routed encode and sparse decode with their hand-written backward, over a backend's primitives.
+"""Routed encode and sparse decode and their backward, over a backend's primitives.
 
 Only routed experts are computed. The gradient of the pre-activations is k-sparse, and nothing of
 size tokens x num_features is allocated: pairs are taken in chunks whose pre-activations fit a
-workspace. Written once for all backends (`backends.py`); letters as in `reference.py`.
-
-Each direction is a custom operator: opaque to `torch.compile`, which would otherwise trace the
-backend's loops, and called directly where nothing is recorded, as decoding a single token costs
-less than dispatching it.
-
-Beware Indexing a parameter by expert under autograd would add a full-size gradient for every
-       expert; weights are only indexed inside the operators, where a slice is a view and nothing is
-       recorded.
+workspace. Written once for all backends (`backends.py`), without autograd (`operators.py`); letters
+as in `reference.py`.
 """
 
 from __future__ import annotations
@@ -34,38 +27,6 @@ CPU_WORKSPACE_BYTES = 24 * 2**20
 the C library would give back to the system after every use."""
 GPU_WORKSPACE_BYTES = 512 * 2**20
 """The same on other devices, which want many tokens at once."""
-
-
-def routed_encode(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    expert_ids: Tensor,
-    gates: Tensor | None,
-    k: int | None,
-    threshold: Tensor | None = None,
-    batch_topk: bool = False,
-    center: Tensor | None = None,
-    in_order: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """As `reference.routed_encode`, computing only the experts that tokens visit.
-
-    Under autocast the products are taken in its dtype; what is kept is in that of `W_enc`.
-    """
-    n, t = expert_ids.shape
-    if n == 0:
-        slots = k if k is not None and not batch_topk else 1
-        return W_enc.new_zeros(0, slots), expert_ids.new_zeros(0, slots)
-    given = x, center, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, in_order, _low(x)
-    if torch.compiler.is_compiling() or _is_recorded(x, center, W_enc, b_enc):
-        acts, ids = _encode_op(*given)
-    else:
-        acts, ids = _encode_pairs(*given)
-    if gates is not None:
-        acts = (acts * gates.reshape(n * t, 1)).to(acts.dtype)
-    if t > 1:
-        acts, ids = keep_largest(acts.reshape(n, -1), ids.reshape(n, -1), None if batch_topk else k)
-    return acts, ids
 
 
 def keep_largest(
@@ -94,26 +55,6 @@ def keep_largest(
     return acts, ids.gather(1, slot)
 
 
-def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = False) -> Tensor:
-    """As `reference.sparse_decode`; under autocast W_dec's gradient may be summed from products in
-    its dtype."""
-    ids = ids.to(torch.int64)
-    if torch.compiler.is_compiling() or _is_recorded(acts, W_dec):
-        y: Tensor = _decode_op(acts, ids, W_dec, in_order, _low(acts))
-        return y
-    return _decode(acts, ids, W_dec, in_order, None)
-
-
-def _low(x: Tensor) -> torch.dtype | None:
-    """What autocast takes products in on x's device, if it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _is_recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def _border(acts: Tensor, count: int) -> Tensor:
     """The count-th largest of all activations, 0-d; the smallest if there are fewer."""
     return acts.flatten().topk(min(count, acts.numel()), sorted=False).values.amin()
@@ -136,7 +77,7 @@ def _without_autocast(compute: _Compute) -> _Compute:
 
 
 @_without_autocast
-def _encode_pairs(
+def encode_pairs(
     x: Tensor,
     center: Tensor | None,
     W_enc: Tensor,
@@ -256,7 +197,7 @@ def _select_in_batch(visits: _Visits, k: int, count: int) -> tuple[Tensor, Tenso
 
 
 @_without_autocast
-def _encode_backward(
+def encode_backward(
     d_acts: Tensor,
     acts: Tensor,
     ids: Tensor,
@@ -297,16 +238,17 @@ def _encode_backward(
 
 
 @_without_autocast
-def _decode(
+def decode(
     acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool, low: torch.dtype | None
 ) -> Tensor:
+    """As `reference.sparse_decode`."""
     backend = backend_for(acts.device, W_dec.dtype)
     y: Tensor = backend.gather_sum(acts, ids, W_dec.reshape(-1, W_dec.shape[-1]))
     return y
 
 
 @_without_autocast
-def _decode_backward(
+def decode_backward(
     d_y: Tensor,
     acts: Tensor,
     ids: Tensor,
@@ -343,122 +285,3 @@ def _weight_gradient(
     out = None if grad is None else grad.view(-1, d)
     total: Tensor = backend.scatter_sum(coefs, ids, x, weight.numel() // d, out, E, low)
     return total.view(weight.shape) if grad is None else grad
-
-
-# ---------------------------------------------------------------- as operators of torch
-
-
-_encode_op = torch.library.custom_op("hf_switch_sae::routed_encode", _encode_pairs, mutates_args=())
-_encode_backward_op = torch.library.custom_op(
-    "hf_switch_sae::routed_encode_backward", _encode_backward, mutates_args=()
-)
-_decode_op = torch.library.custom_op("hf_switch_sae::sparse_decode", _decode, mutates_args=())
-_decode_backward_op = torch.library.custom_op(
-    "hf_switch_sae::sparse_decode_backward", _decode_backward, mutates_args=()
-)
-
-
-@_encode_op.register_fake
-def _(
-    x: Tensor,
-    center: Tensor | None,
-    W_enc: Tensor,
-    b_enc: Tensor | None,
-    expert_ids: Tensor,
-    gates: Tensor | None,
-    k: int | None,
-    threshold: Tensor | None,
-    batch_topk: bool,
-    in_order: bool,
-    low: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    slots: int | torch.SymInt
-    if k is None or batch_topk:  # as many as the fullest pair has, known when it runs
-        slots = torch.library.get_ctx().new_dynamic_size(min=1)
-    else:
-        slots = min(k, W_enc.shape[1])
-    pairs = expert_ids.numel()
-    return W_enc.new_empty(pairs, slots), expert_ids.new_empty(pairs, slots)
-
-
-@_encode_backward_op.register_fake
-def _(
-    d_acts: Tensor,
-    acts: Tensor,
-    ids: Tensor,
-    x: Tensor,
-    W_enc: Tensor,
-    need_x: bool,
-    need_W: bool,
-    need_b: bool,
-    need_center: bool,
-    in_order: bool,
-    low: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(W_enc.dtype, torch.float32)
-    return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(W_enc) if need_W else x.new_empty(0),
-        W_enc.new_empty(W_enc.shape[:2]) if need_b or need_center else x.new_empty(0),
-        x.new_empty(x.shape[1], dtype=wide) if need_center else x.new_empty(0),
-    )
-
-
-@_decode_op.register_fake
-def _(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool, low: torch.dtype | None) -> Tensor:
-    return W_dec.new_empty(len(acts), W_dec.shape[-1])
-
-
-@_decode_backward_op.register_fake
-def _(
-    d_y: Tensor,
-    acts: Tensor,
-    ids: Tensor,
-    W_dec: Tensor,
-    need_acts: bool,
-    need_W: bool,
-    in_order: bool,
-    low: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(acts) if need_acts else d_y.new_empty(0, dtype=W_dec.dtype),
-        torch.empty_like(W_dec) if need_W else d_y.new_empty(0, dtype=W_dec.dtype),
-    )
-
-
-def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, center, W_enc, _, expert_ids, *_, in_order, low = inputs
-    ctx.in_order, ctx.low = in_order and expert_ids.shape[1] == 1, low
-    ctx.center_dtype = None if center is None else center.dtype
-    ctx.save_for_backward(x, W_enc, *output)
-
-
-def _differentiate_encode(ctx: Any, d_acts: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x, W_enc, acts, ids = ctx.saved_tensors
-    need_x, need_center, need_W, need_b, *_ = ctx.needs_input_grad
-    d_x, d_W, d_b, d_center = _encode_backward_op(
-        d_acts, acts, ids, x, W_enc, need_x, need_W, need_b, need_center, ctx.in_order, ctx.low
-    )
-    return (
-        d_x if need_x else None,
-        d_center.to(ctx.center_dtype) if need_center else None,
-        d_W if need_W else None,
-        d_b if need_b else None,
-        *[None] * 7,
-    )
-
-
-def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.in_order, ctx.low = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_decode(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-    need_acts, _, need_W, *_ = ctx.needs_input_grad
-    needed = need_acts, need_W, ctx.in_order, ctx.low
-    d_acts, d_W = _decode_backward_op(d_y, *ctx.saved_tensors, *needed)
-    return d_acts if need_acts else None, None, d_W if need_W else None, None, None
-
-
-_encode_op.register_autograd(_differentiate_encode, setup_context=_save_encode)
-_decode_op.register_autograd(_differentiate_decode, setup_context=_save_decode)

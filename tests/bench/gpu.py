@@ -429,7 +429,9 @@ def time_steps(
     torch.cuda.reset_peak_memory_stats()
     calls["step"]()
     peak = torch.cuda.max_memory_allocated() / 2**30
-    other = found.get("sparsify")
+    other, busy = found.get("sparsify"), {}
+    if device.type == "cuda":
+        busy = {name: device_time(calls[name]) for name in ("step", "sparsify") if name in calls}
     rows = [
         _row(
             f"training step, bf16 autocast (peak {peak:.2f} GiB)", found["step"], STEP_FLOOR, other
@@ -444,7 +446,26 @@ def time_steps(
     for name, text in told.items():
         if name in found:
             rows.append(_row(text, found[name], None if name == "passes" else STEP_FLOOR, None))
+    if busy:
+        text = "its kernels alone, as on a host that never keeps them waiting"
+        rows.insert(1, _row(text, busy["step"], STEP_FLOOR, busy.get("sparsify")))
     return rows, calls
+
+
+def device_time(call: Callable[[], Any], times: int = 5) -> float:
+    """Milliseconds that the device computes in a call, whatever the host takes to launch it."""
+    kinds = list(torch.profiler.supported_activities())
+    with torch.profiler.profile(activities=kinds) as found:
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+    kernels = (
+        event
+        for event in found.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation  # which spans kernels
+    )
+    return sum(event.time_range.elapsed_us() for event in kernels) / times / 1e3
 
 
 def profile(calls: dict[str, Callable[[], Any]]) -> str:

@@ -1,0 +1,87 @@
+"""Sums over the rows of a batch that the losses rest on: columns, squared errors, their gradient.
+
+x, x_hat [n, d]; counts [n] bool, which rows count, or None for all: others may be nan. Sums are in
+float32, or float64 where the rows are. The Triton kernels (`triton_deviations`) where they compute;
+else torch's operators, on a CPU over as many rows at a time as stay in cache: no temporary is as
+large as the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.ops import triton_deviations, triton_kernels
+from hf_switch_sae.ops.backends import backend_for
+from hf_switch_sae.precision import wide_dtype
+
+
+def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
+    """sum_n x[n], [d]."""
+    if _has_kernels(x):
+        return triton_deviations.column_sums(x, counts)
+    total = torch.zeros(x.shape[1], dtype=wide_dtype(x), device=x.device)
+    for rows in _blocks(x):
+        total += _counted(x[rows].to(total.dtype), rows, counts).sum(0)
+    return total
+
+
+def squared_sums(
+    x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """sum |x - x_hat|^2 and sum |x - mean|^2, 0-d; 0 of what is None."""
+    if _has_kernels(x, x_hat):
+        return triton_deviations.squared_sums(x, x_hat, mean, counts)
+    dtype = wide_dtype(x) if x_hat is None else wide_dtype(x, x_hat)
+    error, deviation = (torch.zeros((), dtype=dtype, device=x.device) for _ in range(2))
+    for rows in _blocks(x):
+        part = x[rows].to(dtype)
+        if x_hat is not None:
+            error += _squares(_counted(part - x_hat[rows], rows, counts))
+        if mean is not None:
+            deviation += _squares(_counted(part - mean, rows, counts))
+    return error, deviation
+
+
+def scaled_errors(
+    x: Tensor, x_hat: Tensor, scale: Tensor, counts: Tensor | None, want_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """scale [] * (x_hat - x), as x_hat and 0 where rows do not count; and its column sums [d]."""
+    if _has_kernels(x, x_hat):
+        return triton_deviations.scaled_errors(x, x_hat, scale, counts, want_sums)
+    dtype, errors = wide_dtype(x, x_hat), torch.empty_like(x_hat)
+    sums = torch.zeros(x.shape[1], dtype=dtype, device=x.device) if want_sums else None
+    for rows in _blocks(x):
+        place = errors[rows] if errors.dtype == dtype and counts is None else None
+        part = torch.sub(x_hat[rows].to(dtype), x[rows], out=place).mul_(scale)
+        part = _counted(part, rows, counts)
+        if place is None:
+            errors[rows] = part
+        if sums is not None:
+            sums += part.sum(0)
+    return errors, sums
+
+
+def _has_kernels(*parts: Tensor | None) -> bool:
+    kinds = {(part.device, part.dtype) for part in parts if part is not None}
+    return all(backend_for(*kind) is triton_kernels for kind in kinds)
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """The rows of x [n, d]: on a CPU as many at a time as stay in cache."""
+    size = max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """The sum of the squares of rows [m, d], 0-d; on a CPU a dot product reads twice as fast."""
+    if rows.device.type == "cpu":
+        flat = rows.flatten()
+        return flat.dot(flat)
+    norm: Tensor = torch.linalg.vector_norm(rows)
+    return norm.square()
+
+
+def _counted(part: Tensor, rows: slice, counts: Tensor | None) -> Tensor:
+    """Rows [m, d] of at least float32, 0 where they do not count."""
+    return part if counts is None else part.where(counts[rows, None], 0)
