@@ -183,7 +183,10 @@ class Experts(nn.ModuleList):
         return (wanted - found).square().sum(-1).T
 
     def decode(self, acts: Tensor, ids: Tensor, in_order: bool = False) -> Tensor:
-        """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`."""
+        """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`.
+
+        `in_order` is a hint: with several groups tokens are not in the order of each.
+        """
 
         def decode(g: ExpertGroup, acts: Tensor, ids: Tensor) -> Tensor:
             acts = acts.to(g.W_dec.dtype)

@@ -120,7 +120,7 @@ def fvu_formula(
 
 
 class _Fvu(torch.autograd.Function):
-    """In as few passes over the rows as there can be."""
+    """In few passes over the rows, where only x_hat needs a gradient, as in training."""
 
     @staticmethod
     def forward(
@@ -156,10 +156,10 @@ class _Fvu(torch.autograd.Function):
         if need_x_hat or need_bias:
             d_x_hat, d_bias = ops.scaled_errors(x, x_hat, scale, counts, need_bias)
         if need_x:
-            d_x, _ = ops.scaled_errors(x_hat, x, scale, counts, False)
+            d_x, _ = ops.scaled_errors(x_hat, x, scale, counts, want_sums=False)
             if mean is not None:  # whose own gradient is 0, as deviations add up to 0
                 rows = mean.expand_as(x)
-                d_x -= ops.scaled_errors(rows, x, scale * fvu, counts, False)[0]
+                d_x -= ops.scaled_errors(rows, x, scale * fvu, counts, want_sums=False)[0]
         return (
             d_x,
             d_x_hat if need_x_hat else None,

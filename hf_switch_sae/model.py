@@ -769,10 +769,12 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             None if router is None else router._parameters.get("weight"),
             own.get("b_router"),
             own["b_dec"],
-            experts["W_enc"],
+            experts.get("W_enc"),
             experts.get("b_enc"),
-            experts["W_dec"],
+            experts.get("W_dec"),
         )
+        if weights[5] is None or weights[7] is None:  # pruned, say: made anew by each forward
+            return None
         rules = config["k"], config["subtract_b_dec"], config["apply_router_probs"]
         return ops.token_plan(group, weights, rules)
 
@@ -923,16 +925,16 @@ _infinite = WeakTensorKeyDictionary()  # bound -> the version of it that was rea
 
 
 def _is_infinite(bound: Tensor) -> bool:
-    """Whether a bound [] is none; off the CPU, read once for each time it was written, as that
-    waits for the device."""
+    """Whether a bound [] is known to be none; off the CPU it is read once for each time it was
+    written (not through `.data`), as that waits for the device, and never within a CUDA graph."""
     if bound.device.type == "cpu":
         return math.isinf(bound)
     if bound.device.type == "meta" or bound.is_inference():  # which has no version
         return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
     version, answer = _infinite.get(bound, (None, False))  # type: ignore[no-untyped-call]
     if version != bound._version:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return False
         version, answer = bound._version, math.isinf(bound)
         _infinite[bound] = version, answer
     return bool(answer)

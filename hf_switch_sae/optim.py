@@ -4,8 +4,8 @@ At these sizes an optimizer step is limited by memory: every weight, gradient an
 once and, but for the gradient, written once. Doing the four things one after another reads and
 writes weights and gradients twice more; a backend's kernel (`adam_rows`) takes each row through all
 four. Where there is none, a block of rows goes through them while it is in a CPU's cache; on other
-devices a block is a whole weight. Of a weight that is sharded over
-processes (FSDP2) each process steps the rows it holds; only the norm is of the whole.
+devices a block is a whole weight. Of a weight that is sharded over processes (FSDP2) each process
+steps the rows it holds; only the norm is of the whole.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_switch_sae import ops
-from hf_switch_sae.ops import eager, memory, native, reference, routed, triton_kernels
+from hf_switch_sae import SwitchSAE, SwitchSAEConfig, ops
+from hf_switch_sae.errors import BackendError
+from hf_switch_sae.ops import backends, eager, memory, native, reference, routed, triton_kernels
 
 
 @dataclass(frozen=True)
@@ -386,6 +387,246 @@ def test_an_activation_must_exceed_its_threshold_router_weight_included(computat
 
 
 # ---------------------------------------------------------------- decode
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param("eager", torch.float64, id="fp64"),
+        pytest.param("eager", torch.float32, id="fp32"),
+        pytest.param(*NATIVE.values, torch.float32, marks=NATIVE.marks, id="native"),
+    ],
+    indirect=["backend"],
+)
+@pytest.mark.parametrize("shape", ["rows", "experts"])
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "gather"])
+@pytest.mark.parametrize("d", [37, 48, 129], ids="d{}".format)
+def test_decode_agrees_with_reference(monkeypatch, backend, dtype, shape, sampled, d):
+    if not sampled:
+        monkeypatch.setattr(eager, "_SAMPLED", ())
+        monkeypatch.setattr(eager, "CHUNK_BYTES", 1000)
+    acts = torch.randn(11, 4, dtype=dtype)  # of any sign: edits decode differences
+    acts[2], acts[5, 1:] = 0.0, 0.0
+    ids = torch.randint(24, (11, 4))
+    ids[3] = 7  # one feature in several slots: differences of edited features have such rows
+    W_dec = torch.randn((24, d) if shape == "rows" else (4, 6, d), dtype=dtype)
+    inputs = {"acts": acts.requires_grad_(), "W_dec": W_dec.requires_grad_()}
+
+    y = backend.sparse_decode(acts, ids, W_dec)
+
+    wanted = reference.sparse_decode(acts, ids, W_dec)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(y, wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(
+        gradients(y, inputs), gradients(wanted, inputs), atol=tolerance, rtol=tolerance
+    )
+
+
+@BACKEND
+def test_decode_in_bfloat16_agrees_with_float32_up_to_rounding(backend):
+    acts, ids = torch.rand(9, 4).bfloat16(), torch.randint(24, (9, 4))
+    W_dec = torch.randn(24, 48).bfloat16()
+    low = {"acts": acts.requires_grad_(), "W_dec": W_dec.requires_grad_()}
+    high = {name: value.detach().float().requires_grad_() for name, value in low.items()}
+
+    y = backend.sparse_decode(acts, ids, W_dec)
+
+    wanted = reference.sparse_decode(high["acts"], ids, high["W_dec"])
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), wanted, atol=0.05, rtol=0.02)
+    mine, exact = gradients(y, low), gradients(wanted, high)
+    for name, grad in mine.items():
+        torch.testing.assert_close(grad.float(), exact[name], atol=0.15, rtol=0.03)
+
+
+@BACKEND
+def test_gradients_agree_with_finite_differences(backend):
+    inputs = Case(n=4, d=5, E=3, m=4, k=2, t=2).tensors(torch.float64)
+    W_dec = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    rest = {name: inputs[name] for name in ("expert_ids", "k", "threshold", "batch_topk")}
+
+    def autoencode(x, W_enc, b_enc, gates, W_dec):
+        acts, ids = backend.routed_encode(x, W_enc, b_enc, gates=gates, **rest)
+        return backend.sparse_decode(acts, ids, W_dec)
+
+    leaves = (inputs["x"], inputs["W_enc"], inputs["b_enc"], inputs["gates"], W_dec)
+    assert torch.autograd.gradcheck(autoencode, leaves, eps=1e-7, atol=1e-6)
+
+
+# ---------------------------------------------------------------- route and selection
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_router_ties_go_to_the_lowest_index(computation, dtype, t):
+    route = computation.route
+    x = torch.ones(3, 6, dtype=dtype)
+    weight, bias = torch.zeros(5, 6), torch.zeros(5)
+
+    _, probs, expert_ids = route(x, weight, bias, t)
+    assert expert_ids.tolist() == [list(range(t))] * 3
+    torch.testing.assert_close(probs, torch.full((3, 5), 0.2))
+
+    bias[2:4] = 1.0  # two best of five: the lower first, then the other, then expert 0
+    assert route(x, weight, bias, t)[2].tolist() == [[2, 3, 0][:t]] * 3
+
+
+@BACKEND
+@pytest.mark.parametrize("t", [1, 2, 4])
+def test_route_agrees_with_reference(backend, t):
+    leaves = {
+        "x": torch.randn(19, 37).requires_grad_(),
+        "weight": torch.randn(4, 37).requires_grad_(),
+        "bias": torch.randn(4).requires_grad_(),
+    }
+    logits, probs, expert_ids = backend.route(**leaves, num_experts_per_token=t)
+    wanted = reference.route(**leaves, num_experts_per_token=t)
+
+    torch.testing.assert_close((logits, probs, expert_ids), wanted)
+    both = torch.cat([logits, probs], 1)
+    torch.testing.assert_close(
+        gradients(both, leaves), gradients(torch.cat(wanted[:2], 1), leaves), atol=1e-5, rtol=1e-5
+    )
+
+
+@BOTH
+def test_the_router_works_in_float32_under_autocast_and_on_low_precision_inputs(computation):
+    route = computation.route
+    x, weight, bias = torch.randn(64, 48).bfloat16(), torch.randn(8, 48), torch.randn(8)
+    wanted = route(x.float(), weight, bias, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(route(x, weight, bias, 1), wanted, atol=0, rtol=0)
+
+
+def test_the_bias_of_the_router_is_not_rounded_under_autocast_either():
+    sae = SwitchSAE(SwitchSAEConfig(hidden_size=48, num_features=32, num_experts=4, k=2))
+    with torch.no_grad():
+        sae.b_router.normal_(std=10)
+    x = torch.randn(64, 48)
+    wanted = sae(x).router_logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(sae(x).router_logits, wanted, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("E", [1, 5, 127, 128, 300, 2**15 - 1, 2**15])
+def test_pairs_are_sorted_by_expert_however_narrow_their_ids_are_made(E):
+    expert_ids = torch.cat([torch.tensor([E - 1, 0]), torch.randint(E, (98,))]).view(50, 2)
+    order, offsets = ops.sort_by_expert(expert_ids, E)
+    flat = expert_ids.flatten()
+    assert torch.equal(order, flat.sort(stable=True).indices)
+    assert torch.equal(offsets.diff(), torch.bincount(flat, minlength=E))
+
+
+@BACKEND
+@CASE
+def test_autocast_takes_products_in_its_dtype_and_keeps_results_in_that_of_the_weights(
+    backend, case
+):
+    """What autocast computes is what inputs and encoder rounded to its dtype give."""
+    if case.batch_topk or case.threshold is not None:
+        pytest.skip("at a border, rounding decides what is kept")
+    inputs = case.tensors()
+    rounded = {
+        name: value.bfloat16()
+        if name in ("x", "W_enc", "b_enc", "center") and value is not None
+        else value
+        for name, value in inputs.items()
+    }
+    W_dec = torch.randn(case.E * case.m, case.d)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        acts, ids = encode(backend, inputs)
+        y = backend.sparse_decode(acts, ids, W_dec)
+
+    wanted, _ = encode(backend, rounded)
+    assert acts.dtype == y.dtype == torch.float32
+    torch.testing.assert_close(
+        acts.sort(1).values, wanted.float().sort(1).values, atol=0.02, rtol=0.02
+    )
+    torch.testing.assert_close(y, backend.sparse_decode(acts, ids, W_dec), atol=0, rtol=0)
+    for name, grad in gradients(acts, inputs).items():
+        assert grad.dtype == inputs[name].dtype
+        assert grad.isfinite().all()
+
+
+@given(n=st.integers(0, 6), slots=st.integers(1, 7), data=st.data())
+def test_keep_largest_keeps_the_k_largest_and_their_ids(n, slots, data):
+    k = data.draw(st.integers(1, slots))
+    acts = torch.rand(n, slots) * (torch.rand(n, slots) > 0.4)
+    ids = (
+        torch.stack([torch.randperm(50)[:slots] for _ in range(n)]) if n else torch.zeros(0, slots)
+    )
+    ids = ids.long()
+
+    kept, kept_ids = ops.keep_largest(acts, ids, k)
+    everything, _ = ops.keep_largest(acts, ids, None)
+
+    assert kept.shape == kept_ids.shape == (n, k)
+    torch.testing.assert_close(
+        kept.sort(1, descending=True).values, acts.sort(1, descending=True).values[:, :k]
+    )
+    for row in range(n):
+        pairs = dict(zip(ids[row].tolist(), acts[row].tolist(), strict=True))
+        for feature, act in zip(kept_ids[row].tolist(), kept[row].tolist(), strict=True):
+            assert pairs[feature] == act
+    torch.testing.assert_close(everything.sum(1), acts.sum(1))
+    assert everything.shape[1] == max(1, int((acts > 0).sum(1).max()) if n else 1)
+
+
+# ---------------------------------------------------------------- backends, compiling
+
+
+def test_a_backend_says_why_it_declines_and_is_refused_when_asked_for_all_the_same():
+    told = ops.explain_backends("cpu", torch.float64)
+    assert list(told) == ["triton", "native", "eager", "reference"]
+    assert told["eager"] is told["reference"] is None
+    assert "not torch.float64" in told["native"]
+    assert "float64" in told["triton"] or "not installed" in told["triton"]
+    with pytest.raises(BackendError, match="there are 'triton', 'native', 'eager', 'ref"):
+        ops.use_backend("cuda").__enter__()
+    with ops.use_backend("triton"), pytest.raises(BackendError, match=r"'triton' .* declines"):
+        encode(ops, Case().tensors(torch.float64))
+
+
+def test_the_backend_is_the_best_a_cpu_has_and_what_was_before_after_a_block():
+    cpu = torch.device("cpu")
+    best = native if WHY_NOT_NATIVE is None else eager
+    assert backends.backend_for(cpu, torch.float32) is best
+    assert backends.backend_for(cpu, torch.bfloat16) is eager
+    with ops.use_backend("reference"):
+        assert backends.backend_for(cpu, torch.float32) is reference
+        with ops.use_backend("eager"):
+            assert backends.backend_for(cpu, torch.float32) is eager
+        assert backends.backend_for(cpu, torch.float32) is reference
+    assert backends.backend_for(cpu, torch.float32) is best
+
+
+@pytest.mark.parametrize("name", ["switch", "in_order", "two_experts", "one_expert"])
+def test_operators_pass_torchs_own_check_of_custom_operators(name):
+    """Schema, fake tensors, autograd registration, and AOTAutograd with dynamic shapes."""
+    case = CASES[name]
+    inputs = case.tensors()
+    order = ("x", "center", "W_enc", "b_enc", "expert_ids", "gates", "k", "threshold")
+    arguments = (*(inputs[key] for key in order), False, case.in_order, None)
+    torch.library.opcheck(torch.ops.hf_switch_sae.routed_encode, arguments)
+    acts, ids = encode(ops, inputs)
+    W_dec = torch.randn(case.E * case.m, case.d, requires_grad=True)
+    arguments = (acts.detach().requires_grad_(), ids, W_dec, False, None)
+    torch.library.opcheck(torch.ops.hf_switch_sae.sparse_decode, arguments)
+
+
+def test_under_deterministic_algorithms_nothing_raises_and_nothing_changes():
+    case = CASES["two_experts"]
+    inputs = case.tensors()
+    wanted, ids = encode(ops, inputs)
+    torch.use_deterministic_algorithms(True)
+    try:
+        acts, again = encode(ops, inputs)
+        y = ops.sparse_decode(acts, again, torch.ones(case.E * case.m, case.d, requires_grad=True))
+        y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close((acts, again), (wanted, ids), atol=0, rtol=0)
 
 
 @FLOAT32

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from saes import KINDS, NORMED, make
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 from hf_switch_sae import SparseFeatures, SwitchSAE, ops
 from hf_switch_sae.errors import FeatureIdError, WidthError
@@ -147,6 +148,7 @@ def test_a_plan_follows_its_weights():
         lambda: sae.b_dec.add_(1),
         lambda: sae.input_scale.fill_(2.0),
         lambda: setattr(sae.experts[0].W_dec, "data", torch.randn(4, 6, 16)),
+        lambda: setattr(sae.experts[0].W_enc, "data", sae.experts[0].W_enc.data.roll(1)),
         lambda: setattr(sae.experts[0], "W_enc", nn.Parameter(torch.randn(4, 6, 16))),
         lambda: setattr(sae.config, "k", 5),
         lambda: setattr(sae.config, "apply_router_probs", False),
@@ -163,6 +165,21 @@ def test_a_plan_follows_its_weights():
     other.b_dec.zero_()
     assert_as_in_general(other, x)
     assert_as_in_general(sae, x)
+
+
+def test_what_a_weight_is_without_being_elsewhere_is_seen():
+    sae, x = make("switch", hidden_size=6), torch.randn(2, 6)
+    assert is_taken(sae, x[:1])
+    sae.experts[0].W_enc.data = sae.experts[0].W_enc.data.mT
+    assert not is_taken(sae, x[:1])
+    torch.testing.assert_close(sae.encode(x[:1]).to_dense(), sae.encode(x).to_dense()[:1])
+
+
+def test_a_weight_that_is_made_anew_by_each_forward_is_left_to_it():
+    sae, x = make("switch"), torch.randn(2, 16)
+    prune.l1_unstructured(sae.experts[0], "W_enc", 0.5)
+    assert not is_taken(sae, x[:1])
+    torch.testing.assert_close(sae.encode(x[:1]).to_dense(), sae.encode(x).to_dense()[:1])
 
 
 def test_a_plan_is_made_once_and_goes_with_the_sae():

@@ -2,7 +2,8 @@
 
 A backend is a module with the five primitives that `reference.py` defines (`expert_products`,
 `relu_topk`, `gather_sum`, `row_dots`, `scatter_sum`) and `why_not(device, dtype)`; and, if it has a
-kernel for the optimizer, `adam_rows`.
+kernel for the optimizer, `adam_rows`. What else has kernels in one backend alone asks with `takes`
+whether it is the one: the sums over rows in `deviations`, and a single token in `token`.
 """
 
 from __future__ import annotations
@@ -44,9 +45,16 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return _best(device, dtype)
 
 
-def takes_native() -> bool:
-    """Whether the native kernels are the ones that compute on a CPU."""
-    return _forced in (None, "native") and _best_on_a_cpu(torch.float32) is native
+def takes(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether that backend is the one to compute there; False too where the one asked for with
+    `use_backend` declines."""
+    if _forced not in (None, name):
+        return False
+    if device.type == "cpu" and _forced is None:
+        return _best_on_a_cpu(dtype) is BACKENDS[name]
+    if _forced is None:
+        return _best(device, dtype) is BACKENDS[name]
+    return BACKENDS[name].why_not(device, dtype) is None
 
 
 @functools.cache  # where a call may cost less than the question

@@ -1,9 +1,7 @@
-"""Sums over the rows of a batch that the losses rest on: columns, squared errors, their gradient.
+"""Sums over the rows of a batch that the losses rest on, as `reference` has them.
 
-x, x_hat [n, d]; counts [n] bool, which rows count, or None for all: others may be nan. Sums are in
-float32, or float64 where the rows are. The Triton kernels (`triton_deviations`) where they compute;
-else torch's operators, on a CPU over as many rows at a time as stay in cache: no temporary is as
-large as the batch.
+By the Triton kernels (`triton_deviations`) where those compute; else by torch's operators, on a CPU
+over as many rows at a time as stay in cache: no temporary is as large as the batch.
 """
 
 from __future__ import annotations
@@ -11,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_switch_sae.ops import triton_deviations, triton_kernels
-from hf_switch_sae.ops.backends import backend_for
+from hf_switch_sae.ops import triton_deviations
+from hf_switch_sae.ops.backends import takes
 from hf_switch_sae.precision import wide_dtype
 
 
 def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
-    """sum_n x[n], [d]."""
+    """As `reference.column_sums`."""
     if _has_kernels(x):
         return triton_deviations.column_sums(x, counts)
     total = torch.zeros(x.shape[1], dtype=wide_dtype(x), device=x.device)
@@ -29,7 +27,7 @@ def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
 def squared_sums(
     x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """sum |x - x_hat|^2 and sum |x - mean|^2, 0-d; 0 of what is None."""
+    """As `reference.squared_sums`."""
     if _has_kernels(x, x_hat):
         return triton_deviations.squared_sums(x, x_hat, mean, counts)
     dtype = wide_dtype(x) if x_hat is None else wide_dtype(x, x_hat)
@@ -46,7 +44,7 @@ def squared_sums(
 def scaled_errors(
     x: Tensor, x_hat: Tensor, scale: Tensor, counts: Tensor | None, want_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """scale [] * (x_hat - x), as x_hat and 0 where rows do not count; and its column sums [d]."""
+    """As `reference.scaled_errors`."""
     if _has_kernels(x, x_hat):
         return triton_deviations.scaled_errors(x, x_hat, scale, counts, want_sums)
     dtype, errors = wide_dtype(x, x_hat), torch.empty_like(x_hat)
@@ -63,8 +61,7 @@ def scaled_errors(
 
 
 def _has_kernels(*parts: Tensor | None) -> bool:
-    kinds = {(part.device, part.dtype) for part in parts if part is not None}
-    return all(backend_for(*kind) is triton_kernels for kind in kinds)
+    return all(takes("triton", part.device, part.dtype) for part in parts if part is not None)
 
 
 def _blocks(x: Tensor) -> list[slice]:

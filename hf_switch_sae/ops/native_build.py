@@ -29,7 +29,8 @@ FLAGS = [
 ]
 _LONGEST_COMPILATION = 120  # seconds
 _lock = threading.Lock()  # a process forked while a thread compiles gets one of its own
-os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
 _found: ctypes.CDLL | str | None = None
 
 
@@ -101,8 +102,9 @@ def _cache() -> Path:
 
 def _is_own(folder: Path) -> bool:
     status = folder.stat()
-    private = status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    return private and os.access(folder, os.W_OK)
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def _compile(compiler: list[str], path: Path) -> None:

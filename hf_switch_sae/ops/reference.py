@@ -245,3 +245,39 @@ def adam_rows(
     weight -= lr * (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
     if unit_rows:
         weight /= weight.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+# ---------------------------------------------------------------- the losses
+
+
+def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
+    """sum_n x[n]: x [n, d] -> [d], of the rows that count [n] bool, or of all; others may be nan.
+
+    In float32, or float64 where the rows are, as the sums below.
+    """
+    return _counted(wide(x), counts).sum(0)
+
+
+def squared_sums(
+    x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """sum |x - x_hat|^2 and sum |x - mean|^2, 0-d; 0 of what is None.
+
+    x, x_hat [n, d], mean [d], counts as above.
+    """
+    none = wide(x).new_zeros(())
+    error = none if x_hat is None else _counted(wide(x) - wide(x_hat), counts).square().sum()
+    deviation = none if mean is None else _counted(wide(x) - mean, counts).square().sum()
+    return error, deviation
+
+
+def scaled_errors(
+    x: Tensor, x_hat: Tensor, scale: Tensor, counts: Tensor | None, want_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """scale [] * (x_hat - x): [n, d] as x_hat, 0 in rows that do not count; and its column sums."""
+    errors = _counted(scale * (wide(x_hat) - wide(x)), counts)
+    return errors.to(x_hat.dtype), errors.sum(0) if want_sums else None
+
+
+def _counted(rows: Tensor, counts: Tensor | None) -> Tensor:
+    return rows if counts is None else torch.where(counts[:, None], rows, 0)

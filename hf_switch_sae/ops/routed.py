@@ -216,7 +216,8 @@ def encode_backward(
     # an operator's results must not share memory, not even when there is none
     d_x, d_W, d_b, d_center = (x.new_empty(0) for _ in range(4))
     # a token's pairs are adjacent, so they become one wider row
-    coefs = torch.where(acts > 0, d_acts, 0).to(W_enc.dtype).reshape(len(x), -1)
+    coefs = torch.ops.aten.threshold_backward(d_acts, acts, 0)  # where acts > 0, in one pass
+    coefs = coefs.to(W_enc.dtype).reshape(len(x), -1)
     ids = ids.reshape(len(x), -1)
     if need_x:
         d_x = backend.gather_sum(coefs, ids, rows).to(x.dtype)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_switch_sae.ops import native
-from hf_switch_sae.ops.backends import takes_native
+from hf_switch_sae.ops.backends import takes
 
 PLAIN = (Tensor, nn.Parameter)
 """Types of tensors whose memory is theirs: of others, as of a sharded one, there may be none."""
+_CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.bfloat16)
 _WORTH_A_THREAD = 2**17  # weights of an expert that one token is multiplied with
 _POINTERS = (
@@ -56,7 +57,7 @@ class TokenPlan:
         self._of = _seen(weights, rules)
         W_enc = weights[5]
         (E, m, d), k = W_enc.shape, rules[0]
-        self.can = takes_native() and _are_as_described(weights, k)
+        self.can = self._of[-1] and _are_as_described(weights, k)
         self._dtype, self._is_long = W_enc.dtype, m * d >= _WORTH_A_THREAD
         self._layout = _Layout(*self._of[0], E, m, d, *rules, W_enc.dtype == torch.bfloat16)
         self._at = ctypes.addressof(self._layout)
@@ -64,7 +65,7 @@ class TokenPlan:
         self._like: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def holds(self, weights: Weights, rules: Rules) -> bool:
-        """Whether all is where and as it was."""
+        """Whether all is where it was, and the large weights as they were."""
         return self._of == _seen(weights, rules)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,8 @@ def _seen(weights: Weights, rules: Rules) -> tuple[Any, ...]:
     """What a plan rests on: a weight may be replaced, or get other memory, at any time."""
     W_enc, W_dec = weights[5], weights[7]
     places = [None if t is None else t.data_ptr() for t in weights]
-    return places, rules, W_enc.dtype, W_enc.shape, W_dec.shape, takes_native()
+    sizes = W_enc.dtype, W_enc.shape, W_enc.stride(), W_dec.shape, W_dec.stride()
+    return places, rules, sizes, takes("native", _CPU, torch.float32)
 
 
 def _are_as_described(weights: Weights, k: int) -> bool:

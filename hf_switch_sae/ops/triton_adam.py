@@ -49,7 +49,7 @@ def _adam_rows(
     w = tl.load(w_ptr + place, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + place, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    square = tl.load(square_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    square = tl.load(square_ptr + place, mask=inside, other=1.0).to(tl.float32)  # eps may be 0
     g *= tl.load(scale_ptr).to(tl.float32)
     if UNIT_ROWS:
         g -= tl.sum(g * w, 0) * w

@@ -22,7 +22,8 @@ ROWS = 32
 def _rows_of(
     x_ptr, counts_ptr, start, n, cols, d: tl.constexpr, COUNTED: tl.constexpr, STEP: tl.constexpr
 ):
-    """STEP rows of x from `start` on, in float32, and [STEP, BLOCK] which of them count."""
+    """STEP rows of x from `start` on, in float32; which of them count and where they lie, [STEP,
+    BLOCK]."""
     rows = start + tl.arange(0, STEP)
     inside = (rows < n)[:, None] & (cols < d)[None, :]
     if COUNTED:
@@ -98,6 +99,7 @@ def _scaled_errors(
     parts_ptr,  # [blocks of ROWS, d] float32, out
     n,
     d: tl.constexpr,
+    WANT_SUMS: tl.constexpr,
     COUNTED: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
@@ -115,21 +117,23 @@ def _scaled_errors(
         rows = start + tl.arange(0, STEP)
         every = (rows < n)[:, None] & (cols < d)[None, :]
         tl.store(errors_ptr + place, error.to(errors_ptr.dtype.element_ty), mask=every)
-    tl.store(parts_ptr + block.to(tl.int64) * d + cols, tl.sum(total, 0), mask=cols < d)
+    if WANT_SUMS:
+        tl.store(parts_ptr + block.to(tl.int64) * d + cols, tl.sum(total, 0), mask=cols < d)
 
 
 def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
-    """As `deviations.column_sums`."""
-    grid, parts, shape = _shape(x, counts)
-    launch(_column_sums, grid, x, _as_bytes(counts, x), parts, **shape)
+    """As `reference.column_sums`."""
+    grid, sizes = _grid(x, counts)
+    parts = _parts(grid, x)
+    launch(_column_sums, grid, x, _as_bytes(counts, x), parts, **sizes)
     return parts.sum(0)
 
 
 def squared_sums(
     x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As `deviations.squared_sums`."""
-    grid, _, shape = _shape(x, counts)
+    """As `reference.squared_sums`."""
+    grid, sizes = _grid(x, counts)
     parts = torch.empty(2, grid[0] * grid[1], dtype=torch.float32, device=x.device)
     launch(
         _squared_sums,
@@ -141,7 +145,7 @@ def squared_sums(
         parts,
         HAS_HAT=x_hat is not None,
         HAS_MEAN=mean is not None,
-        **shape,
+        **sizes,
     )
     error, deviation = parts.sum(1)
     return error, deviation
@@ -150,21 +154,37 @@ def squared_sums(
 def scaled_errors(
     x: Tensor, x_hat: Tensor, scale: Tensor, counts: Tensor | None, want_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As `deviations.scaled_errors`."""
-    grid, parts, shape = _shape(x, counts)
+    """As `reference.scaled_errors`."""
+    grid, sizes = _grid(x, counts)
     errors = torch.empty_like(x_hat, memory_format=torch.contiguous_format)
-    launch(_scaled_errors, grid, x, x_hat, scale, _as_bytes(counts, x), errors, parts, **shape)
-    return errors, parts.sum(0) if want_sums else None
+    parts = _parts(grid, x) if want_sums else None
+    launch(
+        _scaled_errors,
+        grid,
+        x,
+        x_hat,
+        scale,
+        _as_bytes(counts, x),
+        errors,
+        errors if parts is None else parts,
+        WANT_SUMS=want_sums,
+        **sizes,
+    )
+    return errors, None if parts is None else parts.sum(0)
 
 
-def _shape(x: Tensor, counts: Tensor | None) -> tuple[tuple[int, int], Tensor, dict[str, Any]]:
-    """The grid, memory for the column sums of its parts, and the constants of the kernels above."""
+def _grid(x: Tensor, counts: Tensor | None) -> tuple[tuple[int, int], dict[str, Any]]:
+    """How many programs the kernels above have over rows and columns, and their sizes."""
     n, d = x.shape
     block = min(256, triton.next_power_of_2(d))
-    grid = triton.cdiv(n, ROWS), triton.cdiv(d, block)
-    parts = torch.empty(grid[0], d, dtype=torch.float32, device=x.device)
     sizes = {"n": n, "d": d, "ROWS": ROWS, "STEP": 8, "BLOCK": block, "num_warps": 4}
-    return grid, parts, {**sizes, "COUNTED": counts is not None}
+    grid = triton.cdiv(n, ROWS), triton.cdiv(d, block)
+    return grid, {**sizes, "COUNTED": counts is not None}
+
+
+def _parts(grid: tuple[int, int], x: Tensor) -> Tensor:
+    """Memory for the column sums of each program's rows."""
+    return torch.empty(grid[0], x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def _as_bytes(counts: Tensor | None, other: Tensor) -> Tensor:
