@@ -448,7 +448,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                     "pass the stream too, decode(features, hidden_states)."
                 )
             bias = unit_of(hidden_states.to(delta.device), norm).back(bias)
-        return delta + bias.to(delta.dtype)
+        return delta.add_(bias.to(delta.dtype))
 
     def decode_delta(self, features: SparseFeatures) -> Tensor:
         """sum_j acts[..., j] * W_dec[ids[..., j]], [..., hidden_size], without `b_dec`.

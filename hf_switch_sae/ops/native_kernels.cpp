@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 using Id = std::int64_t;
@@ -161,9 +162,15 @@ void products(const float* const* g, Id tokens, const Weight* W, Id rows, Id d, 
         }
         Id t = 0;
         if (tokens % 2) tile_of_dots<4, 1>(g, own, d, ahead, out + r, stride), t = 1;
-        for (; t < tokens; t += 2)
-            tile_of_dots<4, 2, Weight>(g + t, own, d, t ? nullptr : ahead, out + t * stride + r,
-                                       stride);
+        const auto next = [&](auto count) {
+            tile_of_dots<4, count(), Weight>(g + t, own, d, t ? nullptr : ahead,
+                                             out + t * stride + r, stride);
+            t += count();
+        };
+#ifdef __AVX512F__  // whose registers hold sixteen sums of sixteen lanes
+        while (t + 4 <= tokens) next(std::integral_constant<int, 4>());
+#endif
+        while (t < tokens) next(std::integral_constant<int, 2>());
     }
 }
 
