@@ -130,12 +130,18 @@ def test_relu_topk_agrees_with_reference(dtype, m, k, shift):
 
 
 @DTYPE
-def test_of_equal_activations_the_lowest_index_is_kept(dtype):
-    pre = torch.randint(-1, 3, (6, 50)).to(dtype)
+@pytest.mark.parametrize("m", [50, 200])  # the search is among all of a row; among a few, if few
+def test_of_equal_activations_the_lowest_index_is_kept(dtype, m):
+    pre = torch.randint(-1, 3, (6, m)).to(dtype)
     pre[0] = 1.0
+    pre[1], pre[1, 9:29] = -1.0, 2.0
+    pre[2], pre[2, m // 2 :] = 0.5, 1.0
+    pre[3] = torch.linspace(1, 5, m)
+    pre[3, -10:] = 6.0
     assert_same_selection(pre, 7)
-    _, ids = triton_kernels.relu_topk(pre[:1], 7)
-    assert ids[0].sort().values.tolist() == list(range(7))
+    _, ids = triton_kernels.relu_topk(pre, 7)
+    for row, first in ((0, 0), (1, 9), (2, m // 2), (3, m - 10)):
+        assert ids[row].sort().values.tolist() == list(range(first, first + 7))
 
 
 @DTYPE

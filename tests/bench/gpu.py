@@ -73,7 +73,7 @@ def arguments(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str,
     # tokens in the order of experts, as the routed encode leaves them
     local = torch.rand(size.n, size.m, generator=generator).argsort(1)[:, : size.k]
     ids = (experts[order, None] * size.m + local).to(device)
-    coefs = draw(size.n, size.k).relu()
+    coefs = (draw(size.n, size.k) + 2).relu()  # 2 % of the slots are empty
     rows = W.reshape(-1, size.d)
     return {
         "expert_products": (x, order.to(device), W, draw(size.E, size.m), offsets),
