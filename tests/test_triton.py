@@ -130,7 +130,7 @@ def test_relu_topk_agrees_with_reference(dtype, m, k, shift):
 
 
 @DTYPE
-@pytest.mark.parametrize("m", [50, 200])  # the search is among all of a row; among a few, if few
+@pytest.mark.parametrize("m", [50, 200])
 def test_of_equal_activations_the_lowest_index_is_kept(dtype, m):
     pre = torch.randint(-1, 3, (6, m)).to(dtype)
     pre[0] = 1.0

@@ -22,7 +22,7 @@ from hf_switch_sae.ops import (
 from hf_switch_sae.ops import triton_kernels as kernels
 
 TYPES = dict.fromkeys(("rows_ptr", "ids_ptr", "offsets_ptr", "order_ptr", "begins_ptr"), "i64")
-TYPES |= {"keys_ptr": "i16", "parts_ptr": "fp32", "found_ptr": "i16"}
+TYPES |= {"keys_ptr": "i16", "parts_ptr": "fp32"}
 TYPES |= {"counts_ptr": "u8", "mean_ptr": "fp32"}
 TYPES |= dict.fromkeys(("step_ptr", "scale_ptr", "lr_ptr"), "fp32")
 NUMBERS = dict.fromkeys(("lr", "log_beta1", "log_beta2", "keep1", "keep2", "eps"), "fp32")
@@ -69,7 +69,7 @@ def main() -> None:
     for dtype in ("bf16", "fp32"):
         for tile in tiles[dtype] if everything else tiles[dtype][1:2]:
             report[f"expert_products {dtype} {tile}"] = products(dtype, tile)
-        row = {"m": 1536, "k": 32, "SHIFT": SHIFT[dtype], "BLOCK": 2048, "SLOTS": 32, "ROOM": 256}
+        row = {"m": 1536, "k": 32, "SHIFT": SHIFT[dtype], "BLOCK": 2048, "SLOTS": 32}
         report[f"relu_topk {dtype}"] = compiled(kernels._relu_topk, dtype, row, num_warps=4)
         tiles_of_rows = {
             "gather_sum": triton_rows._whole_rows(768),

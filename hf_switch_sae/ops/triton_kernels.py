@@ -35,8 +35,6 @@ __all__ = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FOUND = 8
-"""Keys for each slot of relu_topk that it searches among; of 1536 random ones 4 reach its bound."""
 MAX_ROW = 8192
 """Longest row that a program of relu_topk holds in registers; longer ones are taken in rounds."""
 
@@ -198,26 +196,27 @@ def expert_products(
 
 
 @jit
-def _keys(place, mask, SHIFT: tl.constexpr):
-    """The bits of positive floats are ordered like them; nan is not > 0, so its key is 0."""
-    pre = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(pre > 0, pre, 0.0).to(tl.int32, bitcast=True) >> SHIFT
-
-
-@jit
-def _keep_k(
-    keys,  # [lanes] int32
-    cols,  # [lanes] int32, rising
-    low,
-    high,
-    acts_ptr,
-    ids_ptr,
+def _relu_topk(
+    pre_ptr,  # [p, m]
+    acts_ptr,  # [p, k], out
+    ids_ptr,  # [p, k], out
+    m: tl.constexpr,
     k: tl.constexpr,
-    SHIFT: tl.constexpr,
+    SHIFT: tl.constexpr,  # low bits that are 0 in every float32 made from the dtype of pre
+    BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Write the k largest keys that reach `low`, at least 1; none reaches `high`."""
-    # Invariant: `count` keys reach `low`, and either that is k or fewer than k reach `high`.
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    pre = tl.load(pre_ptr + row * m + cols, mask=cols < m, other=0.0).to(tl.float32)
+    # The bits of positive floats are ordered like them; nan is not > 0, so its key is 0.
+    keys = tl.where(pre > 0, pre, 0.0).to(tl.int32, bitcast=True) >> SHIFT
+
+    # Invariant: `count` keys reach `low`, and either that is k or fewer than k reach `high`. Each
+    # of SLOTS >= k groups has a key that reaches the smallest of their maxima.
+    maxima = tl.max(tl.reshape(keys, [BLOCK // SLOTS, SLOTS]), 0)
+    low = tl.maximum(tl.min(maxima, 0), 1)
+    high = tl.max(maxima, 0) + 1
     count = tl.sum((keys >= low).to(tl.int32), 0)
     while (count > k) & (high - low > 1):
         middle = low + (high - low) // 2
@@ -233,54 +232,13 @@ def _keep_k(
     place = tl.where(above, (running >> 16) - 1, num_above + (running & 65535) - 1)
     keep = above | (ties & (place < k))
     acts = (keys << SHIFT).to(tl.float32, bitcast=True)
-    tl.store(acts_ptr + place, acts.to(acts_ptr.dtype.element_ty), mask=keep)
-    tl.store(ids_ptr + place, cols.to(tl.int64), mask=keep)
+    tl.store(acts_ptr + row * k + place, acts.to(acts_ptr.dtype.element_ty), mask=keep)
+    tl.store(ids_ptr + row * k + place, cols.to(tl.int64), mask=keep)
 
     slots = tl.arange(0, SLOTS)
     empty = (slots >= tl.minimum(tl.sum(both, 0) & 65535, k - num_above) + num_above) & (slots < k)
-    tl.store(acts_ptr + slots, tl.zeros([SLOTS], acts_ptr.dtype.element_ty), mask=empty)
-    tl.store(ids_ptr + slots, tl.zeros([SLOTS], tl.int64), mask=empty)
-
-
-@jit
-def _relu_topk(
-    pre_ptr,  # [p, m]
-    acts_ptr,  # [p, k], out
-    ids_ptr,  # [p, k], out
-    found_ptr,  # [p, ROOM] int16, for columns in between
-    m: tl.constexpr,
-    k: tl.constexpr,
-    SHIFT: tl.constexpr,  # low bits that are 0 in every float32 made from the dtype of pre
-    BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROOM: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    keys = _keys(pre_ptr + row * m + cols, cols < m, SHIFT)
-    # Each of SLOTS >= k groups has a key that reaches the smallest of their maxima.
-    maxima = tl.max(tl.reshape(keys, [BLOCK // SLOTS, SLOTS]), 0)
-    low = tl.maximum(tl.min(maxima, 0), 1)
-    high = tl.max(maxima, 0) + 1
-    acts_ptr += row * k
-    ids_ptr += row * k
-    if BLOCK <= ROOM:
-        _keep_k(keys, cols, low, high, acts_ptr, ids_ptr, k, SHIFT, SLOTS)
-    else:
-        # Few others do: the search is among these, laid out without gaps.
-        reach = keys >= low
-        running = tl.cumsum(reach.to(tl.int32), 0)
-        count = tl.max(running, 0)
-        if count <= ROOM:
-            found = found_ptr + row * ROOM
-            tl.store(found + running - 1, cols.to(tl.int16), mask=reach)
-            tl.debug_barrier()  # others of this program read them
-            lanes = tl.arange(0, ROOM)
-            some = tl.load(found + lanes, mask=lanes < count, other=0).to(tl.int32)
-            of_some = _keys(pre_ptr + row * m + some, lanes < count, SHIFT)
-            _keep_k(of_some, some, low, high, acts_ptr, ids_ptr, k, SHIFT, SLOTS)
-        else:
-            _keep_k(keys, cols, low, high, acts_ptr, ids_ptr, k, SHIFT, SLOTS)
+    tl.store(acts_ptr + row * k + slots, tl.zeros([SLOTS], acts_ptr.dtype.element_ty), mask=empty)
+    tl.store(ids_ptr + row * k + slots, tl.zeros([SLOTS], tl.int64), mask=empty)
 
 
 _SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
@@ -295,22 +253,18 @@ def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids = torch.empty(p, k, dtype=torch.int64, device=pre.device)
     if p == 0:
         return acts, ids
-    block, slots = triton.next_power_of_2(m), triton.next_power_of_2(k)
-    rooms = 0 if block <= FOUND * slots else p
-    found = torch.empty(rooms, FOUND * slots, dtype=torch.int16, device=pre.device)
+    block = triton.next_power_of_2(m)
     launch(
         _relu_topk,
         (p,),
         pre,
         acts,
         ids,
-        found,
         m=m,
         k=k,
         SHIFT=_SHIFT[pre.dtype],
         BLOCK=block,
-        SLOTS=slots,
-        ROOM=FOUND * slots,
+        SLOTS=triton.next_power_of_2(k),
         num_warps=min(16, max(1, block // 512)),  # 16 keys a thread
     )
     return acts, ids
