@@ -318,13 +318,13 @@ ROWS_OF = pytest.mark.parametrize(("n", "d"), [(0, 5), (1, 1), (65, 37), (130, 3
 def test_sums_over_rows_agree_with_reference(backend, dtype, n, d, counted):
     x, x_hat = (torch.randn(n, d).to(dtype) for _ in range(2))
     counts = torch.rand(n) < 0.7 if counted else None
-    mean, scale = torch.randn(d), torch.tensor(-1.5)
+    mean, scales = torch.randn(d), (torch.tensor(-1.5), torch.tensor(torch.nan))
     if counted:
         x[~counts] = torch.nan
     calls = {
         "column_sums": [(x, counts)],
         "squared_sums": [(x, h, m, counts) for h in (x_hat, None) for m in (mean, None)],
-        "scaled_errors": [(x, x_hat, scale, counts, want) for want in (True, False)],
+        "scaled_errors": [(x, x_hat, s, counts, want) for s in scales for want in (True, False)],
     }
     loose = 1e-4 if dtype == torch.float32 else TOLERANCE[dtype]
     for name, givens in calls.items():
@@ -333,7 +333,7 @@ def test_sums_over_rows_agree_with_reference(backend, dtype, n, d, counted):
             with ops.use_backend(backend):
                 mine = getattr(ops, name)(*given)
             wanted = getattr(reference, name)(*given)
-            torch.testing.assert_close(mine, wanted, atol=20 * loose, rtol=loose)
+            torch.testing.assert_close(mine, wanted, atol=20 * loose, rtol=loose, equal_nan=True)
 
 
 def test_sums_over_rows_are_taken_whatever_backend_was_asked_for():
