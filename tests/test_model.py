@@ -520,3 +520,5 @@ def test_the_fvu_is_its_formula_in_value_and_gradient():
             torch.testing.assert_close(torch.autograd.grad(mine, inputs), theirs)
     for n in (0, 1):
         assert losses.fvu_of(torch.randn(n, 3), torch.randn(n, 3), None).isnan()
+    one = torch.tensor([False, True, False])
+    assert losses.fvu_of(torch.randn(3, 2), torch.randn(3, 2), one).isnan()
