@@ -104,10 +104,17 @@ Lanes load(const BFloat16* at) {
     return (Lanes)(__builtin_convertvector(halves, Words) << 16);
 }
 
+// By halves, as a compiler may not change the order of sums.
 float sum_of(Lanes lanes) {
-    float sum = 0;
-    for (Id i = 0; i < LANES; ++i) sum += lanes[i];
-    return sum;
+    typedef float Half __attribute__((vector_size(LANES * 2)));
+    typedef float Quarter __attribute__((vector_size(LANES)));
+    Half halves[2];
+    Quarter quarters[2];
+    std::memcpy(halves, &lanes, sizeof halves);
+    const Half half = halves[0] + halves[1];
+    std::memcpy(quarters, &half, sizeof quarters);
+    const Quarter sums = quarters[0] + quarters[1];
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <class Weight>
