@@ -436,6 +436,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         Raises:
             ConfigError: it needs them, and they are not given.
+            FeatureIdError: an id of no feature; an IndexError where torch's operators compute.
         """
         if (plan := self._token_plan(features.acts)) is not None:
             return plan.decode(features.acts.cpu(), features.ids.cpu())
