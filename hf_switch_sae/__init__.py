@@ -28,9 +28,10 @@ from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
 from hf_switch_sae.hub import load_all, pull, push
 from hf_switch_sae.inspection import inspect
-from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
+from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.ops import explain_backends, use_backend
 from hf_switch_sae.optim import SwitchSAEAdam
+from hf_switch_sae.output import SwitchSAEOutput
 from hf_switch_sae.recipe import Recipe
 from hf_switch_sae.record import record
 from hf_switch_sae.residuals import partial_forward, residuals

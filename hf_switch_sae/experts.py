@@ -11,7 +11,7 @@ Beware An offloaded group's weights are on `meta` outside its forward: accelerat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,7 +20,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 from hf_switch_sae import ops
-from hf_switch_sae.precision import wide
+from hf_switch_sae.precision import wide, wide_dtype
 
 _T = TypeVar("_T")
 
@@ -84,6 +84,7 @@ class Experts(nn.ModuleList):
         center: Tensor | None,
         input_scale: Tensor,
         in_order: bool = False,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `ops.routed_encode`, over the groups.
 
@@ -96,7 +97,8 @@ class Experts(nn.ModuleList):
 
         first, alone = next(iter(self)), len(self) == 1
         if alone or not len(x):
-            acts, ids = first(encode, x, expert_ids, gates, threshold, center, input_scale)
+            given = x, expert_ids, gates, threshold, center, input_scale, counts
+            acts, ids = first(encode, *given)
             return acts.to(x.device), ids.to(x.device)
         if batch_topk:
             # the border lies between all groups' features: first keep all, then the k * n largest
@@ -119,12 +121,13 @@ class Experts(nn.ModuleList):
                     None if threshold is None else threshold[own],
                     center,
                     input_scale,
+                    None,
                 )
                 parts.append(
                     (pairs, acts.to(x.device), ids.to(x.device) + index * self.features_per_group)
                 )
         acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t))
-        return ops.keep_largest(acts, ids, wanted if batch_topk else k, batch_topk)
+        return ops.keep_largest(acts, ids, wanted if batch_topk else k, batch_topk, counts)
 
     def reconstruct_with(
         self,
@@ -218,6 +221,7 @@ def _encode(
     threshold: Tensor | None,
     center: Tensor | None,
     input_scale: Tensor,
+    counts: Tensor | None,
     *,
     k: int | None,
     batch_topk: bool,
@@ -246,6 +250,7 @@ def _encode(
         batch_topk,
         center,
         in_order,
+        counts,
     )
     return acts, ids + first * W_enc.shape[1]
 
@@ -265,20 +270,28 @@ def _in_pair_order(
     return out_acts, out_ids
 
 
-def row_blocks(weight: Tensor) -> Sequence[Tensor]:
-    """A weight's rows [..., d], in views [rows, d]; on a CPU so few at a time that they stay in
-    cache. What is a single row, or not laid out row by row, comes as it is."""
-    if weight.ndim < 2 or not weight.is_contiguous():
-        return (weight,)
-    rows = weight.flatten(0, -2)
-    if weight.device.type != "cpu":
-        return (rows,)
-    return torch.split(rows, max(1, _CACHED_BYTES // (rows.shape[1] * rows.element_size())))
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of tensors [..., d] of one shape, in views [rows, d]; on a CPU so few at a time
+    that they stay in cache. What is a single row, or not laid out row by row, comes as it is."""
+    if tensors[0].ndim < 2 or not all(t.is_contiguous() for t in tensors):
+        yield tensors
+        return
+    rows = [t.flatten(0, -2) for t in tensors]
+    num, d = rows[0].shape
+    block = max(1, _CACHED_BYTES // max(1, d * rows[0].element_size()))
+    if rows[0].device.type != "cpu":
+        block = max(1, num)
+    yield from zip(*(torch.split(r, block) for r in rows), strict=True)
+
+
+def project_rows(grads: Tensor, rows: Tensor) -> None:
+    """Take away in place what of gradients [..., d] lies along their rows of length 1."""
+    grads.addcmul_(rows, (grads * rows).sum(-1, keepdim=True), value=-1)
 
 
 def normalize_rows(rows: Tensor) -> None:
-    """Scale rows [n, d] in place to length 1, measured in float32; rows of 0 stay."""
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32)
+    """Scale rows [..., d] in place to length 1, measured in at least float32; rows of 0 stay."""
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide_dtype(rows))
     rows.div_(length.clamp_min_(1e-12))
 
 

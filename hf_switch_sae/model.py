@@ -21,81 +21,45 @@ buffer here is.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput
 
 from hf_switch_sae import ops
 from hf_switch_sae.base_model import base_model_fields
 from hf_switch_sae.config import SwitchSAEConfig
-from hf_switch_sae.errors import AttachError, ConfigError, WidthError
+from hf_switch_sae.encoded import Encoded, Seen, as_ordered
+from hf_switch_sae.errors import AttachError, ConfigError, FeatureIdError, WidthError
 from hf_switch_sae.experts import (
     ExpertGroup,
     Experts,
     normalize_rows,
+    project_rows,
     register_checkpoint_layout,
     row_blocks,
 )
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
-from hf_switch_sae.input_norm import Unit, normalized, unit_of
-from hf_switch_sae.losses import (
-    WholeBatch,
-    balance_of,
-    batch_sums,
-    fvu_of,
-    l1_loss_of,
-    router_best_expert_loss_of,
-    router_z_loss_of,
+from hf_switch_sae.input_norm import normalized, unit_of
+from hf_switch_sae.losses import WholeBatch, balance_of, batch_sums, fvu_of, router_z_loss_of
+from hf_switch_sae.one_token import fields_of, plan_of
+from hf_switch_sae.output import SwitchSAEOutput
+from hf_switch_sae.precision import wide
+from hf_switch_sae.statistics import RunningStatistics
+from hf_switch_sae.training_losses import (
+    count_features,
+    second_reconstruction,
+    training_losses,
 )
-from hf_switch_sae.precision import wide, wide_dtype
-from hf_switch_sae.statistics import RunningStatistics, count_since_fired
-
-
-@dataclass
-class SwitchSAEOutput(ModelOutput):
-    """What `SwitchSAE.forward` returns; n is the number of tokens, [...] their shape."""
-
-    loss: Tensor | None = None
-    """0-d: the losses below, each times its coefficient in the config; over the mask's tokens.
-
-    In training it is what to minimize; the last four are losses of training alone.
-    """
-    reconstruction: Tensor | None = None
-    """[..., hidden_size], in the LM's own units and the dtype of the input."""
-    features: SparseFeatures | None = None
-    """acts and ids [..., slots]."""
-    router_logits: Tensor | None = None
-    """[n, num_experts] float32; None with one expert."""
-    fvu: Tensor | None = None
-    """0-d float32: squared error over squared deviation from the mean; nan under two tokens."""
-    router_aux_loss: Tensor | None = None
-    """0-d float32: num_experts * sum(f_e * P_e), 1 at perfect balance; 0 with one expert."""
-    router_z_loss: Tensor | None = None
-    """0-d float32: mean squared logsumexp of the router's logits; 0 if its coefficient is."""
-    router_best_expert_loss: Tensor | None = None
-    """0-d float32: the router's cross entropy to the experts that reconstruct best, measured on
-    some of the tokens (and between its first two on all, if `second_expert_loss` is measured); 0 if
-    its coefficient is, and outside training."""
-    l1_loss: Tensor | None = None
-    """0-d float32: how much is active, as a share of a token's length; 0 if its coefficient is, and
-    outside training."""
-    auxk_loss: Tensor | None = None
-    """0-d float32: share of the error that dead features leave unexplained; 0 if none is dead, if
-    its coefficient is, and outside training."""
-    second_expert_loss: Tensor | None = None
-    """0-d float32: the FVU, had each token gone to the router's second choice, with the weight of
-    the first; 0 if its coefficient is, and outside training."""
 
 
 class Router(nn.Module):
@@ -116,42 +80,6 @@ class Router(nn.Module):
         return ops.route(x, weight * scale, bias, num_experts_per_token)
 
 
-class _Visits(NamedTuple):
-    """What experts see of the tokens, in their order, and which; arguments of `Experts.encode`."""
-
-    x: Tensor
-    """[n, d]"""
-    expert_ids: Tensor
-    """[n, t] int64."""
-    gates: Tensor | None
-    """[n, t] float32."""
-
-
-class _Encoded(NamedTuple):
-    """Tokens on their way, in the order of experts where that helps; n tokens."""
-
-    z: Tensor
-    """[n, d], in order, outliers replaced, less the bias; of which no gradient goes through it."""
-    bias: Tensor
-    """[d], `b_dec` in the LM's own units."""
-    acts: Tensor
-    """[n, slots], in order."""
-    ids: Tensor
-    """[n, slots], in order."""
-    order: Tensor | None
-    """[n] int64, the token at each place; None: as they came."""
-    places: Tensor | None
-    """[n] int64, the place of each token; None likewise."""
-    router: tuple[Tensor, Tensor, Tensor] | None
-    """logits and probs [n, E], expert ids [n, t], as the tokens came; None with one expert."""
-    outlier: Tensor | None
-    """[n] bool, as the tokens came; None if it is known that there is none."""
-    visits: _Visits
-    """In order."""
-    unit: Unit | None = None
-    """Of each token, as they came: x and acts are in it; None without input_norm."""
-
-
 _MEANS = ("router_z_loss", "router_best_expert_loss", "l1_loss", "auxk_loss")
 """Losses that know their own part of a batch alone; the others are told of the whole."""
 _OTHER_LOSSES = ("router_aux_loss", *_MEANS, "second_expert_loss")
@@ -164,12 +92,12 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     Parameters, E experts of m features over a residual stream of width d:
         W_enc [E, m, d], W_dec [E, m, d] (one feature = one row in both), b_enc [E, m] or None,
         b_dec [d], router.weight [E, d] and b_router [d] (with E > 1).
-    Buffers, all persistent and float32:
+    Buffers, all persistent, float32 but for the counts of tokens, which are int64:
         input_scale [], threshold [F] (jumprelu, batch_topk), feature_max [F], feature_rate [F],
         residual_norm [], statistics_tokens [] (how many tokens the last three were measured on;
         0: not measured), outlier_norm [] (tokens with a larger norm, such as attention sinks, are
         no input: they have no active feature, no part in the loss, and are not spliced),
-        num_tokens_since_fired [F] int64 (training: tokens routed to the feature's expert since).
+        num_tokens_since_fired [F] (training: tokens routed to the feature's expert since).
 
     Args:
         config: a SwitchSAEConfig.
@@ -392,7 +320,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if any(group.W_dec.device.type == "meta" for group in self.experts):
             raise ConfigError("offloaded experts can't be changed: load the SAE without offload.")
         for group in self.experts:
-            for rows in row_blocks(group.W_dec):
+            for (rows,) in row_blocks(group.W_dec):
                 normalize_rows(rows)
 
     @torch.no_grad()
@@ -400,10 +328,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Remove each decoder row's gradient along the row, so that a step keeps its length."""
         for group in self.experts:
             if group.W_dec.grad is not None:
-                group.W_dec.grad = group.W_dec.grad.contiguous()
-                blocks = row_blocks(group.W_dec.grad), row_blocks(group.W_dec)
-                for grad, rows in zip(*blocks, strict=True):
-                    grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True), value=-1)
+                for grads, rows in row_blocks(group.W_dec.grad, group.W_dec):
+                    project_rows(grads, rows)
 
     @property
     def device(self) -> torch.device:
@@ -417,11 +343,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             WidthError: the last dimension is not `hidden_size`.
             ConfigError: a batch_topk SAE without a threshold, outside training.
         """
-        if (plan := self._token_plan(hidden_states)) is not None:
+        if (plan := plan_of(self, self.config, hidden_states)) is not None:
             if hidden_states.shape[-1] != plan.width:
                 self._check_width(hidden_states)
             acts, ids = plan.encode(hidden_states.cpu())
-            return SparseFeatures(acts, ids, _fields_of(self.config)["num_features"])
+            return SparseFeatures(acts, ids, fields_of(self.config)["num_features"])
         return self._features(self._encode(hidden_states), hidden_states.shape)
 
     def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
@@ -436,9 +362,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         Raises:
             ConfigError: it needs them, and they are not given.
-            FeatureIdError: an id of no feature; an IndexError where torch's operators compute.
+            FeatureIdError: features of a dictionary of another width; on a CPU also an id of no
+                feature. A GPU is not waited for to see its ids.
         """
-        if (plan := self._token_plan(features.acts)) is not None:
+        self._check_dictionary(features)
+        if (plan := plan_of(self, self.config, features.acts)) is not None:
             return plan.decode(features.acts.cpu(), features.ids.cpu())
         delta, bias = self.decode_delta(features), self._bias()
         norm = self.config.input_norm
@@ -455,7 +383,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """sum_j acts[..., j] * W_dec[ids[..., j]], [..., hidden_size], without `b_dec`.
 
         Linear in the activations, which may have any sign. In the SAE's dtype and on its device.
+
+        Raises:
+            FeatureIdError: as `decode`.
         """
+        self._check_dictionary(features)
         acts = features.acts.to(self.b_dec.device, self.b_dec.dtype).reshape(-1, features.k)
         ids = features.ids.to(acts.device).reshape(acts.shape)
         return self.experts.decode(acts, ids).reshape(*features.shape, self.b_dec.shape[0])
@@ -472,7 +404,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         Args:
             hidden_states: [..., hidden_size], floating, in the LM's own units.
             attention_mask: [...], nonzero for the tokens that count in the losses; all by default,
-                outliers excepted.
+                outliers excepted. In training a batch_topk SAE gives the others no features.
             return_dict: False for a plain tuple.
             whole_batch: of which batch these tokens are a part, where it is spread over processes
                 or steps: `WholeBatch.of` its parts' `batch_sums`, added up. The losses are then
@@ -480,16 +412,15 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         Raises:
             WidthError: the last dimension is not `hidden_size`.
+            ValueError: a mask that is not of these tokens.
         """
-        if attention_mask is not None:
+        self._check_width(hidden_states)
+        mask = _mask_of(hidden_states, attention_mask)
+        if mask is not None:
             # masked tokens may be nan, and nan times no gradient would still be nan
-            void = ~attention_mask.to(hidden_states.device).bool()[..., None]
-            hidden_states = hidden_states.where(~void | hidden_states.isfinite(), 0)
-        code = self._encode(hidden_states, sort=True)
-        counts = None if code.outlier is None else ~code.outlier
-        if attention_mask is not None:
-            mask = attention_mask.reshape(-1).to(self.device).bool()
-            counts = mask if counts is None else counts & mask
+            hidden_states = hidden_states.where(mask[..., None] | hidden_states.isfinite(), 0)
+        code = self._encode(hidden_states, sort=True, mask=mask)
+        counts = code.counts
         y = self.experts.decode(code.acts, code.ids, in_order=code.order is not None)
         fvu, reconstruction = self._error(code, y, hidden_states, counts, whole_batch)
         losses: dict[str, Tensor] = {}
@@ -500,11 +431,10 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                 losses["router_z_loss"] = router_z_loss_of(logits, counts)
         y2 = None
         if self.training:
-            if self.config.activation == "batch_topk":
-                self._follow_threshold(code.acts)
             if code.router is not None and self.config.second_expert_loss_coef:
-                y2 = self._second_reconstruction(code, code.router)
-            losses |= self._training_losses(code, y, y2, counts)
+                y2 = second_reconstruction(self, code, code.router)
+            losses |= training_losses(self, code, y, y2)
+            self._follow(code)
         if whole_batch is not None:  # these are of this part, which is a share of the whole
             share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
             losses |= {name: losses[name] * share for name in _MEANS if name in losses}
@@ -528,7 +458,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def _error(
         self,
-        code: _Encoded,
+        code: Encoded,
         y: Tensor,
         hidden_states: Tensor,
         counts: Tensor | None,
@@ -536,7 +466,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> tuple[Tensor, Tensor]:
         """FVU and reconstruction [n, d], in the LM's units whatever the SAE reads."""
         add = torch.add if code.places is None else Tensor.add_
-        reconstruction = add(_as_they_came(y, code.places), code.bias.to(y.dtype))
+        reconstruction = add(as_ordered(y, code.places), code.bias.to(y.dtype))
         if code.unit is None:
             in_order = counts if counts is None or code.order is None else counts[code.order]
             return fvu_of(code.z, y, in_order, whole, code.bias), reconstruction
@@ -545,133 +475,24 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return fvu_of(x, reconstruction, counts, whole), reconstruction
 
     @torch.no_grad()
-    def batch_sums(self, hidden_states: Tensor) -> Tensor:
-        """What `forward`'s losses need of hidden_states [..., hidden_size] to add up over parts."""
-        x = hidden_states.reshape(-1, len(self.b_dec)).to(self.device)
-        outlier, expert_ids, e = self._outliers_among(x), None, self.config.num_experts
+    def batch_sums(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What `forward`'s losses need of a part of a batch to add up over parts.
+
+        Args:
+            hidden_states: [..., hidden_size].
+            attention_mask: [...], as `forward` gets it.
+
+        Raises:
+            WidthError, ValueError: as `forward`.
+        """
+        self._check_width(hidden_states)
+        x, expert_ids, e = self._rows_of(hidden_states), None, self.config.num_experts
+        counts = _counted(self._outliers_among(x), _mask_of(hidden_states, attention_mask))
         if e > 1:
             t, norm = self.config.num_experts_per_token, self.config.input_norm
             seen = x if norm == "none" else normalized(x, norm)[0]
             expert_ids = self.router(seen, self.b_router, self.input_scale, t)[2]
-        return batch_sums(x, None if outlier is None else ~outlier, expert_ids, e)
-
-    def _training_losses(
-        self, code: _Encoded, y: Tensor, y2: Tensor | None, counts: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The losses of training that a part has a share of, by name; counts as they came."""
-        config, router = self.config, code.router
-        in_order = counts if counts is None or code.order is None else counts[code.order]
-        found = {"auxk_loss": self._auxk_loss(code, y, in_order)}
-        if config.l1_loss_coef:
-            found["l1_loss"] = self._l1_loss(code, in_order)
-        if router is not None and config.router_best_expert_loss_coef:
-            best = self._best_expert_loss(code, router[0], counts)
-            if y2 is not None:
-                best = best + self._better_of_two_loss(code, router[0], y, y2, in_order)
-            found["router_best_expert_loss"] = best
-        return found
-
-    def _auxk_loss(self, code: _Encoded, y: Tensor, counts: Tensor | None) -> Tensor:
-        """How badly the dead features of the tokens' experts explain what is left of the tokens.
-
-        Dead when the batch began; then the batch is counted. Only their own rows get a gradient.
-        """
-        none, config = code.z.new_zeros((), dtype=wide_dtype(y)), self.config
-        if not len(code.z):
-            return none
-        visits = code.visits
-        dead = self.dead_features().view(config.num_experts, -1)
-        since = self.num_tokens_since_fired.view_as(dead)
-        count_since_fired(since, code.acts, code.ids, visits.expert_ids, counts)
-        if not config.auxk_loss_coef:
-            return none
-        found = int(dead.sum(1).max())  # waits for the device: how many slots there are to be
-        if not found:
-            return none
-        slots = min(config.k_aux or max(1, config.hidden_size // 2), found)
-        rest = (code.z - y).detach()
-        explained = self.experts.reconstruct_with(
-            dead,
-            slots,
-            visits.x.detach(),
-            visits.expert_ids,
-            None if visits.gates is None else visits.gates.detach(),
-            self.input_scale,
-            in_order=code.order is not None,
-        )
-        # an error of nothing at all, as of a single token, has no share
-        return fvu_of(rest, explained, counts).nan_to_num(0.0, 0.0, 0.0)
-
-    def _l1_loss(self, code: _Encoded, counts: Tensor | None) -> Tensor:
-        """How much is active, each feature as long as what it adds, in lengths of a token."""
-        lengths = torch.cat([wide(g.W_dec).norm(dim=-1).flatten() for g in self.experts])
-        size = self.input_scale / math.sqrt(len(self.b_dec))
-        return l1_loss_of(wide(code.acts) * size, lengths[code.ids], counts)
-
-    def _best_expert_loss(self, code: _Encoded, logits: Tensor, counts: Tensor | None) -> Tensor:
-        """Where the router should have sent every num_experts-th token: all experts are tried."""
-        config = self.config
-        tried = torch.arange(0, len(logits), config.num_experts, device=logits.device)
-        if not len(tried):
-            return logits.sum()
-        places = tried if code.places is None else code.places[tried]
-        gates = None
-        if config.apply_router_probs and not config.norm_topk_prob:
-            gates = logits.detach()[tried].softmax(-1).amax(-1, keepdim=True)
-        errors = self.experts.errors_of_each(
-            code.z[places],
-            code.visits.x[places],
-            gates,
-            None if config.k is None else min(config.k, config.features_per_expert),
-            self._threshold_in_use(),
-            self.input_scale,
-        )
-        return router_best_expert_loss_of(
-            logits[tried],
-            wide(errors),
-            config.router_best_expert_temperature,
-            None if counts is None else counts[tried],
-        )
-
-    def _better_of_two_loss(
-        self, code: _Encoded, logits: Tensor, y: Tensor, y2: Tensor, counts: Tensor | None
-    ) -> Tensor:
-        """As `_best_expert_loss`, between each token's first two choices alone; counts in order."""
-        logits = logits if code.order is None else logits[code.order]
-        with torch.no_grad():
-            errors = [(code.z - wide(found)).square().sum(-1) for found in (y, y2)]
-        return router_best_expert_loss_of(
-            logits.topk(2).values,
-            torch.stack(errors, 1),
-            self.config.router_best_expert_temperature,
-            counts,
-        )
-
-    def _second_reconstruction(
-        self, code: _Encoded, router: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        """What each token's second choice alone makes of it, [n, d], in order, without `b_dec`.
-
-        With the weight that the first choice had, as a constant; of batch_topk the border is that
-        of the second choices' activations.
-        """
-        config, visits = self.config, code.visits
-        if not len(code.z):
-            return torch.zeros_like(code.z)
-        logits, _, first = router
-        second = logits.detach().scatter(1, first, -torch.inf).argmax(-1, keepdim=True)
-        in_batch = config.activation == "batch_topk"
-        acts, ids = self.experts.encode(
-            visits.x,
-            second if code.order is None else second[code.order],
-            None if visits.gates is None else visits.gates.detach(),
-            config.k,
-            self._threshold_in_use(),
-            in_batch,
-            code.bias if config.subtract_b_dec else None,
-            self.input_scale,
-        )
-        return self.experts.decode(acts, ids)
+        return batch_sums(x, counts, expert_ids, e)
 
     def dead_features(self) -> Tensor:
         """[num_features] bool: not active on the last `dead_after_tokens` tokens of their expert.
@@ -689,17 +510,26 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """`b_dec` in the LM's own units, float32."""
         return wide(self.b_dec) / self.input_scale
 
-    def _encode(self, hidden_states: Tensor, sort: bool = False) -> _Encoded:
-        """The tokens' code; with `sort`, in the order of experts where each has one."""
+    def _rows_of(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden_size] -> [n, hidden_size] where the SAE is."""
+        return hidden_states.reshape(-1, len(self.b_dec)).to(self.device)
+
+    def _encode(
+        self, hidden_states: Tensor, sort: bool = False, mask: Tensor | None = None
+    ) -> Encoded:
+        """The tokens' code; with `sort`, in the order of experts where each has one.
+
+        `mask` [...] bool: of which tokens batch_topk takes its activations in training.
+        """
         self._check_width(hidden_states)
-        x = hidden_states.reshape(-1, len(self.b_dec)).to(self.b_dec.device)
-        config = self.config
+        x, config = self._rows_of(hidden_states), self.config
         bias, unit = self._bias(), None
         fixed, centered = bias.detach(), config.subtract_b_dec
         outlier = self._outliers_among(x)
         if config.input_norm != "none":
             x, unit = normalized(x, config.input_norm)
-        if outlier is not None:  # encoded as nothing, or one would take from a batch_topk's budget
+        counts = _counted(outlier, mask)
+        if outlier is not None:  # encoded as nothing: it may be infinite
             x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
         router, order, places, gates = None, None, None, None
         if config.num_experts == 1:
@@ -720,64 +550,23 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         z = x.sub_(fixed) if ours else x - fixed
         x = z if centered else x
         in_batch = config.activation == "batch_topk" and self.training
+        threshold = self._threshold_in_use()
         acts, ids = self.experts.encode(
             x,
             expert_ids,
             gates,
             config.k if config.activation != "batch_topk" or in_batch else None,
-            self._threshold_in_use(),
+            threshold,
             in_batch,
             bias if centered else None,
             self.input_scale,
             in_order=order is not None,
+            counts=None if counts is None or not in_batch else as_ordered(counts, order),
         )
         if outlier is not None:  # a bias may still have made it active
             acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
-        visits = _Visits(x, expert_ids, gates)
-        return _Encoded(z, bias, acts, ids, order, places, router, outlier, visits, unit)
-
-    def _token_plan(self, of_tokens: Tensor) -> ops.TokenPlan | None:
-        """How a CPU's kernels take [..., x], if it is of a single token that they can, as in
-        `generate`; else None. To ask takes no longer than an operator or two."""
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or type(of_tokens) not in ops.PLAIN
-            or of_tokens.numel() != of_tokens.shape[-1]
-            or not of_tokens.numel()
-        ):
-            return None
-        config, parts = _fields_of(self.config), self._modules
-        groups = cast(Experts, parts["experts"])._modules
-        if (
-            config["activation"] != "topk"
-            or config["input_norm"] != "none"
-            or config["num_experts_per_token"] != 1
-            or len(groups) != 1
-            or "parametrizations" in parts
-        ):
-            return None
-        group = cast(ExpertGroup, groups["0"])
-        # offloaded: its forward brings it in
-        if "_hf_hook" in vars(group) or "parametrizations" in group._modules:
-            return None
-        own, buffers, experts = self._parameters, self._buffers, group._parameters
-        router = parts.get("router")
-        weights = (
-            buffers["input_scale"],
-            buffers["outlier_norm"],
-            None if router is None else router._parameters.get("weight"),
-            own.get("b_router"),
-            own["b_dec"],
-            experts.get("W_enc"),
-            experts.get("b_enc"),
-            experts.get("W_dec"),
-        )
-        if weights[5] is None or weights[7] is None:  # pruned, say: made anew by each forward
-            return None
-        rules = config["k"], config["subtract_b_dec"], config["apply_router_probs"]
-        return ops.token_plan(group, weights, rules)
+        seen = Seen(x, expert_ids, gates)
+        return Encoded(z, bias, acts, ids, order, places, router, counts, threshold, seen, unit)
 
     def _check_width(self, hidden_states: Tensor) -> None:
         width = self.b_dec.shape[0]
@@ -787,9 +576,17 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                 f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
             )
 
-    def _features(self, code: _Encoded, shape: torch.Size) -> SparseFeatures:
+    def _check_dictionary(self, features: SparseFeatures) -> None:
+        own = fields_of(self.config)["num_features"]
+        if features.num_features != own:
+            raise FeatureIdError(
+                f"these are of a dictionary of {features.num_features} features, "
+                f"and this SAE has {own}: they are another SAE's."
+            )
+
+    def _features(self, code: Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""
-        acts, ids = _as_they_came(code.acts, code.places), _as_they_came(code.ids, code.places)
+        acts, ids = as_ordered(code.acts, code.places), as_ordered(code.ids, code.places)
         if code.unit is not None:
             acts = (acts * code.unit.scale).to(acts.dtype)
         return SparseFeatures(acts, ids, self.config.num_features).reshape(*shape[:-1])
@@ -827,9 +624,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return self.threshold.reshape(self.config.num_experts, -1)
 
     @torch.no_grad()
-    def _follow_threshold(self, acts: Tensor, weight: float = 0.01) -> None:
-        """batch_topk: a running mean of the smallest activation kept, in scaled units."""
+    def _follow(self, code: Encoded, weight: float = 0.01) -> None:
+        """Count which features a batch of training had; of batch_topk also move the threshold, a
+        running mean of the smallest activation kept, in scaled units."""
+        acts = code.acts
         if not len(acts):
+            return
+        count_features(self, code)
+        if self.config.activation != "batch_topk":
             return
         smallest = acts.where(acts > 0, torch.inf).amin().float() * self.input_scale
         followed = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, weight))
@@ -917,11 +719,6 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return SwitchSAE._open_session(lm, self, at=at, **options)
 
 
-def _fields_of(config: SwitchSAEConfig) -> dict[str, Any]:
-    """What `vars` gives, without the detour of a config's own attribute access."""
-    return cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
-
-
 _infinite = WeakTensorKeyDictionary()  # bound -> the version of it that was read, and the answer
 
 
@@ -941,9 +738,28 @@ def _is_infinite(bound: Tensor) -> bool:
     return bool(answer)
 
 
-def _as_they_came(rows: Tensor, places: Tensor | None) -> Tensor:
-    """Rows [n, ...] in the order of the tokens, of which each has its place among them."""
-    return rows if places is None else rows.index_select(0, places)
+def _mask_of(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """attention_mask [...] as bool where hidden_states [..., hidden_size] are.
+
+    Raises:
+        ValueError: it is not of these tokens.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"the attention_mask {[*attention_mask.shape]} is not of these tokens: hidden_states "
+            f"{[*hidden_states.shape]} need one of {[*hidden_states.shape[:-1]]}."
+        )
+    return attention_mask.to(hidden_states.device).bool()
+
+
+def _counted(outlier: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """[n] bool of the tokens that count, from outlier [n] and mask [...]; None for all."""
+    parts = [] if outlier is None else [~outlier]
+    if mask is not None:
+        parts.append(mask.reshape(-1) if outlier is None else mask.reshape(-1).to(outlier.device))
+    return functools.reduce(torch.logical_and, parts) if parts else None
 
 
 register_checkpoint_layout(SwitchSAEConfig.model_type)

@@ -11,16 +11,17 @@ steps the rows it holds; only the norm is of the whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adam import Adam
 
 from hf_switch_sae import ops
 from hf_switch_sae.errors import ConfigError
-from hf_switch_sae.experts import normalize_rows, row_blocks
+from hf_switch_sae.experts import normalize_rows, project_rows, row_blocks
+from hf_switch_sae.hookpoints import unwrap
 from hf_switch_sae.model import SwitchSAE
 
 
@@ -34,17 +35,19 @@ class SwitchSAEAdam(Adam):
         adam.step()
         sae.normalize_decoder()
 
-    but for `.grad`, of which nothing is promised afterwards. State and `state_dict()` are those of
-    `torch.optim.Adam`, so checkpoints, schedulers and accelerate take it as one.
+    but for `.grad`, of which nothing is promised afterwards; and a weight without gradient stays as
+    it is. State and `state_dict()` are those of `torch.optim.Adam`, so checkpoints, schedulers and
+    accelerate take it as one.
 
     Args:
-        sae: the SAE whose parameters are optimized; or several, each a parameter group of its own
-            that is clipped by itself: the steps are those of one optimizer for each.
+        sae: the SAE whose parameters are optimized, wrapped or not; or several, each a parameter
+            group of its own that is clipped by itself: the steps are those of one optimizer for
+            each.
         lr, betas, eps: as of `torch.optim.Adam`; `lr` may be one for each SAE.
         max_grad_norm: gradients of a larger global norm are scaled down to it; None: never.
 
     Raises:
-        ConfigError: experts are offloaded.
+        ConfigError: no SAE, rates that are not one for each, or experts are offloaded.
 
     Attributes:
         grad_norm: the last step's global norm before clipping, 0-d; None before the first step or
@@ -53,14 +56,20 @@ class SwitchSAEAdam(Adam):
 
     def __init__(
         self,
-        sae: SwitchSAE | Sequence[SwitchSAE],
+        sae: nn.Module | Sequence[nn.Module],
         lr: float | Tensor | Sequence[float] = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        saes = [sae] if isinstance(sae, SwitchSAE) else list(sae)
+        given: Sequence[nn.Module] = [sae] if isinstance(sae, nn.Module) else list(sae)
+        saes = [each for each in map(unwrap, given) if isinstance(each, SwitchSAE)]
+        if not saes or len(saes) != len(given):
+            names = ", ".join(type(each).__name__ for each in given) or "nothing"
+            raise ConfigError(f"SwitchSAEAdam takes a SwitchSAE, or several; this is {names}.")
         rates = list(lr) if isinstance(lr, Sequence) else [lr] * len(saes)
+        if len(rates) != len(saes):
+            raise ConfigError(f"{len(rates)} rates for {len(saes)} SAEs: give one for each.")
         if any(group.W_dec.device.type == "meta" for each in saes for group in each.experts):
             raise ConfigError("offloaded experts can't be trained: load the SAE without offload.")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -90,26 +99,40 @@ class SwitchSAEAdam(Adam):
 
         Raises:
             ConfigError: the optimizer is a copy, the SAE's parameters have been replaced since it
-                was made, or a loaded state is of an Adam with `amsgrad`.
+                was made, its decoder is sharded within rows, or a loaded state is of an Adam with
+                `amsgrad`.
+            BackendError: the backend asked for with `use_backend` can't compute these weights.
         """
         self._check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.grad_norms = []
         for group in self.param_groups:
+            for parameter in group["params"]:
+                _lay_out_as_weight(parameter)
+        found = [self._weights_of(group) for group in self.param_groups]
+        self.grad_norms = []
+        for group, weights in zip(self.param_groups, found, strict=True):
             scale = self._clip(group)
-            lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
-            self._init_group(group, *lists)  # type: ignore[no-untyped-call]
-            weights, grads, means, squares, _, steps = lists
-            if not steps:
-                continue
-            torch._foreach_add_(steps, 1)
-            for tensors in zip(weights, grads, means, squares, steps, strict=True):
-                is_decoder = id(tensors[0]) in self._decoders
-                self._step_weight(group, scale, is_decoder, *map(_held_here, tensors))
+            if weights:
+                torch._foreach_add_([each.step for each in weights], 1)
+            for each in weights:
+                _step_weight(group, scale, each)
         return loss
+
+    def _weights_of(self, group: dict[str, Any]) -> list[_Weight]:
+        """What of a group has a gradient, and how each is stepped; nothing has been changed yet."""
+        lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
+        self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        weights, grads, means, squares, _, steps = lists
+        found = []
+        for tensors in zip(weights, grads, means, squares, steps, strict=True):
+            weight, grad, mean, square, step = map(_held_here, tensors)
+            kernel = _kernel_for(group, weight, grad, mean, square) if weight.numel() else None
+            is_decoder = id(tensors[0]) in self._decoders
+            found.append(_Weight(weight, grad, mean, square, step, is_decoder, kernel))
+        return found
 
     def _check(self) -> None:
         parameters = {id(p) for group in self.param_groups for p in group["params"]}
@@ -122,10 +145,17 @@ class SwitchSAEAdam(Adam):
             raise ConfigError(
                 "SwitchSAEAdam has no amsgrad, as the loaded state: use torch's Adam."
             )
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and not parameter.grad.is_contiguous():
-                    parameter.grad = parameter.grad.contiguous()
+        decoders = [
+            parameter
+            for group in self.param_groups
+            for parameter in group["params"]
+            if isinstance(parameter, DTensor) and id(parameter) in self._decoders
+        ]
+        if any(place.is_shard(dim=p.ndim - 1) for p in decoders for place in p.placements):
+            raise ConfigError(
+                "a decoder is sharded within its rows, which are to keep length 1: shard experts "
+                "or features."
+            )
 
     def _clip(self, group: dict[str, Any]) -> Tensor | None:
         """What a group's gradients are to be multiplied by, 0-d; None if they stay as they are."""
@@ -138,56 +168,59 @@ class SwitchSAEAdam(Adam):
             return None
         return scale.clamp(max=1.0)
 
-    def _step_weight(
-        self,
-        group: dict[str, Any],
-        scale: Tensor | None,
-        is_decoder: bool,
-        weight: Tensor,
-        grad: Tensor,
-        mean: Tensor,
-        square: Tensor,
-        step: Tensor,
-    ) -> None:
-        if not weight.numel():
-            return
-        kernel = _kernel_for(group, weight, grad, mean, square)
-        if kernel is not None:
-            kernel(
-                weight,
-                grad,
-                mean,
-                square,
-                step,
-                unit_rows=is_decoder,
-                scale=1.0 if scale is None else scale,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-            )
-            return
-        divisor = None if scale is None else scale.to(weight.device).reciprocal()
-        for w, g, m, v in zip(*map(row_blocks, (weight, grad, mean, square)), strict=True):
-            if is_decoder:
-                g.addcmul_(w, (g * w).sum(-1, keepdim=True), value=-1)
-            torch._fused_adam_(
-                [w],
-                [g],
-                [m],
-                [v],
-                [],
-                [step],
-                amsgrad=False,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                grad_scale=divisor,  # which it divides by, in `.grad` too
-            )
-            if is_decoder:
-                normalize_rows(w)
+
+class _Weight(NamedTuple):
+    """The part of a weight that is this process's, and what belongs to it."""
+
+    weight: Tensor
+    grad: Tensor
+    mean: Tensor
+    square: Tensor
+    step: Tensor
+    is_decoder: bool
+    kernel: Callable[..., None] | None
+    """The backend's `adam_rows`."""
+
+
+def _step_weight(group: dict[str, Any], scale: Tensor | None, of: _Weight) -> None:
+    if not of.weight.numel():
+        return
+    tensors = of.weight, of.grad, of.mean, of.square
+    if of.kernel is not None:
+        of.kernel(
+            *tensors,
+            of.step,
+            unit_rows=of.is_decoder,
+            scale=1.0 if scale is None else scale,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+        )
+        return
+    decoupled = group.get("decoupled_weight_decay", False)  # as in a state of AdamW
+    adam = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    divisor = None if scale is None else scale.to(of.weight.device).reciprocal()
+    for w, g, m, v in row_blocks(*tensors):
+        if of.is_decoder:
+            project_rows(g, w)
+        adam(
+            [w],
+            [g],
+            [m],
+            [v],
+            [],
+            [of.step],
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            grad_scale=divisor,  # which it divides by, in `.grad` too
+        )
+        if of.is_decoder:
+            normalize_rows(w)
 
 
 def _kernel_for(group: dict[str, Any], *tensors: Tensor) -> Callable[..., None] | None:
@@ -202,10 +235,19 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     """As `get_total_norm`, 0-d; on a CPU by dot products, which read twice as fast."""
     plain = (g.device.type == "cpu" and g.dtype == torch.float32 for g in grads)
     if grads and all(plain) and not any(isinstance(grad, DTensor) for grad in grads):
-        flat = [grad.view(-1) for grad in grads]
+        flat = [grad.reshape(-1) for grad in grads]
         return torch.stack([torch.dot(grad, grad) for grad in flat]).sum().sqrt()
     norm = torch.nn.utils.get_total_norm(grads)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _lay_out_as_weight(parameter: Tensor) -> None:
+    """A gradient with its weight's strides: torch's kernel takes both as they lie."""
+    grad = parameter.grad
+    if grad is None or (grad.is_contiguous() and parameter.is_contiguous()):
+        return
+    if grad.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
 
 
 def _held_here(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from hf_switch_sae import (
     HookpointError,
     SparseFeatures,
     SwitchSAE,
+    SwitchSAEAdam,
     WidthError,
     losses,
 )
@@ -522,3 +523,60 @@ def test_the_fvu_is_its_formula_in_value_and_gradient():
         assert losses.fvu_of(torch.randn(n, 3), torch.randn(n, 3), None).isnan()
     one = torch.tensor([False, True, False])
     assert losses.fvu_of(torch.randn(3, 2), torch.randn(3, 2), one).isnan()
+
+
+@pytest.mark.parametrize("kind", ["batch_topk", "batch_topk_two_experts", "plain_batch_topk"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_masked_tokens_take_nothing_of_a_batch_topk_budget(kind, groups):
+    groups = 1 if kind.startswith("plain") else groups
+    sae, alone = make(kind, groups).train(), make(kind, groups).train()
+    x, mask = rows(20), torch.arange(20) % 3 > 0
+    spoiled = torch.where(mask[:, None], x, 50 * x)
+    masked, wanted = sae(spoiled, attention_mask=mask), alone(x[mask])
+    torch.testing.assert_close(masked.loss, wanted.loss)
+    torch.testing.assert_close(
+        masked.features[mask].to_dense(), wanted.features.to_dense(), atol=1e-5, rtol=1e-5
+    )
+    assert not masked.features.acts[~mask].any()
+    torch.testing.assert_close(sae.threshold, alone.threshold)
+    torch.testing.assert_close(sae.num_tokens_since_fired, alone.num_tokens_since_fired)
+    before = sae.threshold.clone()
+    sae(x, attention_mask=torch.zeros(20))
+    torch.testing.assert_close(sae.threshold, before, atol=0, rtol=0)
+
+
+def test_parts_of_a_masked_batch_add_up_to_the_whole():
+    sae, x, mask = make("switch"), rows(20), torch.arange(20) % 3 > 0
+    halves = [slice(0, 9), slice(9, 20)]
+    sums = sum(sae.batch_sums(x[half], mask[half]) for half in halves)
+    whole = losses.WholeBatch.of(sums, D).to(torch.float32)
+    shares = [sae(x[h], attention_mask=mask[h], whole_batch=whole).loss for h in halves]
+    torch.testing.assert_close(sum(shares), sae(x, attention_mask=mask).loss)
+
+
+@pytest.mark.parametrize("shape", [[1, 6], [5], [6, 1], [6, D]])
+def test_a_mask_that_is_not_of_these_tokens_is_refused(shape):
+    sae, before = make("plain_topk").train(), copy.deepcopy(make("plain_topk").state_dict())
+    for use in (sae, sae.batch_sums):
+        with pytest.raises(ValueError, match=r"hidden_states \[6, 16\] need one of \[6\]"):
+            use(rows(6), attention_mask=torch.ones(shape))
+    torch.testing.assert_close(sae.state_dict(), before)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_features_of_another_dictionary_are_refused(tokens):
+    sae = make("switch")
+    features = SparseFeatures(torch.ones(tokens, 1), torch.zeros(tokens, 1, dtype=torch.int64), 99)
+    for use in (sae.decode, sae.decode_delta):
+        with torch.no_grad(), pytest.raises(FeatureIdError, match="99 features, and this SAE has"):
+            use(features)
+
+
+def test_a_float64_sae_trains_in_float64():
+    sae = make("switch").double().train()
+    optimizer = SwitchSAEAdam(sae, lr=0.01)
+    sae(rows().double()).loss.backward()
+    optimizer.step()
+    sae.normalize_decoder()
+    lengths = sae.W_dec.norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), atol=1e-15, rtol=0)

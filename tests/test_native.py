@@ -275,3 +275,28 @@ def test_a_cache_that_is_a_file_is_no_cache(fresh_machine, tmp_path):
     (tmp_path / "cache").write_text("")
     assert explain_backends("cpu")["native"] is None
     assert (tmp_path / "cache").read_text() == ""
+
+
+_TOO_LITTLE_MEMORY = """
+import resource, torch
+from hf_switch_sae.ops import native
+
+n, k = 2**16, 64
+coefs, ids, x = torch.ones(n, k), torch.zeros(n, k, dtype=torch.int64), torch.ones(n, 1)
+native.scatter_sum(coefs[:1], ids[:1], x[:1], 8)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20, resource.RLIM_INFINITY))
+try:
+    native.scatter_sum(coefs, ids, x, 8)
+except MemoryError as err:
+    print(err)
+"""
+
+
+@NATIVE
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="no /proc here")
+def test_too_little_memory_is_an_error_and_not_the_end_of_the_process():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _TOO_LITTLE_MEMORY], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("too little memory"), done.stderr

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_switch_sae import SwitchSAE, SwitchSAEConfig, ops
@@ -37,6 +38,8 @@ class Case:
     in_order: bool = False
     threshold: float | None = None
     batch_topk: bool = False
+    counted: float | None = None
+    """The share of tokens that batch_topk is over; all of them by default."""
     experts: tuple[int, ...] | None = None
     """The experts that tokens may go to; all by default."""
 
@@ -64,6 +67,9 @@ class Case:
             for name, value in inputs.items()
         }
         limit = None if self.threshold is None else torch.full((self.E, self.m), self.threshold)
+        counts = None
+        if self.counted is not None:
+            counts = torch.rand(self.n, generator=generator) < self.counted
         return {
             **leaves,
             "expert_ids": allowed[order].sort(0).values if self.in_order else allowed[order],
@@ -71,6 +77,7 @@ class Case:
             "threshold": None if limit is None else limit.to(dtype),
             "batch_topk": self.batch_topk,
             "in_order": self.in_order,
+            "counts": counts,
         }
 
 
@@ -106,6 +113,9 @@ CASES = {
     "batch_topk_more_than_there_is": Case(batch_topk=True, shift=-1.5, k=7),
     "batch_topk_in_order": Case(batch_topk=True, in_order=True, k=1, m=32),
     "batch_topk_one_row": Case(batch_topk=True, n=1),
+    "batch_topk_of_some": Case(batch_topk=True, counted=0.5, shift=0.5),
+    "batch_topk_two_experts_of_some": Case(batch_topk=True, t=2, counted=0.5),
+    "batch_topk_of_none": Case(batch_topk=True, counted=0.0),
 }
 CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum", "why_not")
@@ -607,7 +617,8 @@ def test_operators_pass_torchs_own_check_of_custom_operators(name):
     case = CASES[name]
     inputs = case.tensors()
     order = ("x", "center", "W_enc", "b_enc", "expert_ids", "gates", "k", "threshold")
-    arguments = (*(inputs[key] for key in order), False, case.in_order, None)
+    rest = (inputs["batch_topk"], case.in_order, inputs["counts"], None)
+    arguments = (*(inputs[key] for key in order), *rest)
     torch.library.opcheck(torch.ops.hf_switch_sae.routed_encode, arguments)
     acts, ids = encode(ops, inputs)
     W_dec = torch.randn(case.E * case.m, case.d, requires_grad=True)
@@ -639,6 +650,104 @@ def test_nan_is_never_an_active_feature(backend):
         assert not acts[3].any()
         others = torch.arange(len(acts)) != 3
         torch.testing.assert_close(acts[others], clean[others])
+
+
+@pytest.mark.parametrize("of", [eager, reference, pytest.param(native, marks=NATIVE.marks)])
+@pytest.mark.parametrize("m", [8, 2048], ids=["one_stage", "two_stages"])
+def test_nan_takes_no_place_among_the_largest(of, m):
+    pre = torch.randn(9, m)
+    pre[::2, 3] = torch.nan
+    wanted, _ = reference.relu_topk(pre.nan_to_num(-1.0), 4)
+    acts, ids = of.relu_topk(pre, 4)
+    torch.testing.assert_close(acts.sort(1, descending=True).values, wanted, atol=0, rtol=0)
+    torch.testing.assert_close(torch.where(acts > 0, pre.gather(1, ids), 0), acts, atol=0, rtol=0)
+
+
+@FLOAT32
+def test_shapes_that_do_not_go_together_are_refused_before_anything_is_read(backend):
+    W, ids = torch.randn(2, 8, 16), torch.zeros(3, 1, dtype=torch.int64)
+    for x in (torch.randn(3, 8), torch.randn(4, 16), torch.randn(16)):
+        with pytest.raises(ValueError, match="n by width of W_enc"):
+            ops.routed_encode(x, W, None, ids, None, 2)
+    with pytest.raises(ValueError, match="must have one shape"):
+        ops.sparse_decode(torch.ones(3, 2), ids, W)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", ["switch", "centered", "two_experts", "threshold"])
+def test_forward_mode_derivatives_are_those_of_finite_differences(name, trained):
+    inputs = CASES[name].tensors(torch.float64)
+    W_dec = torch.randn(40, 48, dtype=torch.float64, requires_grad=trained)
+    leaves = {k: v.detach() for k, v in inputs.items() if torch.is_tensor(v)}
+    rest = {**inputs, **{k: v.requires_grad_(trained and v.is_floating_point())
+                         for k, v in leaves.items()}}  # fmt: skip
+    x, along = inputs["x"].detach(), torch.randn(23, 48, dtype=torch.float64)
+    gates = inputs["gates"].detach()
+
+    def code(x, gates):
+        acts, ids = ops.routed_encode(**{**rest, "x": x, "gates": gates})
+        return ops.sparse_decode(acts, ids, W_dec)
+
+    turn = torch.rand_like(gates)
+    _, slope = torch.func.jvp(code, (x, gates), (along, turn))
+    step = 1e-6
+    with torch.no_grad():
+        rise = code(x + step * along, gates + step * turn)
+        wanted = (rise - code(x - step * along, gates - step * turn)) / (2 * step)
+    torch.testing.assert_close(slope, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tensor_without_memory_of_its_own_is_left_to_torch():
+    acts, ids, W = torch.rand(3, 2), torch.zeros(3, 2, dtype=torch.int64), torch.randn(8, 16)
+    with FakeTensorMode() as mode, torch.no_grad():
+        fake = [mode.from_tensor(each) for each in (acts, ids, W)]
+        assert ops.sparse_decode(*fake).shape == (3, 16)
+        if WHY_NOT_NATIVE is None:
+            with pytest.raises(BackendError, match="a FakeTensor may have none"):
+                native.gather_sum(*fake)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "acts", "x"])
+def test_strides_do_not_matter_to_torch_compile(name):
+    inputs = {"x": torch.randn(7, 16), "W_enc": torch.randn(2, 8, 16)}
+    inputs |= {"W_dec": torch.randn(2, 8, 16), "acts": torch.rand(7, 3)}
+    inputs[name] = inputs[name].mT.contiguous().mT
+    leaves = {key: value.requires_grad_() for key, value in inputs.items()}
+    experts, ids = torch.randint(2, (7, 1)), torch.randint(16, (7, 3))
+
+    def total(x, W_enc, W_dec, acts):
+        found, own = ops.routed_encode(x, W_enc, None, experts, None, 3)
+        decoded = ops.sparse_decode(found, own, W_dec) + ops.sparse_decode(acts, ids, W_dec)
+        return decoded.square().sum()
+
+    wanted = torch.autograd.grad(total(**leaves), list(leaves.values()))
+    found = torch.compile(total)(**leaves)
+    torch.testing.assert_close(torch.autograd.grad(found, list(leaves.values())), wanted)
+
+
+def test_autocast_leaves_float64_alone_as_torch_does():
+    inputs = CASES["switch"].tensors(torch.float64)
+    wanted, _ = encode(ops, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        acts, _ = encode(ops, inputs)
+        grads = gradients(acts, inputs)
+    torch.testing.assert_close(acts, wanted, atol=0, rtol=0)
+    torch.testing.assert_close(grads, gradients(wanted, inputs), atol=0, rtol=0)
+
+
+def test_blocks_of_use_backend_may_end_in_any_order():
+    first, second = ops.use_backend("eager"), ops.use_backend("reference")
+    cpu = torch.device("cpu")
+    before = ops.backend_for(cpu, torch.float32)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ops.backend_for(cpu, torch.float32) is reference
+    second.__exit__(None, None, None)
+    assert ops.backend_for(cpu, torch.float32) is before
 
 
 def test_backward_within_autocast_gives_the_gradients_of_backward_outside():
@@ -698,6 +807,14 @@ def test_gradients_of_two_passes_add_up_in_place():
         ops.sparse_decode(acts, ids, W_dec).sum().backward()
     once = torch.autograd.grad(ops.sparse_decode(acts, ids, W_dec).sum(), W_dec)[0]
     torch.testing.assert_close(W_dec.grad, 3 * once)
+
+
+def test_a_gradients_memory_is_not_used_again_while_somebody_has_its_storage():
+    W_dec = torch.randn(2048, 1100, requires_grad=True)
+    ids = torch.randint(2048, (5, 3))
+    storage = large_gradient(W_dec, torch.ones(5, 3), ids).untyped_storage()
+    again = large_gradient(W_dec, torch.ones(5, 3), ids)
+    assert again.untyped_storage().data_ptr() != storage.data_ptr()
 
 
 def test_the_memory_of_gradients_goes_with_the_weight():

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from saes import make, rows
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
-from hf_switch_sae import ConfigError, SwitchSAE, SwitchSAEAdam, experts
+from hf_switch_sae import BackendError, ConfigError, SwitchSAE, SwitchSAEAdam, experts, use_backend
 
 
 def train_both(kind, groups=1, max_grad_norm=0.05):
@@ -125,3 +128,90 @@ def test_a_copy_or_replaced_parameters_are_refused_before_anything_is_stepped():
     optimizer.param_groups[0]["params"] = list(make("switch").parameters())
     with pytest.raises(ConfigError, match="does not hold its SAE's parameters"):
         optimizer.step()
+
+
+def test_decoupled_weight_decay_of_a_loaded_state_is_obeyed():
+    sae = make("switch").train()
+    theirs = copy.deepcopy(sae)
+    adam = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.5)
+    fused = SwitchSAEAdam(sae, max_grad_norm=None)
+    fused.load_state_dict(adam.state_dict())
+    for each in (sae, theirs):
+        each(rows(40)).loss.backward()
+    theirs.project_decoder_grad()
+    adam.step()
+    theirs.normalize_decoder()
+    fused.step()
+    torch.testing.assert_close(sae.state_dict(), theirs.state_dict(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("of", ["weight", "grad", "both"])
+def test_weights_and_gradients_may_lie_in_any_order(of):
+    def laid_out(tensor):
+        return tensor.mT.contiguous().mT
+
+    sae = make("switch").train()
+    theirs = copy.deepcopy(sae)
+    if of != "grad":
+        sae.experts[0].W_dec.data = laid_out(sae.experts[0].W_dec.data)
+    optimizers = [SwitchSAEAdam(each, lr=0.01, max_grad_norm=0.05) for each in (sae, theirs)]
+    for _ in range(2):
+        for each, optimizer in zip((sae, theirs), optimizers, strict=True):
+
+            def closure(each=each, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = each(rows(40)).loss
+                loss.backward()
+                if each is sae and of != "weight":
+                    for weight in (sae.experts[0].W_dec, sae.experts[0].W_enc):
+                        weight.grad = laid_out(weight.grad)
+                return loss
+
+            optimizer.step(closure)
+    torch.testing.assert_close(sae.state_dict(), theirs.state_dict(), atol=1e-6, rtol=1e-5)
+    sae.zero_grad()
+    sae(rows(40)).loss.backward()
+    sae.project_decoder_grad()
+    along = (sae.W_dec.grad * sae.W_dec).sum(-1) if sae.W_dec.grad is not None else None
+    torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-6, rtol=0)
+
+
+def test_a_backend_that_declines_is_asked_before_anything_is_stepped():
+    sae = make("switch").to(torch.bfloat16).train()
+    optimizer, before = SwitchSAEAdam(sae), copy.deepcopy(sae.state_dict())
+    sae(rows(40)).loss.backward()
+    before = copy.deepcopy(sae.state_dict())
+    with use_backend("native"), pytest.raises(BackendError, match="declines"):
+        optimizer.step()
+    torch.testing.assert_close(sae.state_dict(), before, atol=0, rtol=0)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {0}
+    optimizer.step()
+
+
+def test_a_wrapped_sae_is_taken_and_anything_else_refused():
+    sae = make("switch").train()
+    optimizer = SwitchSAEAdam(torch.compile(sae, backend="eager"))
+    assert optimizer.param_groups[0]["params"] == list(sae.parameters())
+    for wrong, said in (
+        ([], "nothing"),
+        (torch.nn.Linear(2, 2), "Linear"),
+        ([sae, torch.nn.ReLU()], "ReLU"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            SwitchSAEAdam(wrong)
+    with pytest.raises(ConfigError, match="2 rates for 1 SAEs"):
+        SwitchSAEAdam([sae], lr=[0.1, 0.2])
+
+
+def test_a_decoder_sharded_within_its_rows_is_refused(tmp_path):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        sae = make("switch").train()
+        fully_shard(sae, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+        optimizer = SwitchSAEAdam(sae)
+        with pytest.raises(ConfigError, match="sharded within its rows"):
+            optimizer.step()
+    finally:
+        dist.destroy_process_group()

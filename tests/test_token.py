@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
-from hf_switch_sae import SparseFeatures, SwitchSAE, ops
+from hf_switch_sae import SparseFeatures, SwitchSAE, model, ops
 from hf_switch_sae.errors import FeatureIdError, WidthError
+from hf_switch_sae.one_token import plan_of
 from hf_switch_sae.ops import native, token
 
 WHY_NOT = native.why_not(torch.device("cpu"), torch.float32)
@@ -29,12 +30,12 @@ def _no_grad():
 def generally(compute, *given):
     """Without the path of a single token."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SwitchSAE, "_token_plan", lambda self, of_tokens: None)
+        patch.setattr(model, "plan_of", lambda *of: None)
         return compute(*given)
 
 
 def is_taken(sae: SwitchSAE, x: torch.Tensor) -> bool:
-    return sae._token_plan(x) is not None
+    return plan_of(sae, sae.config, x) is not None
 
 
 def assert_as_in_general(sae: SwitchSAE, x: torch.Tensor) -> None:
@@ -183,10 +184,40 @@ def test_a_weight_that_is_made_anew_by_each_forward_is_left_to_it():
     torch.testing.assert_close(sae.encode(x[:1]).to_dense(), sae.encode(x).to_dense()[:1])
 
 
+@pytest.mark.parametrize("name", ["b_enc", "b_dec"])
+def test_a_pruned_bias_is_no_missing_one(name):
+    sae, x = make("switch_with_bias"), torch.randn(2, 16)
+    prune.l1_unstructured(sae if name == "b_dec" else sae.experts[0], name, 0.5)
+    assert not is_taken(sae, x[:1])
+    torch.testing.assert_close(sae.encode(x[:1]).to_dense(), sae.encode(x).to_dense()[:1])
+    torch.testing.assert_close(sae.decode(sae.encode(x[:1])), sae.decode(sae.encode(x))[:1])
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+@pytest.mark.parametrize("of", ["router", "experts.0"])
+def test_hooks_see_a_single_token(of, kind):
+    sae, seen = make("switch"), []
+    register = getattr(sae.get_submodule(of), f"register_{kind}_hook")
+    hook = register(lambda *given: seen.append(given))
+    sae.encode(torch.randn(1, 16))
+    assert len(seen) == 1
+    hook.remove()
+    assert is_taken(sae, torch.randn(1, 16))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own
+def test_a_forward_mode_derivative_is_not_lost():
+    sae, x = make("switch").requires_grad_(False), torch.randn(1, 16)
+    _, slope = torch.func.jvp(lambda x: sae.decode(sae.encode(x)), (x,), (torch.ones(1, 16),))
+    step = 1e-2
+    rise = sae.decode(sae.encode(x + step)) - sae.decode(sae.encode(x - step))
+    torch.testing.assert_close(slope, rise / (2 * step), atol=1e-3, rtol=1e-3)
+
+
 def test_a_plan_is_made_once_and_goes_with_the_sae():
     sae, x = make("switch"), torch.randn(1, 16)
-    plan = sae._token_plan(x)
-    assert sae._token_plan(torch.randn(16)) is plan
+    plan = plan_of(sae, sae.config, x)
+    assert plan_of(sae, sae.config, torch.randn(16)) is plan
     before = len(token._plans)
     del sae
     assert len(token._plans) == before - 1
@@ -237,8 +268,7 @@ def test_sharded_weights_are_left_to_their_own_hooks(tmp_path):
                 fully_shard(sae)
             assert not is_taken(sae, x)
             sae(torch.randn(5, 16))
-            # what is whole after a forward pass is taken as it lies
-            assert is_taken(sae, x) != whole
+            assert not is_taken(sae, x)
             torch.testing.assert_close(sae.decode(features), wanted, atol=1e-5, rtol=1e-5)
     finally:
         dist.destroy_process_group()

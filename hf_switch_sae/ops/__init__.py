@@ -8,10 +8,11 @@
 from hf_switch_sae.ops.backends import BACKENDS, backend_for, explain_backends, use_backend
 from hf_switch_sae.ops.deviations import column_sums, scaled_errors, squared_sums
 from hf_switch_sae.ops.memory import release_gradient_of
-from hf_switch_sae.ops.operators import routed_encode, sparse_decode
+from hf_switch_sae.ops.native import PLAIN
+from hf_switch_sae.ops.operators import has_tangent, routed_encode, sparse_decode
 from hf_switch_sae.ops.routed import keep_largest
 from hf_switch_sae.ops.routing import route, sort_by_expert
-from hf_switch_sae.ops.token import PLAIN, TokenPlan, token_plan
+from hf_switch_sae.ops.token import TokenPlan, token_plan
 
 __all__ = [
     "BACKENDS",
@@ -20,6 +21,7 @@ __all__ = [
     "backend_for",
     "column_sums",
     "explain_backends",
+    "has_tangent",
     "keep_largest",
     "release_gradient_of",
     "route",

@@ -26,7 +26,8 @@ BACKENDS: dict[str, ModuleType] = {
 }
 """Best first: the first that does not decline is taken."""
 
-_forced: str | None = None
+_asked_for: dict[object, str] = {}  # by blocks of `use_backend` that run, the newest last
+_forced: str | None = None  # the last of them
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -48,13 +49,10 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
 def takes(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether that backend is the one to compute there; False too where the one asked for with
     `use_backend` declines."""
-    if _forced not in (None, name):
+    try:
+        return backend_for(device, dtype) is BACKENDS[name]
+    except BackendError:
         return False
-    if device.type == "cpu" and _forced is None:
-        return _best_on_a_cpu(dtype) is BACKENDS[name]
-    if _forced is None:
-        return _best(device, dtype) is BACKENDS[name]
-    return BACKENDS[name].why_not(device, dtype) is None
 
 
 @functools.cache  # where a call may cost less than the question
@@ -80,6 +78,8 @@ def explain_backends(
 def use_backend(name: str) -> Iterator[None]:
     """Compute with one backend while the block runs, in all threads: for tests and comparisons.
 
+    Of several blocks that run at once, the one begun last decides.
+
     Args:
         name: "triton", "native", "eager" or "reference".
 
@@ -89,8 +89,10 @@ def use_backend(name: str) -> Iterator[None]:
     global _forced
     if name not in BACKENDS:
         raise BackendError(f"no backend {name!r}: there are {', '.join(map(repr, BACKENDS))}.")
-    before, _forced = _forced, name
+    block = object()
+    _forced = _asked_for[block] = name
     try:
         yield
     finally:
-        _forced = before
+        del _asked_for[block]
+        _forced = next(reversed(_asked_for.values()), None)

@@ -90,18 +90,25 @@ def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     group = 8 if m >= 1024 else 4
     num_groups = m // group
     if pre.device.type != "cpu" or m % group or num_groups < 4 * k or not p:
-        acts, ids = pre.topk(k, dim=1, sorted=False)
-        return torch.where(acts > 0, acts, 0), ids  # not relu, which lets nan pass
+        return _without_nan(pre, k, *pre.topk(k, dim=1, sorted=False))
     maxima = pre.view(p, group, num_groups).amax(1)  # feature f is in group f % num_groups
     groups = maxima.topk(k, dim=1, sorted=False).indices
     steps = torch.arange(0, m, num_groups, device=pre.device)
     candidates = (groups[:, None] + steps[:, None]).view(p, -1)
     acts, slots = pre.gather(1, candidates).topk(k, dim=1, sorted=False)
-    return torch.where(acts > 0, acts, 0), candidates.gather(1, slots)
+    return _without_nan(pre, k, acts, candidates.gather(1, slots))
+
+
+def _without_nan(pre: Tensor, k: int, acts: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The k largest of pre as `relu_topk` has them; topk takes nan for the largest."""
+    if (damaged := acts.isnan().any(1)).any():
+        again = pre[damaged]
+        acts[damaged], ids[damaged] = relu_topk(torch.where(again > 0, again, 0), k)
+    return acts.relu_(), ids
 
 
 def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
-    """As `reference.gather_sum`."""
+    """As `reference.gather_sum`, but that 0 times a row that is not finite is nan."""
     if len(ids) == 1:  # a fifth of what embedding_bag takes for its checks
         return torch.mm(coefs.to(W.dtype), W.index_select(0, ids.view(-1)))
     return torch.nn.functional.embedding_bag(

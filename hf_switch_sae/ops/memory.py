@@ -5,8 +5,9 @@ page by page: that takes longer than the sums that fill it. So a weight's gradie
 long as the weight lives, and handed out again when nobody else refers to it. What a step computes
 in between stays with the C library, which is told once to keep blocks of that size.
 
-Beware Somebody may hold on to an old gradient (`p.grad` of two steps summed, a list of them): only
-       the storage's own reference count says so, and then memory is new.
+Beware Somebody may hold on to an old gradient (`p.grad` of two steps summed, a list of them, its
+       storage alone): only the counts of references to the storage and to Python's object of it
+       say so, and then memory is new.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def gradient_of(weight: Tensor) -> Tensor | None:
         return None
     with _lock:
         storage = _kept.get(weight)  # type: ignore[no-untyped-call]
-        if storage is None or len(storage) != size or _use_count(storage._cdata) > 1:
+        if storage is None or len(storage) != size or _is_in_use(storage):
             _keep_freed_blocks()
             storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
             _advise_huge_pages(storage)
@@ -52,6 +53,12 @@ def gradient_of(weight: Tensor) -> Tensor | None:
         return torch.empty(0, dtype=weight.dtype, device="cpu").set_(
             storage, 0, weight.shape, strides
         )
+
+
+def _is_in_use(storage: torch.UntypedStorage) -> bool:
+    assert _use_count is not None
+    in_python = sys.getrefcount(storage) > 4  # ours, the caller's, and two for this call
+    return in_python or _use_count(storage._cdata) > 1
 
 
 def release_gradient_of(weight: Tensor) -> None:

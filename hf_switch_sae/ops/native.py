@@ -13,7 +13,7 @@ import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_switch_sae.errors import BackendError, FeatureIdError
 from hf_switch_sae.ops import eager
@@ -31,6 +31,8 @@ __all__ = [
     "why_not",
 ]
 
+PLAIN = (Tensor, nn.Parameter)
+"""Types of tensors whose memory is theirs: of others, as of a sharded one, there may be none."""
 _FEW = 24  # tokens of an expert, up to which its products are taken here
 _P, _I, _F, _T = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _ARGUMENTS = {
@@ -45,6 +47,7 @@ _ARGUMENTS = {
 }
 _CHECKED = ("gather_sum", "row_dots", "scatter_sum", "decode_token")
 _IN_RANGE = -(2**63)  # what these return unless an id is out of range
+_NO_MEMORY = _IN_RANGE + 1
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -172,20 +175,32 @@ def decode_token(plan: int, acts: int, ids: int, slots: int, num_rows: int, y: i
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """A kernel, on tensors, numbers and None; what it writes to is contiguous."""
+    """A kernel, on tensors, numbers and None; what it writes to is contiguous.
+
+    Raises:
+        BackendError: tensors that it can't read.
+    """
     held = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
     tensors = [a for a in held if isinstance(a, Tensor)]
     if any(t.dtype not in (torch.float32, torch.int64) or not t.is_cpu for t in tensors):
         raise BackendError(f"the native {name} computes float32 on a CPU, by ids in int64.")
+    if strange := [type(t).__name__ for t in tensors if type(t) not in PLAIN]:
+        raise BackendError(
+            f"the native {name} reads a tensor's own memory, and a {strange[0]} may have none: "
+            "gather a sharded SAE first, or call it as a module does, by forward."
+        )
     return _kernels()[name](*(a.data_ptr() if isinstance(a, Tensor) else a for a in held))
 
 
 def _check(wrong: int, num_rows: int) -> None:
-    """Of an id that a kernel did not find: nothing was read there.
+    """Of what a kernel returned: an id that it did not find, of which nothing was read.
 
     Raises:
         FeatureIdError: there is one.
+        MemoryError: there was too little for what it keeps while it runs.
     """
+    if wrong == _NO_MEMORY:
+        raise MemoryError("too little memory to sort activations by feature.")
     if wrong != _IN_RANGE:
         raise FeatureIdError(f"no feature {wrong}: there are 0 to {num_rows - 1}.")
 

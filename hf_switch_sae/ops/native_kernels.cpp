@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -17,7 +18,7 @@ using Id = std::int64_t;
 
 namespace {
 
-const Id IN_RANGE = INT64_MIN;
+const Id IN_RANGE = INT64_MIN, NO_MEMORY = INT64_MIN + 1;
 
 // Whether there is such a row; if not, says which was asked for.
 bool is_among(Id id, Id num_rows, Id& wrong) {
@@ -375,9 +376,10 @@ Id row_dots(const float* g, const Id* ids, const float* W, Id n, Id k, Id num_ro
     return wrong;
 }
 
-// W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f, for all of num_rows. Returns as gather_sum.
+// W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f, for all of num_rows. Returns as gather_sum,
+// or NO_MEMORY: an exception would end the process.
 Id scatter_sum(const float* coefs, const Id* ids, const float* x, Id n, Id k, Id num_rows, Id d,
-               float* W, int threads) {
+               float* W, int threads) try {
     Id wrong = IN_RANGE;
     std::vector<Id> starts(num_rows + 1);
     for (Id p = 0; p < n * k; ++p)
@@ -393,6 +395,8 @@ Id scatter_sum(const float* coefs, const Id* ids, const float* x, Id n, Id k, Id
     for (Id f = 0; f < num_rows; ++f)
         weighted_sum(W + f * d, d, terms.data() + starts[f], starts[f + 1] - starts[f]);
     return wrong;
+} catch (const std::bad_alloc&) {
+    return NO_MEMORY;
 }
 
 // One step of Adam on rows of w, m, v [rows, d] by the gradient scale * g. With `unit`, rows have

@@ -2,7 +2,8 @@
 
 Each direction is a custom operator: opaque to `torch.compile`, which would otherwise trace the
 backend's loops, and called directly where nothing is recorded, as decoding a single token costs
-less than dispatching it.
+less than dispatching it. Forward-mode derivatives, which the operators don't have, come from the
+definitions in `reference.py`.
 
 Beware Indexing a parameter by expert under autograd would add a full-size gradient for every
        expert; weights are only indexed inside the operators, where a slice is a view and nothing is
@@ -15,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from hf_switch_sae.ops import reference
+from hf_switch_sae.ops.native import PLAIN
 from hf_switch_sae.ops.routed import (
     decode,
     decode_backward,
@@ -23,6 +27,7 @@ from hf_switch_sae.ops.routed import (
     encode_pairs,
     keep_largest,
 )
+from hf_switch_sae.precision import wide_dtype
 
 
 def routed_encode(
@@ -36,17 +41,30 @@ def routed_encode(
     batch_topk: bool = False,
     center: Tensor | None = None,
     in_order: bool = False,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.routed_encode`, computing only the experts that tokens visit.
 
     Under autocast the products are taken in its dtype; what is kept is in that of `W_enc`.
+
+    Raises:
+        ValueError: shapes that don't go together.
     """
     n, t = expert_ids.shape
+    if x.shape != (n, W_enc.shape[2]):
+        raise ValueError(f"x {[*x.shape]} is not [{n}, {W_enc.shape[2]}], n by width of W_enc.")
     if n == 0:
         slots = k if k is not None and not batch_topk else 1
         return W_enc.new_zeros(0, slots), expert_ids.new_zeros(0, slots)
-    given = x, center, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, in_order, _low(x)
-    if torch.compiler.is_compiling() or _is_recorded(x, center, W_enc, b_enc):
+    if has_tangent(x, center, W_enc, b_enc, gates):
+        return reference.routed_encode(
+            x, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, center, in_order, counts
+        )
+    given = (
+        *(x, center, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, in_order, counts),
+        _low(x, W_enc),
+    )
+    if _is_for_operator(x, center, W_enc, b_enc):
         acts, ids = _encode_op(*given)
     else:
         acts, ids = encode_pairs(*given)
@@ -59,22 +77,46 @@ def routed_encode(
 
 def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = False) -> Tensor:
     """As `reference.sparse_decode`; under autocast W_dec's gradient may be summed from products in
-    its dtype."""
+    its dtype.
+
+    Raises:
+        ValueError: acts and ids of different shapes.
+    """
+    if acts.shape != ids.shape:
+        raise ValueError(f"acts {[*acts.shape]} and ids {[*ids.shape]} must have one shape [n, k].")
     ids = ids.to(torch.int64)
-    if torch.compiler.is_compiling() or _is_recorded(acts, W_dec):
-        y: Tensor = _decode_op(acts, ids, W_dec, in_order, _low(acts))
+    if has_tangent(acts, W_dec):
+        return reference.sparse_decode(acts, ids, W_dec)
+    if _is_for_operator(acts, W_dec):
+        y: Tensor = _decode_op(acts, ids, W_dec, in_order, _low(acts, W_dec))
         return y
     return decode(acts, ids, W_dec, in_order, None)
 
 
-def _low(x: Tensor) -> torch.dtype | None:
-    """What autocast takes products in on x's device, if it is on."""
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of them has a forward-mode derivative, as in `torch.func.jvp`."""
+    if forward_ad._current_level < 0:
+        return False
+    given = [x for x in tensors if x is not None]
+    parts = map(forward_ad.unpack_dual, given)
+    return any(part.tangent is not None for part in parts)
+
+
+def _low(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What autocast takes products with a weight in on x's device, if it is on; never float64's."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
-def _is_recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _is_for_operator(*tensors: Tensor | None) -> bool:
+    """Whether torch has to see an operator: to record it, or to treat a tensor of another kind."""
+    if torch.compiler.is_compiling():
+        return True
+    given = [x for x in tensors if x is not None]
+    is_recorded = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return is_recorded or any(type(x) not in PLAIN for x in given)
 
 
 # ---------------------------------------------------------------- as operators of torch
@@ -101,6 +143,7 @@ def _(
     threshold: Tensor | None,
     batch_topk: bool,
     in_order: bool,
+    counts: Tensor | None,
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     slots: int | torch.SymInt
@@ -126,12 +169,11 @@ def _(
     in_order: bool,
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(W_enc.dtype, torch.float32)
     return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(W_enc) if need_W else x.new_empty(0),
+        x.new_empty(x.shape if need_x else 0),
+        W_enc.new_empty(W_enc.shape) if need_W else x.new_empty(0),
         W_enc.new_empty(W_enc.shape[:2]) if need_b or need_center else x.new_empty(0),
-        x.new_empty(x.shape[1], dtype=wide) if need_center else x.new_empty(0),
+        x.new_empty(x.shape[1], dtype=wide_dtype(W_enc)) if need_center else x.new_empty(0),
     )
 
 
@@ -152,13 +194,13 @@ def _(
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty_like(acts) if need_acts else d_y.new_empty(0, dtype=W_dec.dtype),
-        torch.empty_like(W_dec) if need_W else d_y.new_empty(0, dtype=W_dec.dtype),
+        acts.new_empty(acts.shape) if need_acts else d_y.new_empty(0, dtype=W_dec.dtype),
+        W_dec.new_empty(W_dec.shape) if need_W else d_y.new_empty(0, dtype=W_dec.dtype),
     )
 
 
 def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, center, W_enc, _, expert_ids, *_, in_order, low = inputs
+    x, center, W_enc, _, expert_ids, *_, in_order, _, low = inputs
     ctx.in_order, ctx.low = in_order and expert_ids.shape[1] == 1, low
     ctx.center_dtype = None if center is None else center.dtype
     ctx.save_for_backward(x, W_enc, *output)
@@ -175,7 +217,7 @@ def _differentiate_encode(ctx: Any, d_acts: Tensor, _: Any) -> tuple[Tensor | No
         d_center.to(ctx.center_dtype) if need_center else None,
         d_W if need_W else None,
         d_b if need_b else None,
-        *[None] * 7,
+        *[None] * 8,
     )
 
 

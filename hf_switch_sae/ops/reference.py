@@ -18,7 +18,7 @@ from hf_switch_sae.precision import wide
 def route(
     x: Tensor, weight: Tensor, bias: Tensor | None, num_experts_per_token: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose each token's experts by the router's logits, in float32 (float64 if `weight` is).
+    """Choose each token's experts by the router's logits.
 
         logits[n] = weight @ x[n] + bias,   probs = softmax(logits),   expert_ids = the t largest
 
@@ -29,8 +29,8 @@ def route(
         num_experts_per_token: t, 1 to E.
 
     Returns:
-        logits [n, E] float32, probs [n, E] float32, expert_ids [n, t] int64, best first; ties go to
-        the lowest index on every device.
+        logits, probs [n, E] float32, or float64 if `weight` is; expert_ids [n, t] int64, best
+        first; ties go to the lowest index on every device.
     """
     with torch.autocast(x.device.type, enabled=False):
         weight = wide(weight)
@@ -51,6 +51,7 @@ def routed_encode(
     batch_topk: bool = False,
     center: Tensor | None = None,
     in_order: bool = False,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode each token with its own experts and keep the active features.
 
@@ -72,6 +73,8 @@ def routed_encode(
         batch_topk: k * n over the batch instead of k per token; ties at the border are all kept.
         center: [d] or None, `b_dec`, if it has been taken off x: only its gradient is of interest.
         in_order: a promise that expert_ids [n, 1] rise, so that nothing has to be sorted.
+        counts: [n] bool, the tokens that `batch_topk` is over, k for each; others keep nothing.
+            None: all.
 
     Returns:
         acts [n, s], >= 0, in no order, in the dtype of W_enc; a slot of 0 is padding and gets no
@@ -95,9 +98,11 @@ def routed_encode(
         keep = keep & (acts > threshold)
     acts, keep = acts.reshape(n, E * m), keep.reshape(n, E * m)
     if batch_topk and k is not None and n:
-        wanted = min(k * n, acts.numel())
-        border = torch.where(keep, acts, 0).flatten().topk(wanted).values[-1]
-        keep = keep & (acts >= border)
+        counts = torch.ones(n, dtype=torch.bool, device=x.device) if counts is None else counts
+        keep = keep & counts[:, None]
+        wanted = min(k * int(counts.sum()), acts.numel())
+        largest = torch.where(keep, acts, 0).flatten().sort(descending=True).values[:wanted]
+        keep = keep & (acts >= largest[-1:].sum())  # 0 if no token counts
     slots = k if k is not None and not batch_topk else max(1, int(keep.sum(1).max()) if n else 1)
     # Own features sort before foreign ones, so that padding ids are the token's own experts' too.
     own = mine.repeat_interleave(m, 1)

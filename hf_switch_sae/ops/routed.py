@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_switch_sae.ops.backends import backend_for
 from hf_switch_sae.ops.memory import gradient_of
 from hf_switch_sae.ops.routing import expert_offsets, sort_by_expert
+from hf_switch_sae.precision import wide, wide_dtype
 
 _Compute = TypeVar("_Compute", bound=Callable[..., Any])
 
@@ -30,7 +31,11 @@ GPU_WORKSPACE_BYTES = 512 * 2**20
 
 
 def keep_largest(
-    acts: Tensor, ids: Tensor, k: int | None, batch_topk: bool = False
+    acts: Tensor,
+    ids: Tensor,
+    k: int | None,
+    batch_topk: bool = False,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint selection among candidates: each token's k largest slots; all active if k is None.
 
@@ -39,12 +44,14 @@ def keep_largest(
         ids: [n, s].
         k: slots kept per token, at most s.
         batch_topk: keep the k * n largest over all tokens instead, ties at the border included.
+        counts: [n] bool, the tokens that `batch_topk` is over; others keep nothing. None: all.
 
     Returns:
         acts, ids [n, k], or as wide as the fullest token needs when k is None or with `batch_topk`.
     """
     if batch_topk and k is not None and acts.numel():
-        acts = torch.where(acts >= _border(acts.detach(), k * len(acts)), acts, 0)
+        acts, num = _of_counted(acts, counts)
+        acts = torch.where(acts >= _border(acts.detach(), k * num), acts, 0)
     if k is None or batch_topk:
         slots = max(1, int((acts > 0).sum(1).max())) if len(acts) else 1
     else:
@@ -55,8 +62,17 @@ def keep_largest(
     return acts, ids.gather(1, slot)
 
 
+def _of_counted(acts: Tensor, counts: Tensor | None) -> tuple[Tensor, int]:
+    """acts [n, s], 0 for tokens that do not count, and how many do; counts [n] bool, None: all."""
+    if counts is None:
+        return acts, len(acts)
+    return acts.where(counts[:, None], 0), int(counts.sum())
+
+
 def _border(acts: Tensor, count: int) -> Tensor:
     """The count-th largest of all activations, 0-d; the smallest if there are fewer."""
+    if not count:
+        return acts.new_zeros(())
     return acts.flatten().topk(min(count, acts.numel()), sorted=False).values.amin()
 
 
@@ -88,13 +104,14 @@ def encode_pairs(
     threshold: Tensor | None,
     batch_topk: bool,
     in_order: bool,
+    counts: Tensor | None,
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Each (token, expert) pair's kept features, ungated: acts, ids [n * t, s] in pair order."""
     visits = _Visits(x.to(low or W_enc.dtype), W_enc, b_enc, expert_ids, gates, threshold, in_order)
     if batch_topk:
         assert k is not None
-        acts, ids = _select_in_batch(visits, k, k * len(x))
+        acts, ids = _select_in_batch(visits, k, counts)
     else:
         acts, ids = visits.joined(_select(visits, *chunk, k) for chunk in visits.chunks())
     return acts.to(W_enc.dtype), ids + visits.experts[:, None] * W_enc.shape[1]
@@ -179,18 +196,22 @@ def _select(
     return pairs, acts, ids
 
 
-def _select_in_batch(visits: _Visits, k: int, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest gated activations of all pairs together, ties at the border included.
+def _select_in_batch(visits: _Visits, k: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k largest gated activations for each token, of all together, ties at the border included.
 
     From each pair's largest few: exact as long as every pair has one that is not kept; else more
     are taken. So what is held at once is pairs x few, not pairs x m.
+
+    Args:
+        counts: [n] bool, which tokens these are; others get none. None: all.
     """
     m, everything = visits.W_enc.shape[1], slice(None)
     few = min(4 * k, m)
+    of_pairs = None if counts is None else counts.repeat_interleave(visits.t)
     while True:
         acts, ids = visits.joined(_select(visits, *chunk, few) for chunk in visits.chunks())
-        gated = visits.gated(acts, everything)
-        kept = (gated >= _border(gated, count)) & (gated > 0)
+        gated, num = _of_counted(visits.gated(acts, everything), of_pairs)
+        kept = (gated >= _border(gated, k * num // visits.t)) & (gated > 0)
         if few == m or not kept.all(1).any():
             return keep_largest(torch.where(kept, acts, 0), ids, None)
         few = min(4 * few, m)
@@ -225,13 +246,12 @@ def encode_backward(
         d_W = _weight_gradient(backend, coefs, ids, x.to(W_enc.dtype), W_enc, in_order, low)
     if need_b or need_center:
         # thousands of tokens may add to one bias: bfloat16 would stop counting after 256
-        wide = torch.promote_types(W_enc.dtype, torch.float32)
-        total = torch.zeros(E * m, dtype=wide, device=x.device)
-        total.index_add_(0, ids.flatten(), coefs.flatten().to(wide))
+        total = torch.zeros(E * m, dtype=wide_dtype(W_enc), device=x.device)
+        total.index_add_(0, ids.flatten(), coefs.flatten().to(total.dtype))
         d_b = total.to(W_enc.dtype).reshape(E, m)
         if need_center:  # by column sums: no gradient of x is needed for it
             by_expert = torch.bmm(total.view(E, 1, m).to(W_enc.dtype), W_enc)
-            d_center = -by_expert[:, 0].to(wide).sum(0)
+            d_center = -wide(by_expert[:, 0]).sum(0)
     return d_x, d_W, d_b, d_center
 
 
@@ -265,7 +285,8 @@ def decode_backward(
     d_y = d_y.to(rows.dtype).contiguous()
     d_acts, d_W = d_y.new_empty(0), d_y.new_empty(0)
     if need_acts:
-        d_acts = torch.where(acts != 0, backend.row_dots(d_y, ids, rows), 0).to(acts.dtype)
+        d_acts = torch.where(acts != 0, backend.row_dots(d_y, ids, rows), 0)
+        d_acts = d_acts.to(acts.dtype).contiguous()
     if need_W:
         d_W = _weight_gradient(backend, acts, ids, d_y, W_dec, in_order, low)
     return d_acts, d_W

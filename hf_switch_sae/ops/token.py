@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from hf_switch_sae.ops import native
 from hf_switch_sae.ops.backends import takes
+from hf_switch_sae.ops.native import PLAIN
 
-PLAIN = (Tensor, nn.Parameter)
-"""Types of tensors whose memory is theirs: of others, as of a sharded one, there may be none."""
 _CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.bfloat16)
 _WORTH_A_THREAD = 2**17  # weights of an expert that one token is multiplied with

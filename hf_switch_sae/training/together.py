@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.losses import WholeBatch
-from hf_switch_sae.model import SwitchSAE, SwitchSAEOutput
+from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.output import SwitchSAEOutput
 
 MEASURED = ("loss", "fvu", "balance", "tokens", "active", "entropy")
 """What the first entries of a measure are; after them how often each expert was chosen."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
-from hf_switch_sae.model import SwitchSAEOutput
+from hf_switch_sae.output import SwitchSAEOutput
 from hf_switch_sae.training.clusters import directions_of
 from hf_switch_sae.training.start import start_features_at
 
