@@ -189,6 +189,9 @@ class Experts(nn.ModuleList):
         """As `ops.sparse_decode`, over the groups: acts, ids [n, k] -> [n, d], beside `acts`.
 
         `in_order` is a hint: with several groups tokens are not in the order of each.
+
+        Raises:
+            FeatureIdError: on a CPU, an id of no feature.
         """
 
         def decode(g: ExpertGroup, acts: Tensor, ids: Tensor) -> Tensor:
@@ -199,6 +202,7 @@ class Experts(nn.ModuleList):
         if len(self) == 1:
             alone: Tensor = first(decode, acts, ids)
             return alone.to(acts.device)
+        ops.check_ids(ids, len(self) * self.features_per_group)
         for index, group in enumerate(self):
             mine = (ids // self.features_per_group == index) & (acts != 0)
             rows = mine.any(1).nonzero()[:, 0]

@@ -63,7 +63,8 @@ class SwitchSAEAdam(Adam):
         max_grad_norm: float | None = 1.0,
     ) -> None:
         given: Sequence[nn.Module] = [sae] if isinstance(sae, nn.Module) else list(sae)
-        saes = [each for each in map(unwrap, given) if isinstance(each, SwitchSAE)]
+        inner = [unwrap(each) if isinstance(each, nn.Module) else each for each in given]
+        saes = [each for each in inner if isinstance(each, SwitchSAE)]
         if not saes or len(saes) != len(given):
             names = ", ".join(type(each).__name__ for each in given) or "nothing"
             raise ConfigError(f"SwitchSAEAdam takes a SwitchSAE, or several; this is {names}.")

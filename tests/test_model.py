@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hf_switch_sae import (
     SwitchSAEAdam,
     WidthError,
     losses,
+    use_backend,
 )
 
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -580,3 +582,26 @@ def test_a_float64_sae_trains_in_float64():
     sae.normalize_decoder()
     lengths = sae.W_dec.norm(dim=-1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths), atol=1e-15, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [-1, E * M])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_ids_of_no_feature_are_refused(wrong, tokens, groups, dtype, backend):
+    sae = make("switch", groups).to(dtype)
+    ids = torch.full((tokens, 2), wrong)
+    features = SparseFeatures(torch.ones(tokens, 2), ids, E * M)
+    for use in (sae.decode, sae.decode_delta):
+        with (
+            torch.no_grad(),
+            nullcontext() if backend is None else use_backend(backend),
+            pytest.raises(FeatureIdError, match=f"no feature {wrong}: there are 0 to 23"),
+        ):
+            use(features)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_no_folder():
+    with pytest.raises(OSError, match="there is no folder /none/of/these"):
+        SwitchSAE.from_pretrained("/none/of/these")

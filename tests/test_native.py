@@ -1,11 +1,13 @@
 """The kernels in C++: what only they do, and how they come to be on a machine."""
 
+import hashlib
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,7 +181,7 @@ def compiler_that(does: str | bytes, folder) -> str:
 @pytest.mark.parametrize(
     ("does", "said"),
     [
-        (None, "need a C.. compiler: install"),
+        (None, "need a C.. compiler, and CXX names '.*none', which is not there: install"),
         ("echo 'x.cpp:1: error: no OpenMP here' >&2; exit 1", "could not compile .* no OpenMP"),
         ("echo cxx 1.0", "could not be compiled and loaded"),
         (b"\x7fELF", "could not be compiled and loaded"),
@@ -222,14 +224,23 @@ def test_what_is_compiled_is_kept_and_another_process_takes_it(fresh_machine, tm
 
 
 @NATIVE
-def test_a_library_that_does_not_load_is_made_anew(fresh_machine, tmp_path):
+@pytest.mark.parametrize("written", ["another_system", "part", "less_than_a_checksum", "nothing"])
+def test_a_library_that_does_not_load_is_made_anew(fresh_machine, tmp_path, written):
     compiler = native_build._compiler()
     assert compiler is not None
     path = tmp_path / "cache" / "hf_switch_sae" / f"native_{native_build._key(compiler)}.so"
     path.parent.mkdir(parents=True)
-    path.write_bytes(b"of another system")
+    foreign = b"of another system"
+    path.write_bytes(
+        {
+            "another_system": foreign + hashlib.sha256(foreign).digest(),
+            "part": Path(torch._C.__file__).read_bytes()[:5000],
+            "less_than_a_checksum": foreign,
+            "nothing": b"",
+        }[written]
+    )
     assert explain_backends("cpu")["native"] is None
-    assert path.stat().st_size > 1000
+    assert path.stat().st_size > 10000
 
 
 @NATIVE
@@ -300,3 +311,14 @@ def test_too_little_memory_is_an_error_and_not_the_end_of_the_process():
         [sys.executable, "-W", "ignore", "-c", _TOO_LITTLE_MEMORY], capture_output=True, text=True
     )
     assert done.stdout.startswith("too little memory"), done.stderr
+
+
+def test_a_damaged_library_is_told_from_a_whole_one(fresh_machine, tmp_path):
+    if explain_backends("cpu")["native"] is not None:
+        pytest.skip(str(WHY_NOT))
+    (kept,) = (tmp_path / "cache" / "hf_switch_sae").iterdir()
+    whole = kept.read_bytes()
+    assert native_build._is_whole(kept)
+    for damaged in (whole[:20000], whole[:-1], whole[:99] + b"?" + whole[100:]):
+        kept.write_bytes(damaged)
+        assert not native_build._is_whole(kept)

@@ -195,7 +195,8 @@ def test_a_wrapped_sae_is_taken_and_anything_else_refused():
     for wrong, said in (
         ([], "nothing"),
         (torch.nn.Linear(2, 2), "Linear"),
-        ([sae, torch.nn.ReLU()], "ReLU"),
+        ([sae, torch.nn.ReLU()], "SwitchSAE, ReLU"),
+        (sae.parameters(), "this is Parameter, Parameter"),
     ):
         with pytest.raises(ConfigError, match=said):
             SwitchSAEAdam(wrong)

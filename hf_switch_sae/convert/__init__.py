@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
 from hf_switch_sae.convert.foreign import GIVEN, Foreign, Given
@@ -169,7 +171,7 @@ def _load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
     try:
         source = open_source(name, **where)
     except (ConversionError, HubError):
-        raise error from None
+        raise _said_plainly(name, error) from None
     found = recognize(source)
     if found is None:
         if isinstance(error, OSError):
@@ -192,6 +194,15 @@ def _load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
     sae.config._name_or_path = name
     weakref.finalize(sae, shutil.rmtree, folder, ignore_errors=True)
     return result
+
+
+def _said_plainly(name: str, error: Exception) -> Exception:
+    """The error, but of a path that can't be a repository's name that there is no such folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return OSError(f"there is no folder {name}, and a repository can't be called that.")
+    return error
 
 
 def _hint(source: Source, whole: Source) -> str:

@@ -11,7 +11,7 @@ from hf_switch_sae.ops.memory import release_gradient_of
 from hf_switch_sae.ops.native import PLAIN
 from hf_switch_sae.ops.operators import has_tangent, routed_encode, sparse_decode
 from hf_switch_sae.ops.routed import keep_largest
-from hf_switch_sae.ops.routing import route, sort_by_expert
+from hf_switch_sae.ops.routing import check_ids, route, sort_by_expert
 from hf_switch_sae.ops.token import TokenPlan, token_plan
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "PLAIN",
     "TokenPlan",
     "backend_for",
+    "check_ids",
     "column_sums",
     "explain_backends",
     "has_tangent",

@@ -69,7 +69,16 @@ def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
 def explain_backends(
     device: str | torch.device, dtype: torch.dtype = torch.float32
 ) -> dict[str, str | None]:
-    """Why each backend declines to compute there, by name and best first; None: it would not."""
+    """Why each backend declines to compute there, by name and best first; None: it would not.
+
+    Of batches, and of what is trained: a single token in bfloat16 on a CPU, as in `generate`, is
+    computed by the native kernels too.
+
+    Raises:
+        TypeError: `dtype` is none.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is one of torch's, such as torch.bfloat16; got {dtype!r}.")
     where = torch.device(device)
     return {name: backend.why_not(where, dtype) for name, backend in BACKENDS.items()}
 

@@ -18,6 +18,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from hf_switch_sae.ops.routing import check_ids
+
 CHUNK_BYTES = 256 * 2**20
 """Most bytes of gathered rows held at once, where rows have to be gathered."""
 
@@ -108,7 +110,12 @@ def _without_nan(pre: Tensor, k: int, acts: Tensor, ids: Tensor) -> tuple[Tensor
 
 
 def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
-    """As `reference.gather_sum`, but that 0 times a row that is not finite is nan."""
+    """As `reference.gather_sum`, but that 0 times a row that is not finite is nan.
+
+    Raises:
+        FeatureIdError: on a CPU, an id of no row.
+    """
+    check_ids(ids, len(W))
     if len(ids) == 1:  # a fifth of what embedding_bag takes for its checks
         return torch.mm(coefs.to(W.dtype), W.index_select(0, ids.view(-1)))
     return torch.nn.functional.embedding_bag(

@@ -1,7 +1,8 @@
 """The CPU's kernels, compiled on the machine they run on by its own C++ compiler.
 
-native_kernels.cpp -> a shared library in the user's cache -> functions. It takes seconds, once
-per machine; without a compiler everything works by torch's operators.
+native_kernels.cpp -> a shared library in the user's cache, with its own checksum behind it, where
+loaders don't look -> functions. It takes seconds, once per machine; without a compiler everything
+works by torch's operators.
 
 Beware The compiler may use every instruction this CPU has, so a library is kept under a name that
        tells CPUs, compilers and sources apart: a home may be shared by different machines.
@@ -49,10 +50,10 @@ def _load() -> ctypes.CDLL | str:
         compiler = _compiler()
         if compiler is None:
             asked = os.environ.get("CXX")
-            missing = f"CXX names {asked!r}, which is not there" if asked else "set CXX"
-            return f"the native kernels need a C++ compiler: install g++ or clang++, or {missing}."
+            missing = f"CXX names {asked!r}, which is not there" if asked else "there is none"
+            return f"the native kernels need a C++ compiler, and {missing}: install g++ or clang++."
         path = _cache() / f"native_{_key(compiler)}.so"
-        if path.exists():
+        if _is_whole(path):
             with suppress(OSError):  # of another system that shares this home
                 return ctypes.CDLL(str(path))
         _compile(compiler, path)
@@ -83,6 +84,14 @@ def _key(compiler: list[str]) -> str:
     command = " ".join([*compiler, *FLAGS])
     parts = (SOURCE.read_bytes(), command.encode(), done.stdout, cpu.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether it is as it was written: a truncated library would end the process."""
+    if not path.exists():
+        return False
+    written = path.read_bytes()
+    return hashlib.sha256(written[:-32]).digest() == written[-32:]
 
 
 def _cache() -> Path:
@@ -119,6 +128,8 @@ def _compile(compiler: list[str], path: Path) -> None:
             text=True,
             timeout=_LONGEST_COMPILATION,
         )
+        with Path(part).open("r+b") as library:
+            library.write(hashlib.sha256(library.read()).digest())
         Path(part).replace(path)
     finally:
         Path(part).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_switch_sae.errors import FeatureIdError
 from hf_switch_sae.precision import wide
 
 
@@ -49,6 +50,20 @@ def expert_offsets(experts: Tensor, num_experts: int) -> Tensor:
     """Where each expert's share of rising experts [p] begins and ends: [num_experts + 1] int64."""
     bounds = torch.arange(num_experts + 1, dtype=experts.dtype, device=experts.device)
     return torch.searchsorted(experts.contiguous(), bounds)
+
+
+def check_ids(ids: Tensor, num_features: int) -> None:
+    """Of ids on a CPU; another device is not waited for.
+
+    Raises:
+        FeatureIdError: one of no feature.
+    """
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= num_features:
+        wrong = low if low < 0 else high
+        raise FeatureIdError(f"no feature {wrong}: there are 0 to {num_features - 1}.")
 
 
 def narrowest(last: int) -> torch.dtype:
