@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from hf_switch_sae.attach import attach
 from hf_switch_sae.errors import AttachError, StoreError, TextError
 from hf_switch_sae.hookpoints import unwrap
+from hf_switch_sae.launcher import rank_and_world
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.origin import provenance_of
 from hf_switch_sae.residuals import input_device, partial_forward
@@ -117,6 +118,7 @@ def record(
         AttachError, HookpointError: the SAE does not fit, or the model is in training mode.
         TextError: nothing to read there, or texts without a tokenizer.
         StoreError: a store of something else, no room on the disk, or an act too large to keep.
+        ConfigError: a launcher's environment that can't be.
     """
     root = unwrap(lm)
     if root.training:
@@ -131,6 +133,7 @@ def record(
         shard_tokens,
     )
     _check(root, settings)
+    share = _Share.of_this_process()
     with ExitStack() as stack:
         session = stack.enter_context(
             attach(lm, saes, at, allow_mismatch=allow_mismatch, all_threads=False)
@@ -152,7 +155,7 @@ def record(
             folder = Path(store) if len(session.taps) == 1 else Path(store) / name
             stores[name] = FeatureStore.create(folder, made)
             stores[name].remove_leftovers()
-        recorder = _Recorder(session, run, tokenizer, settings, stores)
+        recorder = _Recorder(session, run, tokenizer, settings, stores, share)
         limits = _Limits(max_documents, max_tokens, max_bytes)
         recorder.record(documents, limits, progress)
     for each in stores.values():
@@ -197,7 +200,7 @@ class _Share:
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        return cls(*rank_and_world())
 
     def of(self, limit: int | None) -> float:
         """This process's share of a limit; infinity if there is none."""
@@ -214,8 +217,9 @@ class _Recorder:
         tokenizer: Any,
         settings: _Settings,
         stores: dict[str, FeatureStore],
+        share: _Share,
     ) -> None:
-        self._session, self._run = session, run
+        self._session, self._run, self._share = session, run, share
         self._tokenizer, self._settings, self._stores = tokenizer, settings, stores
         root = unwrap(session.lm)
         self._device = input_device(root)
@@ -226,8 +230,7 @@ class _Recorder:
 
     def record(self, documents: Documents, limits: _Limits, progress: bool | None) -> None:
         """Record this process's share of the documents."""
-        share = _Share.of_this_process()
-        tokens, size = 0, 0
+        tokens, size, share = 0, 0, self._share
         disable = not (sys.stderr.isatty() if progress is None else progress)
         total = documents.count
         if total is not None and limits.documents is not None:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -104,6 +105,16 @@ def whole(tmp_path_factory):
 def release(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "release")
     return tmp_path / "release"
+
+
+def test_geometry_is_measured_where_nothing_can_be_drawn(release, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shutil.rmtree(release / A / "figures")
+    words = ["geometry", str(release), "--subfolder", A, "--no-maps"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "no figures: figures need matplotlib" in done.stderr
+    assert not (release / A / "figures").exists()
 
 
 def images(card):

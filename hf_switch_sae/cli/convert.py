@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError
 
+from hf_switch_sae.cli.language_model import load_lm
 from hf_switch_sae.convert import EXPORTS, FORMATS
 from hf_switch_sae.convert import convert as convert_checkpoint
 from hf_switch_sae.convert import export as export_sae
@@ -44,6 +45,7 @@ def convert(
     lm: Annotated[
         str | None, typer.Option(help="Language model to measure FVU with, on --text.")
     ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in the LM's folder.")] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text file; its first 512 tokens are used.")
     ] = None,
@@ -56,7 +58,7 @@ def convert(
     }
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     if to is not None:
-        with_to = {"--format": format, "--lm": lm, "--text": text}
+        with_to = {"--format": format, "--lm": lm, "--gguf-file": gguf_file, "--text": text}
         if asked := [option for option, value in with_to.items() if value is not None]:
             raise typer.BadParameter(f"{', '.join(asked)} can't be had together with --to.")
         writer_of(to)  # before anything is fetched
@@ -65,7 +67,9 @@ def convert(
         return
     if (lm is None) != (text is None):
         raise typer.BadParameter("--lm and --text go together: a model, and ordinary text for it.")
-    live = {} if lm is None or text is None else _live(lm, text)
+    if gguf_file is not None and lm is None:
+        raise typer.BadParameter("--gguf-file is of the language model: give --lm and --text.")
+    live = {} if lm is None or text is None else _live(lm, gguf_file, text)
     print(convert_checkpoint(source, folder, format=format, **live, **where, **given))
 
 
@@ -83,18 +87,12 @@ def _load(name: str, where: dict[str, Any], given: dict[str, Any]) -> SwitchSAE:
         raise ConversionError(f"no SAE at {name}: {err}") from err
 
 
-def _live(lm: str, text: Path) -> dict[str, Any]:
+def _live(lm: str, gguf_file: str | None, text: Path) -> dict[str, Any]:
     """`lm` and `inputs` of `convert`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
         written = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise TextError(f"{text} can't be read as text: {err}") from err
-    try:
-        model = AutoModelForCausalLM.from_pretrained(lm)
-        tokenizer = AutoTokenizer.from_pretrained(lm)
-    except OSError as err:
-        raise ConversionError(f"no language model at {lm}: {err}") from err
+    model, tokenizer = load_lm(lm, "auto", "cpu", gguf_file=gguf_file)
     inputs = tokenizer(written, return_tensors="pt", truncation=True, max_length=512)
     return {"lm": model, "inputs": inputs}

@@ -35,8 +35,10 @@ def load_lm(
             loaded, where the architecture lets one; all are by default.
 
     Raises:
-        SwitchSAEError: there is none at that address.
+        SwitchSAEError: there is none at that address, or no such dtype.
     """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise SwitchSAEError(f"no dtype {dtype!r}: auto, float32, bfloat16 or float16.")
     if device_map is None and torch.cuda.is_available():
         device_map = "cuda"
     kind = AutoModelForCausalLM if with_head else AutoModel

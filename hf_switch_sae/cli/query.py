@@ -28,16 +28,21 @@ def query(
     tokenizer: Annotated[
         str | None, typer.Option(help="Hub id or folder; the store's own by default.")
     ] = None,
+    gguf_file: Annotated[
+        str | None, typer.Option(help="A GGUF file in the tokenizer's folder.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Ask a store of recorded features; without an option, what it holds."""
+    if quantiles and feature is None:
+        raise SwitchSAEError("--quantiles samples a feature's range: say which, with --feature.")
     if sum(asked is not None for asked in (feature, coactivation, text)) > 1:
         raise SwitchSAEError("one question at a time: --feature, --coactivation or --text.")
     opened = FeatureStore(store)
     if feature is None and coactivation is None and text is None:
         _show(_overview(opened), as_json)
         return
-    opened.tokenizer = _tokenizer(opened, tokenizer, needed=text is not None)
+    opened.tokenizer = _tokenizer(opened, tokenizer, gguf_file, needed=text is not None)
     if coactivation is not None:
         _show([_companion(each) for each in opened.coactivation(coactivation, n)], as_json)
     elif text is not None:
@@ -100,11 +105,12 @@ def _show(lines: list[dict[str, Any]], as_json: bool) -> None:
             print("  ".join(f"{name} {value!r}" for name, value in line.items()))
 
 
-def _tokenizer(store: FeatureStore, name: str | None, needed: bool) -> Any:
+def _tokenizer(store: FeatureStore, name: str | None, gguf_file: str | None, needed: bool) -> Any:
+    where = {} if gguf_file is None else {"gguf_file": gguf_file}
     known = name or (store.provenance.tokenizer or {}).get("name")
     try:
         if known:
-            return AutoTokenizer.from_pretrained(known)
+            return AutoTokenizer.from_pretrained(known, **where)
         why = "the store names none"
     except (OSError, ValueError) as err:
         why = str(err)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from hf_switch_sae.cli.language_model import load_lm
 from hf_switch_sae.errors import SwitchSAEError
+from hf_switch_sae.launcher import rank_and_world
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.record import record
 from hf_switch_sae.store import FeatureStore
@@ -33,10 +33,18 @@ def record_corpus(
     prefix: Annotated[str, typer.Option(help="Text before each window, not recorded.")] = "",
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass.")] = 4096,
     max_documents: Annotated[int | None, typer.Option(min=0, help="Stop after so many.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=0, help="Stop after about so many.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Stop after the file (see --shard-tokens) that reaches so many."),
+    ] = None,
     max_bytes: Annotated[int | None, typer.Option(min=0, help="Budget for tokens/.")] = None,
+    shard_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens a file, about; recording stops between files.")
+    ] = 1 << 17,
     dtype: Annotated[str, typer.Option(help="Of the language model.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of the language model.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
     index: Annotated[bool, typer.Option(help="Build the index, if not under a launcher.")] = True,
     allow_mismatch: Annotated[
         bool, typer.Option(help="Accept another language model than the SAE's.")
@@ -47,7 +55,8 @@ def record_corpus(
     name = lm or switch_sae.config.base_model
     if name is None:
         raise SwitchSAEError("the SAE's config names no language model: give one with --lm.")
-    model, tokenizer = load_lm(name, dtype, device_map)
+    _, world = rank_and_world()
+    model, tokenizer = load_lm(name, dtype, device_map, revision, gguf_file=gguf_file)
     found = record(
         model,
         switch_sae,
@@ -63,11 +72,13 @@ def record_corpus(
         max_documents=max_documents,
         max_tokens=max_tokens,
         max_bytes=max_bytes,
+        shard_tokens=shard_tokens,
+        lm_revision=revision,
         allow_mismatch=allow_mismatch,
     )
     assert isinstance(found, FeatureStore)
     # the process of a launcher that ends first sees only a part of what there will be
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = world == 1
     if index and alone and found.shards:
         found.index()
     used = found.disk_usage()

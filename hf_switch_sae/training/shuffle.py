@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
+
+from hf_switch_sae.launcher import processes_here
 
 _SHARE, _MOST = 8, 2 << 30
 _ROWS_ON_CPU, _ROWS_ELSEWHERE = 1 << 16, 1 << 19
@@ -28,7 +28,7 @@ def default_buffer_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = psutil.virtual_memory().available // processes_here()
     share = max(1 << 20, min(_MOST, free // _SHARE))
     return int(1 << (share.bit_length() - 1))
 
