@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hf_switch_sae.attach import ResidualHandle, attach, hook_residual, status
+from hf_switch_sae.attach import ResidualHandle, attach, detach, hook_residual, status
 from hf_switch_sae.base_model import fingerprint
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.convert import convert, export
@@ -83,6 +83,7 @@ __all__ = [
     "attach",
     "compare",
     "convert",
+    "detach",
     "explain_backends",
     "export",
     "export_recipe",

@@ -143,6 +143,8 @@ def attach(
 
     All of them are raised before anything was changed.
     """
+    if not isinstance(lm, nn.Module):
+        raise AttachError(f"a language model is a torch.nn.Module; got {lm!r}.")
     root = unwrap(lm)
     taps: dict[str, Tap] = {}
     for sae, place in _places(root, saes, at):
@@ -165,6 +167,15 @@ def status(lm: nn.Module) -> list[AttachedSAE]:
     return (
         [] if board is None else [line for session in board.sessions for line in session.status()]
     )
+
+
+def detach(lm: nn.Module) -> int:
+    """Detach every session of a model, such as one whose variable is lost; returns how many."""
+    board = unwrap(lm).__dict__.get(_BOARD)
+    sessions = () if board is None else board.sessions
+    for session in sessions:
+        session.detach()
+    return len(sessions)
 
 
 def _places(

@@ -268,6 +268,8 @@ def _ints(value: int | Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
         raise EditError(f"{name} takes an int or several; got {value!r}.") from None
     if len(ints) != len(items) or not ints:
         raise EditError(f"{name} takes an int or several; got {value!r}.")
+    if max(map(abs, ints)) >= 2**63:
+        raise EditError(f"{name} are counted in 64 bits; got {max(ints, key=abs)}.")
     if name in ("rows", "positions") and min(ints) < 0:
         raise EditError(f"{name} count from 0; got {min(ints)}.")
     return ints

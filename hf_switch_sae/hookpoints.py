@@ -153,6 +153,8 @@ def resolve(model: nn.Module, at: int | str) -> Hookpoint:
     Raises:
         HookpointError: nothing or several things are called that, or it cannot be hooked.
     """
+    if isinstance(at, bool) or not (isinstance(at, str) or hasattr(at, "__index__")):
+        raise HookpointError(f"a place is a layer, a hookpoint or a module path; got {at!r}.")
     root = unwrap(model)
     stacks = _stacks(root)
     path, site = _split_site(at, root) if isinstance(at, str) else (str(operator.index(at)), None)
@@ -276,9 +278,8 @@ def _is_recorded(owner: nn.Module, stack: ResidualBlocks) -> bool:
         kind = _read(spec, "target_class") or spec
         ending = spec if isinstance(spec, str) else _read(spec, "class_name")
         for path, block in zip(stack.paths, stack.blocks, strict=True):
-            if isinstance(kind, type) and isinstance(unwrap(block), kind):
-                return True
-            if ending and path.endswith(ending):
+            is_of_kind = isinstance(kind, type) and isinstance(unwrap(block), kind)
+            if is_of_kind or (ending and path.endswith(ending)):
                 return True
     return False
 

@@ -36,6 +36,7 @@ from hf_switch_sae import (
     SwitchSAEError,
     WidthError,
     attach,
+    detach,
     hook_residual,
     status,
 )
@@ -978,6 +979,28 @@ def test_status_lists_every_session_with_its_edits(lm, sae):
         assert "no edits" in str(lines[1])
         assert status(lm)[1:] == inner.status()
         assert "all threads" in str(lines[0])
+    assert status(lm) == []
+
+
+def test_detach_ends_every_session_of_a_model_and_of_no_other(lm, sae):
+    other = tiny.llama()
+    sae.attach(lm)
+    sae.attach(lm, at=1)
+    with tiny.sae_for(other).attach(other) as kept:
+        assert detach(lm) == 2
+        assert status(lm) == []
+        assert detach(lm) == 0
+        assert kept.attached
+    assert not any(module._forward_hooks for module in lm.modules())
+
+
+@pytest.mark.parametrize("at", [None, True, 1.5, [1]])
+def test_what_is_no_model_or_no_place_is_said_to_be_none(lm, sae, at):
+    with pytest.raises(AttachError, match=r"is a torch.nn.Module; got None"):
+        sae.attach(None)
+    if at is not None:
+        with pytest.raises(HookpointError, match="a place is a layer"):
+            sae.attach(lm, at=at)
     assert status(lm) == []
 
 

@@ -178,6 +178,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no feature": (lambda: Steer([]), r"features takes an int or several; got \[\]"),
     "half a feature": (lambda: Ablate(1.5), "features takes an int or several; got 1.5"),
     "a flag": (lambda: Ablate(True), "features takes an int or several; got True"),
+    "more than 64 bits": (lambda: Steer(10**30), "counted in 64 bits; got 10+"),
     "a word": (lambda: Ablate("12"), "features takes an int or several; got '12'"),
     "negative position": (lambda: Steer(1, positions=-1), "positions count from 0; got -1"),
     "negative positions": (lambda: Steer(1, positions=[3, -2]), "positions count from 0; got -2"),
