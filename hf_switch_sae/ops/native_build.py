@@ -1,11 +1,11 @@
 """The CPU's kernels, compiled on the machine they run on by its own C++ compiler.
 
-native_kernels.cpp -> a shared library in the user's cache, with its own checksum behind it, where
-loaders don't look -> functions. It takes seconds, once per machine; without a compiler everything
-works by torch's operators.
+native_kernels.cpp -> a shared library in the user's cache -> functions. It takes seconds, once
+per machine; without a compiler everything works by torch's operators.
 
 Beware The compiler may use every instruction this CPU has, so a library is kept under a name that
-       tells CPUs, compilers and sources apart: a home may be shared by different machines.
+       tells CPUs, compilers and sources apart: a home may be shared by different machines. And to
+       load one that was cut short ends the process, so its name ends with its checksum.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def _load() -> ctypes.CDLL | str:
             asked = os.environ.get("CXX")
             missing = f"CXX names {asked!r}, which is not there" if asked else "there is none"
             return f"the native kernels need a C++ compiler, and {missing}: install g++ or clang++."
-        path = _cache() / f"native_{_key(compiler)}.so"
-        if _is_whole(path):
+        folder, key = _cache(), _key(compiler)
+        for path in folder.glob(f"native_{key}_*.so"):
             with suppress(OSError):  # of another system that shares this home
-                return ctypes.CDLL(str(path))
-        _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+                if path.stem == f"native_{key}_{_checksum(path)}":
+                    return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(_compile(compiler, folder, key)))
     except subprocess.CalledProcessError as err:
         said = [line for line in err.stderr.splitlines() if "error" in line] or [err.stderr.strip()]
         return f"{err.cmd[0]} could not compile the native kernels: {said[0]}"
@@ -86,12 +86,8 @@ def _key(compiler: list[str]) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether it is as it was written: a truncated library would end the process."""
-    if not path.exists():
-        return False
-    written = path.read_bytes()
-    return hashlib.sha256(written[:-32]).digest() == written[-32:]
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _cache() -> Path:
@@ -116,9 +112,9 @@ def _is_own(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    """Beside it and renamed, as several processes may do so at once."""
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+def _compile(compiler: list[str], folder: Path, key: str) -> Path:
+    """Beside where it is kept and renamed, as several processes may do so at once."""
+    handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
     os.close(handle)
     try:
         subprocess.run(
@@ -128,8 +124,6 @@ def _compile(compiler: list[str], path: Path) -> None:
             text=True,
             timeout=_LONGEST_COMPILATION,
         )
-        with Path(part).open("r+b") as library:
-            library.write(hashlib.sha256(library.read()).digest())
-        Path(part).replace(path)
+        return Path(part).replace(folder / f"native_{key}_{_checksum(Path(part))}.so")
     finally:
         Path(part).unlink(missing_ok=True)
