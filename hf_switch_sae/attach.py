@@ -143,9 +143,7 @@ def attach(
 
     All of them are raised before anything was changed.
     """
-    if not isinstance(lm, nn.Module):
-        raise AttachError(f"a language model is a torch.nn.Module; got {lm!r}.")
-    root = unwrap(lm)
+    root = _root_of(lm)
     taps: dict[str, Tap] = {}
     for sae, place in _places(root, saes, at):
         _check_fit(root, sae, place, allow_mismatch)
@@ -163,7 +161,7 @@ def attach(
 
 def status(lm: nn.Module) -> list[AttachedSAE]:
     """Every SAE attached to a model, by all sessions and threads, with its live edits; or []."""
-    board = unwrap(lm).__dict__.get(_BOARD)
+    board = _root_of(lm).__dict__.get(_BOARD)
     return (
         [] if board is None else [line for session in board.sessions for line in session.status()]
     )
@@ -171,11 +169,17 @@ def status(lm: nn.Module) -> list[AttachedSAE]:
 
 def detach(lm: nn.Module) -> int:
     """Detach every session of a model, such as one whose variable is lost; returns how many."""
-    board = unwrap(lm).__dict__.get(_BOARD)
+    board = _root_of(lm).__dict__.get(_BOARD)
     sessions = () if board is None else board.sessions
     for session in sessions:
         session.detach()
     return len(sessions)
+
+
+def _root_of(lm: nn.Module) -> nn.Module:
+    if not isinstance(lm, nn.Module):
+        raise AttachError(f"a language model is a torch.nn.Module; got {lm!r}.")
+    return unwrap(lm)
 
 
 def _places(

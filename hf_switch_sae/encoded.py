@@ -39,17 +39,14 @@ class Encoded(NamedTuple):
     """logits and probs [n, E], expert ids [n, t], as the tokens came; None with one expert."""
     counts: Tensor | None
     """[n] bool, as the tokens came: which count in the losses; None for all."""
+    counts_in_order: Tensor | None
+    """The same, in order."""
     threshold: Tensor | None
     """[E, m] in scaled units, what activations had to exceed; None for nothing."""
     seen: Seen
     """In order."""
-    unit: Unit | None
+    unit: Unit | None = None
     """Of each token, as they came: x and acts are in it; None without input_norm."""
-
-    @property
-    def counts_in_order(self) -> Tensor | None:
-        """[n] bool, in order; None for all."""
-        return None if self.counts is None else as_ordered(self.counts, self.order)
 
 
 def as_ordered(rows: Tensor, order: Tensor | None) -> Tensor:

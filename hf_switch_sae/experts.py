@@ -16,10 +16,12 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 from hf_switch_sae import ops
+from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.precision import wide, wide_dtype
 
 _T = TypeVar("_T")
@@ -276,7 +278,13 @@ def _in_pair_order(
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of tensors [..., d] of one shape, in views [rows, d]; on a CPU so few at a time
-    that they stay in cache. What is a single row, or not laid out row by row, comes as it is."""
+    that they stay in cache. What is a single row, or not laid out row by row, comes as it is; of
+    what is sharded over processes, the part that is this one's.
+
+    Raises:
+        ConfigError: it is sharded within rows.
+    """
+    tensors = tuple(held_here(t, whole_rows=True) for t in tensors)
     if tensors[0].ndim < 2 or not all(t.is_contiguous() for t in tensors):
         yield tensors
         return
@@ -286,6 +294,22 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if rows[0].device.type != "cpu":
         block = max(1, num)
     yield from zip(*(torch.split(r, block) for r in rows), strict=True)
+
+
+def held_here(weight: Tensor, whole_rows: bool = False) -> Tensor:
+    """The part of a weight [..., d], sharded over processes (FSDP2), that is this process's.
+
+    Raises:
+        ConfigError: with `whole_rows`: its rows are cut, so that their lengths can't be kept here.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    if whole_rows and any(place.is_shard(dim=weight.ndim - 1) for place in weight.placements):
+        raise ConfigError(
+            "a decoder is sharded within its rows, which are to keep length 1: shard experts or "
+            "features."
+        )
+    return weight.to_local()
 
 
 def project_rows(grads: Tensor, rows: Tensor) -> None:

@@ -93,7 +93,8 @@ def fvu_of(
         bias: [d], if it has been taken off x instead of being added to x_hat: only its gradient, as
             a part of x_hat, is of interest.
     """
-    if torch.compiler.is_compiling():  # which fuses the formula by itself
+    # a compiler fuses the formula by itself
+    if torch.compiler.is_compiling() or ops.has_tangent(x, x_hat, bias):
         return fvu_formula(x, x_hat, counts, whole, bias)
     known = None if whole is None else whole.deviation
     fvu: Tensor = _Fvu.apply(x, x_hat, counts, known, bias)  # type: ignore[no-untyped-call]

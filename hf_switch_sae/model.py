@@ -21,7 +21,6 @@ buffer here is.
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,7 +50,7 @@ from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.hookpoints import resolve
 from hf_switch_sae.input_norm import normalized, unit_of
 from hf_switch_sae.losses import WholeBatch, balance_of, batch_sums, fvu_of, router_z_loss_of
-from hf_switch_sae.one_token import fields_of, plan_of
+from hf_switch_sae.one_token import plan_of
 from hf_switch_sae.output import SwitchSAEOutput
 from hf_switch_sae.precision import wide
 from hf_switch_sae.statistics import RunningStatistics
@@ -312,10 +311,14 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Scale every decoder row to length 1, in float32; call it after each optimizer step.
+        """Scale every decoder row to length 1; call it after each optimizer step.
+
+        The length is measured in float32, or float64 where the rows are. Of an SAE that is sharded
+        over processes each scales the rows it holds.
 
         Raises:
-            ConfigError: experts are offloaded, so that what is written to them would be lost.
+            ConfigError: experts are offloaded, so that what is written to them would be lost; or
+                the decoder is sharded within its rows.
         """
         if any(group.W_dec.device.type == "meta" for group in self.experts):
             raise ConfigError("offloaded experts can't be changed: load the SAE without offload.")
@@ -325,7 +328,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
-        """Remove each decoder row's gradient along the row, so that a step keeps its length."""
+        """Remove each decoder row's gradient along the row, so that a step keeps its length.
+
+        Raises:
+            ConfigError: the decoder is sharded within its rows.
+        """
         for group in self.experts:
             if group.W_dec.grad is not None:
                 for grads, rows in row_blocks(group.W_dec.grad, group.W_dec):
@@ -347,7 +354,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             if hidden_states.shape[-1] != plan.width:
                 self._check_width(hidden_states)
             acts, ids = plan.encode(hidden_states.cpu())
-            return SparseFeatures(acts, ids, fields_of(self.config)["num_features"])
+            return SparseFeatures(acts, ids, plan.num_features)
         return self._features(self._encode(hidden_states), hidden_states.shape)
 
     def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
@@ -365,8 +372,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             FeatureIdError: features of a dictionary of another width; on a CPU also an id of no
                 feature. A GPU is not waited for to see its ids.
         """
-        self._check_dictionary(features)
         if (plan := plan_of(self, self.config, features.acts)) is not None:
+            _check_dictionary(features, plan.num_features)
             return plan.decode(features.acts.cpu(), features.ids.cpu())
         delta, bias = self.decode_delta(features), self._bias()
         norm = self.config.input_norm
@@ -387,7 +394,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         Raises:
             FeatureIdError: as `decode`.
         """
-        self._check_dictionary(features)
+        _check_dictionary(features, self.config.num_features)
         acts = features.acts.to(self.b_dec.device, self.b_dec.dtype).reshape(-1, features.k)
         ids = features.ids.to(acts.device).reshape(acts.shape)
         return self.experts.decode(acts, ids).reshape(*features.shape, self.b_dec.shape[0])
@@ -468,8 +475,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         add = torch.add if code.places is None else Tensor.add_
         reconstruction = add(as_ordered(y, code.places), code.bias.to(y.dtype))
         if code.unit is None:
-            in_order = counts if counts is None or code.order is None else counts[code.order]
-            return fvu_of(code.z, y, in_order, whole, code.bias), reconstruction
+            return fvu_of(code.z, y, code.counts_in_order, whole, code.bias), reconstruction
         reconstruction = code.unit.back(reconstruction)
         x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
         return fvu_of(x, reconstruction, counts, whole), reconstruction
@@ -487,7 +493,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         self._check_width(hidden_states)
         x, expert_ids, e = self._rows_of(hidden_states), None, self.config.num_experts
-        counts = _counted(self._outliers_among(x), _mask_of(hidden_states, attention_mask))
+        mask = _mask_of(hidden_states, attention_mask)
+        mask = None if mask is None else mask.reshape(-1).to(self.device)
+        counts = _counted(self._outliers_among(x), mask)
         if e > 1:
             t, norm = self.config.num_experts_per_token, self.config.input_norm
             seen = x if norm == "none" else normalized(x, norm)[0]
@@ -528,7 +536,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         outlier = self._outliers_among(x)
         if config.input_norm != "none":
             x, unit = normalized(x, config.input_norm)
-        counts = _counted(outlier, mask)
+        mask = None if mask is None else mask.reshape(-1).to(self.device)
+        counts = in_order = _counted(outlier, mask)
         if outlier is not None:  # encoded as nothing: it may be infinite
             x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
         router, order, places, gates = None, None, None, None
@@ -545,6 +554,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             # not by indexing: the gradient of that sorts what lies in order already
             x, expert_ids = x.index_select(0, order), expert_ids.index_select(0, order)
             gates = None if gates is None else gates.index_select(0, order)
+            in_order = None if counts is None else counts.index_select(0, order)
         # less a constant: the bias gets its gradient by column sums, so that none of z is needed
         ours = order is not None and centered and not x.requires_grad and x.dtype == fixed.dtype
         z = x.sub_(fixed) if ours else x - fixed
@@ -561,12 +571,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             bias if centered else None,
             self.input_scale,
             in_order=order is not None,
-            counts=None if counts is None or not in_batch else as_ordered(counts, order),
+            counts=in_order if in_batch else None,
         )
         if outlier is not None:  # a bias may still have made it active
             acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
         seen = Seen(x, expert_ids, gates)
-        return Encoded(z, bias, acts, ids, order, places, router, counts, threshold, seen, unit)
+        code = Encoded(z, bias, acts, ids, order, places, router, counts, in_order, threshold, seen)
+        return code if unit is None else code._replace(unit=unit)
 
     def _check_width(self, hidden_states: Tensor) -> None:
         width = self.b_dec.shape[0]
@@ -574,14 +585,6 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             raise WidthError(
                 f"the SAE reads a residual stream of width {width}; this one is "
                 f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
-            )
-
-    def _check_dictionary(self, features: SparseFeatures) -> None:
-        own = fields_of(self.config)["num_features"]
-        if features.num_features != own:
-            raise FeatureIdError(
-                f"these are of a dictionary of {features.num_features} features, "
-                f"and this SAE has {own}: they are another SAE's."
             )
 
     def _features(self, code: Encoded, shape: torch.Size) -> SparseFeatures:
@@ -755,11 +758,18 @@ def _mask_of(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor | N
 
 
 def _counted(outlier: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """[n] bool of the tokens that count, from outlier [n] and mask [...]; None for all."""
-    parts = [] if outlier is None else [~outlier]
-    if mask is not None:
-        parts.append(mask.reshape(-1) if outlier is None else mask.reshape(-1).to(outlier.device))
-    return functools.reduce(torch.logical_and, parts) if parts else None
+    """[n] bool of the tokens that count, from outlier and mask [n] bool; None for all."""
+    if outlier is None:
+        return mask
+    return ~outlier if mask is None else mask & ~outlier
+
+
+def _check_dictionary(features: SparseFeatures, num_features: int) -> None:
+    if features.num_features != num_features:
+        raise FeatureIdError(
+            f"these are of a dictionary of {features.num_features} features, "
+            f"and this SAE has {num_features}: they are another SAE's."
+        )
 
 
 register_checkpoint_layout(SwitchSAEConfig.model_type)

@@ -10,20 +10,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hf_switch_sae import ops
 from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.experts import ExpertGroup
 
 
-def fields_of(config: SwitchSAEConfig) -> dict[str, Any]:
-    """What `vars` gives, without the detour of a config's own attribute access."""
-    return cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
-
-
 def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.TokenPlan | None:
     """How a CPU's kernels take [..., x] through a SwitchSAE; None if it is not of a single token,
-    or something is in the way: a gradient, a hook, weights that are made anew at each use."""
+    or something is in the way: a derivative, a hook, weights that are made anew at each use."""
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
@@ -31,10 +27,12 @@ def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.T
         or type(of_tokens) not in ops.PLAIN
         or of_tokens.numel() != of_tokens.shape[-1]
         or not of_tokens.numel()
-        or ops.has_tangent(of_tokens)
+        or forward_ad._current_level >= 0
     ):
         return None
-    rules, modules = fields_of(config), sae._modules
+    # what `vars` gives, without the detour of a config's own attribute access
+    rules = cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
+    modules = sae._modules
     groups = cast(nn.Module, modules["experts"])._modules
     if (
         rules["activation"] != "topk"

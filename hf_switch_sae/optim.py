@@ -11,7 +11,7 @@ steps the rows it holds; only the norm is of the whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.optim.adam import Adam
 
 from hf_switch_sae import ops
 from hf_switch_sae.errors import ConfigError
-from hf_switch_sae.experts import normalize_rows, project_rows, row_blocks
+from hf_switch_sae.experts import held_here, normalize_rows, project_rows, row_blocks
 from hf_switch_sae.hookpoints import unwrap
 from hf_switch_sae.model import SwitchSAE
 
@@ -62,7 +62,8 @@ class SwitchSAEAdam(Adam):
         eps: float = 1e-8,
         max_grad_norm: float | None = 1.0,
     ) -> None:
-        given: Sequence[nn.Module] = [sae] if isinstance(sae, nn.Module) else list(sae)
+        several = not isinstance(sae, nn.Module) or isinstance(sae, nn.ModuleList)
+        given: list[Any] = [*cast(Sequence[Any], sae)] if several else [sae]
         inner = [unwrap(each) if isinstance(each, nn.Module) else each for each in given]
         saes = [each for each in inner if isinstance(each, SwitchSAE)]
         if not saes or len(saes) != len(given):
@@ -109,9 +110,6 @@ class SwitchSAEAdam(Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                _lay_out_as_weight(parameter)
         found = [self._weights_of(group) for group in self.param_groups]
         self.grad_norms = []
         for group, weights in zip(self.param_groups, found, strict=True):
@@ -123,17 +121,29 @@ class SwitchSAEAdam(Adam):
         return loss
 
     def _weights_of(self, group: dict[str, Any]) -> list[_Weight]:
-        """What of a group has a gradient, and how each is stepped; nothing has been changed yet."""
+        """What of a group has a gradient, and how each is stepped; no value is changed yet."""
+        for parameter in group["params"]:
+            self._lay_out_as(parameter)
         lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
         self._init_group(group, *lists)  # type: ignore[no-untyped-call]
         weights, grads, means, squares, _, steps = lists
         found = []
         for tensors in zip(weights, grads, means, squares, steps, strict=True):
-            weight, grad, mean, square, step = map(_held_here, tensors)
-            kernel = _kernel_for(group, weight, grad, mean, square) if weight.numel() else None
             is_decoder = id(tensors[0]) in self._decoders
+            weight = held_here(tensors[0], whole_rows=is_decoder)
+            grad, mean, square, step = map(held_here, tensors[1:])
+            kernel = _kernel_for(group, weight, grad, mean, square) if weight.numel() else None
             found.append(_Weight(weight, grad, mean, square, step, is_decoder, kernel))
         return found
+
+    def _lay_out_as(self, parameter: Tensor) -> None:
+        """Its gradient and moments with the weight's strides: torch's kernel reads memory, as it
+        lies."""
+        if parameter.grad is not None:
+            parameter.grad = _with_strides_of(parameter, parameter.grad)
+        state = self.state.get(parameter, {})
+        for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
+            state[name] = _with_strides_of(parameter, state[name])
 
     def _check(self) -> None:
         parameters = {id(p) for group in self.param_groups for p in group["params"]}
@@ -145,17 +155,6 @@ class SwitchSAEAdam(Adam):
         if any(group["amsgrad"] for group in self.param_groups):
             raise ConfigError(
                 "SwitchSAEAdam has no amsgrad, as the loaded state: use torch's Adam."
-            )
-        decoders = [
-            parameter
-            for group in self.param_groups
-            for parameter in group["params"]
-            if isinstance(parameter, DTensor) and id(parameter) in self._decoders
-        ]
-        if any(place.is_shard(dim=p.ndim - 1) for p in decoders for place in p.placements):
-            raise ConfigError(
-                "a decoder is sharded within its rows, which are to keep length 1: shard experts "
-                "or features."
             )
 
     def _clip(self, group: dict[str, Any]) -> Tensor | None:
@@ -242,15 +241,9 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _lay_out_as_weight(parameter: Tensor) -> None:
-    """A gradient with its weight's strides: torch's kernel takes both as they lie."""
-    grad = parameter.grad
-    if grad is None or (grad.is_contiguous() and parameter.is_contiguous()):
-        return
-    if grad.stride() != parameter.stride():
-        parameter.grad = torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
-
-
-def _held_here(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that is this process's."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _with_strides_of(weight: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of a weight's shape, copied if it lies otherwise."""
+    both = weight.is_contiguous() and tensor.is_contiguous()  # strides of sizes 1 tell nothing
+    if both or tensor.stride() == weight.stride():
+        return tensor
+    return torch.empty_like(weight, dtype=tensor.dtype).copy_(tensor)

@@ -996,8 +996,9 @@ def test_detach_ends_every_session_of_a_model_and_of_no_other(lm, sae):
 
 @pytest.mark.parametrize("at", [None, True, 1.5, [1]])
 def test_what_is_no_model_or_no_place_is_said_to_be_none(lm, sae, at):
-    with pytest.raises(AttachError, match=r"is a torch.nn.Module; got None"):
-        sae.attach(None)
+    for use in (sae.attach, detach, status):
+        with pytest.raises(AttachError, match=r"is a torch.nn.Module; got None"):
+            use(None)
     if at is not None:
         with pytest.raises(HookpointError, match="a place is a layer"):
             sae.attach(lm, at=at)

@@ -605,3 +605,29 @@ def test_ids_of_no_feature_are_refused(wrong, tokens, groups, dtype, backend):
 def test_a_folder_that_is_not_there_is_said_to_be_no_folder():
     with pytest.raises(OSError, match="there is no folder /none/of/these"):
         SwitchSAE.from_pretrained("/none/of/these")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of Inductor
+@pytest.mark.parametrize("grad", [True, False])
+def test_encode_and_decode_compile_as_one_graph(grad):
+    torch.compiler.reset()
+    sae, x = make("switch"), rows(7)
+
+    def there_and_back(x):
+        features = sae.encode(x)
+        return sae.decode(features), sae.decode_delta(features)
+
+    with torch.set_grad_enabled(grad):
+        found = torch.compile(there_and_back, fullgraph=True)(x)
+        torch.testing.assert_close(found, there_and_back(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("kind", ["switch_with_bias", "plain_topk", "two_experts"])
+def test_forward_mode_derivatives_of_the_loss_are_those_of_finite_differences(kind):
+    sae, x = make(kind).double(), rows().double()
+    along, step = torch.randn_like(x), 1e-6
+    _, slope = torch.func.jvp(lambda x: sae(x).loss, (x,), (along,))
+    rise = sae(x + step * along).loss - sae(x - step * along).loss
+    torch.testing.assert_close(slope, rise / (2 * step), atol=1e-6, rtol=1e-6)

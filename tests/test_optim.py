@@ -8,6 +8,7 @@ import torch.distributed as dist
 from saes import make, rows
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_switch_sae import BackendError, ConfigError, SwitchSAE, SwitchSAEAdam, experts, use_backend
 
@@ -145,24 +146,24 @@ def test_decoupled_weight_decay_of_a_loaded_state_is_obeyed():
     torch.testing.assert_close(sae.state_dict(), theirs.state_dict(), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("of", ["weight", "grad", "both"])
+@pytest.mark.parametrize("of", ["weight", "grad", "both", "weight_after_a_step"])
 def test_weights_and_gradients_may_lie_in_any_order(of):
     def laid_out(tensor):
         return tensor.mT.contiguous().mT
 
     sae = make("switch").train()
     theirs = copy.deepcopy(sae)
-    if of != "grad":
-        sae.experts[0].W_dec.data = laid_out(sae.experts[0].W_dec.data)
     optimizers = [SwitchSAEAdam(each, lr=0.01, max_grad_norm=0.05) for each in (sae, theirs)]
-    for _ in range(2):
+    for step in range(3):
+        if of != "grad" and step == int(of == "weight_after_a_step"):
+            sae.experts[0].W_dec.data = laid_out(sae.experts[0].W_dec.data)
         for each, optimizer in zip((sae, theirs), optimizers, strict=True):
 
             def closure(each=each, optimizer=optimizer):
                 optimizer.zero_grad()
                 loss = each(rows(40)).loss
                 loss.backward()
-                if each is sae and of != "weight":
+                if each is sae and of in ("grad", "both"):
                     for weight in (sae.experts[0].W_dec, sae.experts[0].W_enc):
                         weight.grad = laid_out(weight.grad)
                 return loss
@@ -172,7 +173,7 @@ def test_weights_and_gradients_may_lie_in_any_order(of):
     sae.zero_grad()
     sae(rows(40)).loss.backward()
     sae.project_decoder_grad()
-    along = (sae.W_dec.grad * sae.W_dec).sum(-1) if sae.W_dec.grad is not None else None
+    along = (sae.W_dec.grad * sae.W_dec).sum(-1)
     torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-6, rtol=0)
 
 
@@ -192,6 +193,7 @@ def test_a_wrapped_sae_is_taken_and_anything_else_refused():
     sae = make("switch").train()
     optimizer = SwitchSAEAdam(torch.compile(sae, backend="eager"))
     assert optimizer.param_groups[0]["params"] == list(sae.parameters())
+    assert len(SwitchSAEAdam(torch.nn.ModuleList([sae, make("plain_topk")])).param_groups) == 2
     for wrong, said in (
         ([], "nothing"),
         (torch.nn.Linear(2, 2), "Linear"),
@@ -204,15 +206,36 @@ def test_a_wrapped_sae_is_taken_and_anything_else_refused():
         SwitchSAEAdam([sae], lr=[0.1, 0.2])
 
 
-def test_a_decoder_sharded_within_its_rows_is_refused(tmp_path):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
-    )
-    try:
-        sae = make("switch").train()
-        fully_shard(sae, shard_placement_fn=lambda p: Shard(p.ndim - 1))
-        optimizer = SwitchSAEAdam(sae)
+@pytest.fixture
+def one_of_two_processes():
+    """As the first of two would be: what they would tell each other is not waited for."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_process_keeps_the_rows_it_holds_at_length_1(one_of_two_processes):
+    sae = make("switch").train()
+    fully_shard(sae)
+    with torch.no_grad():
+        sae.experts[0].W_dec.mul_(3)
+    sae.normalize_decoder()
+    rows = sae.experts[0].W_dec.to_local()
+    assert rows.shape[0] == 2
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(rows.shape[:2]))
+    sae.experts[0].W_dec.grad = sae.experts[0].W_dec.detach().clone()
+    sae.project_decoder_grad()
+    found = sae.experts[0].W_dec.grad.to_local()
+    torch.testing.assert_close(found, torch.zeros_like(found), atol=1e-6, rtol=0)
+
+
+def test_a_decoder_sharded_within_its_rows_is_refused(one_of_two_processes):
+    sae = make("switch").train()
+    fully_shard(sae, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    optimizer = SwitchSAEAdam(sae)
+    for parameter in sae.parameters():
+        parameter.grad = parameter.detach().clone()
+    for use in (optimizer.step, sae.normalize_decoder, sae.project_decoder_grad):
         with pytest.raises(ConfigError, match="sharded within its rows"):
-            optimizer.step()
-    finally:
-        dist.destroy_process_group()
+            use()
+    assert not any(int(state["step"]) for state in optimizer.state.values())

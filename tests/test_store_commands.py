@@ -137,8 +137,9 @@ def test_without_a_tokenizer_tokens_are_shown_by_their_ids(folder):
         run("query", folder / "store", "--json", "--feature", feature).splitlines()[0]
     )
     assert line["tokens"] == list(store.top_tokens(feature, 1)[0].tokens)
-    with pytest.raises(SwitchSAEError, match="--tokenizer"):
-        run("query", folder / "store", "--text", "ship")
+    for words in (("--text", "ship"), ("--feature", feature, "--gguf-file", "a.gguf")):
+        with pytest.raises(SwitchSAEError, match="--tokenizer"):
+            run("query", folder / "store", *words)
 
 
 def test_wrong_questions_and_places_are_errors_of_one_line(folder):

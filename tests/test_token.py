@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from saes import KINDS, NORMED, make
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
@@ -212,6 +213,12 @@ def test_a_forward_mode_derivative_is_not_lost():
     step = 1e-2
     rise = sae.decode(sae.encode(x + step)) - sae.decode(sae.encode(x - step))
     torch.testing.assert_close(slope, rise / (2 * step), atol=1e-3, rtol=1e-3)
+    with forward_ad.dual_level():  # of a weight
+        weight = sae.experts[0].W_dec.detach()
+        sae.experts[0]._parameters["W_dec"] = forward_ad.make_dual(weight, weight)
+        features = sae.encode(x)
+        slope = forward_ad.unpack_dual(sae.decode(features)).tangent
+        torch.testing.assert_close(slope, sae.decode_delta(features))
 
 
 def test_a_plan_is_made_once_and_goes_with_the_sae():

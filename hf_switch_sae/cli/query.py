@@ -114,6 +114,6 @@ def _tokenizer(store: FeatureStore, name: str | None, gguf_file: str | None, nee
         why = "the store names none"
     except (OSError, ValueError) as err:
         why = str(err)
-    if needed or name:
+    if needed or name or gguf_file:
         raise SwitchSAEError(f"no tokenizer ({why}): give one with --tokenizer.")
     return None  # the tokens are then shown by their ids

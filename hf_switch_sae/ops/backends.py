@@ -104,4 +104,4 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         del _asked_for[block]
-        _forced = next(reversed(_asked_for.values()), None)
+        _forced = (None, *_asked_for.values())[-1]

@@ -115,9 +115,13 @@ def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     Raises:
         FeatureIdError: on a CPU, an id of no row.
     """
-    check_ids(ids, len(W))
     if len(ids) == 1:  # a fifth of what embedding_bag takes for its checks
-        return torch.mm(coefs.to(W.dtype), W.index_select(0, ids.view(-1)))
+        try:
+            return torch.mm(coefs.to(W.dtype), W.index_select(0, ids.view(-1)))
+        except IndexError:
+            check_ids(ids, len(W))
+            raise
+    check_ids(ids, len(W))
     return torch.nn.functional.embedding_bag(
         ids, W, per_sample_weights=coefs.to(W.dtype), mode="sum"
     )

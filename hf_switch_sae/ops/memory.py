@@ -44,7 +44,8 @@ def gradient_of(weight: Tensor) -> Tensor | None:
         return None
     with _lock:
         storage = _kept.get(weight)  # type: ignore[no-untyped-call]
-        if storage is None or len(storage) != size or _is_in_use(storage):
+        is_free = storage is not None and _use_count(storage._cdata) <= 1
+        if not is_free or len(storage) != size or _references(storage) > _UNHELD:
             _keep_freed_blocks()
             storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
             _advise_huge_pages(storage)
@@ -55,10 +56,18 @@ def gradient_of(weight: Tensor) -> Tensor | None:
         )
 
 
-def _is_in_use(storage: torch.UntypedStorage) -> bool:
-    assert _use_count is not None
-    in_python = sys.getrefcount(storage) > 4  # ours, the caller's, and two for this call
-    return in_python or _use_count(storage._cdata) > 1
+def _references(storage: torch.UntypedStorage) -> int:
+    return sys.getrefcount(storage)
+
+
+def _references_unheld() -> int:
+    """How many there are to a storage that `gradient_of` has found: Pythons count differently."""
+    kept = {0: torch.UntypedStorage(0)}  # type: ignore[no-untyped-call]
+    storage = kept[0]
+    return _references(storage)
+
+
+_UNHELD = _references_unheld()
 
 
 def release_gradient_of(weight: Tensor) -> None:

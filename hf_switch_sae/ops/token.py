@@ -60,7 +60,7 @@ class TokenPlan:
         self._dtype, self._is_long = W_enc.dtype, m * d >= _WORTH_A_THREAD
         self._layout = _Layout(*self._of[0], E, m, d, *rules, W_enc.dtype == torch.bfloat16)
         self._at = ctypes.addressof(self._layout)
-        self._k, self.width, self._num_features = k, d, E * m
+        self._k, self.width, self.num_features = k, d, E * m
         self._like: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def holds(self, weights: Weights, rules: Rules) -> bool:
@@ -92,7 +92,7 @@ class TokenPlan:
             ids = ids.to(torch.int64).contiguous()
         y = torch.empty_like(self._results_of(acts.ndim)[2])
         at, slots = acts.data_ptr(), acts.numel()
-        native.decode_token(self._at, at, ids.data_ptr(), slots, self._num_features, y.data_ptr())
+        native.decode_token(self._at, at, ids.data_ptr(), slots, self.num_features, y.data_ptr())
         return y
 
     def _results_of(self, ndim: int) -> tuple[Tensor, Tensor, Tensor]:
