@@ -160,7 +160,11 @@ def attach(
 
 
 def status(lm: nn.Module) -> list[AttachedSAE]:
-    """Every SAE attached to a model, by all sessions and threads, with its live edits; or []."""
+    """Every SAE attached to a model, by all sessions and threads, with its live edits; or [].
+
+    Raises:
+        AttachError: `lm` is no module.
+    """
     board = _root_of(lm).__dict__.get(_BOARD)
     return (
         [] if board is None else [line for session in board.sessions for line in session.status()]
@@ -168,7 +172,11 @@ def status(lm: nn.Module) -> list[AttachedSAE]:
 
 
 def detach(lm: nn.Module) -> int:
-    """Detach every session of a model, such as one whose variable is lost; returns how many."""
+    """Detach every session of a model, such as one whose variable is lost; returns how many.
+
+    Raises:
+        AttachError: `lm` is no module.
+    """
     board = _root_of(lm).__dict__.get(_BOARD)
     sessions = () if board is None else board.sessions
     for session in sessions:

@@ -45,7 +45,7 @@ class Encoded(NamedTuple):
     """[E, m] in scaled units, what activations had to exceed; None for nothing."""
     seen: Seen
     """In order."""
-    unit: Unit | None = None
+    unit: Unit | None
     """Of each token, as they came: x and acts are in it; None without input_norm."""
 
 

@@ -429,7 +429,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         code = self._encode(hidden_states, sort=True, mask=mask)
         counts = code.counts
         y = self.experts.decode(code.acts, code.ids, in_order=code.order is not None)
-        fvu, reconstruction = self._error(code, y, hidden_states, counts, whole_batch)
+        fvu, reconstruction = self._error(code, y, hidden_states, whole_batch)
         losses: dict[str, Tensor] = {}
         if code.router is not None:
             logits, probs, expert_ids = code.router
@@ -446,9 +446,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
             losses |= {name: losses[name] * share for name in _MEANS if name in losses}
         if y2 is not None:
-            losses["second_expert_loss"], _ = self._error(
-                code, y2, hidden_states, counts, whole_batch
-            )
+            losses["second_expert_loss"], _ = self._error(code, y2, hidden_states, whole_batch)
         loss = self.config.fvu_loss_coef * fvu
         for name, value in losses.items():
             loss = loss + getattr(self.config, f"{name}_coef") * value
@@ -464,12 +462,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return output if return_dict or return_dict is None else output.to_tuple()
 
     def _error(
-        self,
-        code: Encoded,
-        y: Tensor,
-        hidden_states: Tensor,
-        counts: Tensor | None,
-        whole: WholeBatch | None,
+        self, code: Encoded, y: Tensor, hidden_states: Tensor, whole: WholeBatch | None
     ) -> tuple[Tensor, Tensor]:
         """FVU and reconstruction [n, d], in the LM's units whatever the SAE reads."""
         add = torch.add if code.places is None else Tensor.add_
@@ -478,7 +471,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             return fvu_of(code.z, y, code.counts_in_order, whole, code.bias), reconstruction
         reconstruction = code.unit.back(reconstruction)
         x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
-        return fvu_of(x, reconstruction, counts, whole), reconstruction
+        return fvu_of(x, reconstruction, code.counts, whole), reconstruction
 
     @torch.no_grad()
     def batch_sums(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -576,8 +569,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if outlier is not None:  # a bias may still have made it active
             acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
         seen = Seen(x, expert_ids, gates)
-        code = Encoded(z, bias, acts, ids, order, places, router, counts, in_order, threshold, seen)
-        return code if unit is None else code._replace(unit=unit)
+        return Encoded(
+            z, bias, acts, ids, order, places, router, counts, in_order, threshold, seen, unit
+        )
 
     def _check_width(self, hidden_states: Tensor) -> None:
         width = self.b_dec.shape[0]

@@ -137,8 +137,8 @@ class SwitchSAEAdam(Adam):
         return found
 
     def _lay_out_as(self, parameter: Tensor) -> None:
-        """Its gradient and moments with the weight's strides: torch's kernel reads memory, as it
-        lies."""
+        """Its gradient and moments with the weight's strides: torch's kernel takes memory in turn,
+        whatever its strides."""
         if parameter.grad is not None:
             parameter.grad = _with_strides_of(parameter, parameter.grad)
         state = self.state.get(parameter, {})

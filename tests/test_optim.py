@@ -102,10 +102,11 @@ def test_a_bfloat16_sae_trains_and_keeps_unit_rows_up_to_rounding():
     )
 
 
-def test_weight_decay_of_a_loaded_state_is_obeyed_and_amsgrad_refused():
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_weight_decay_of_a_loaded_state_is_obeyed(kind):
     sae = make("switch").train()
     theirs = copy.deepcopy(sae)
-    adam = torch.optim.Adam(theirs.parameters(), lr=0.01, weight_decay=0.3)
+    adam = kind(theirs.parameters(), lr=0.01, weight_decay=0.5)
     fused = SwitchSAEAdam(sae, max_grad_norm=None)
     fused.load_state_dict(adam.state_dict())
     for each in (sae, theirs):
@@ -116,7 +117,11 @@ def test_weight_decay_of_a_loaded_state_is_obeyed_and_amsgrad_refused():
     fused.step()
     torch.testing.assert_close(sae.state_dict(), theirs.state_dict(), atol=1e-5, rtol=1e-4)
 
-    fused.load_state_dict(torch.optim.Adam(theirs.parameters(), amsgrad=True).state_dict())
+
+def test_amsgrad_of_a_loaded_state_is_refused():
+    sae = make("switch").train()
+    fused = SwitchSAEAdam(sae)
+    fused.load_state_dict(torch.optim.Adam(sae.parameters(), amsgrad=True).state_dict())
     with pytest.raises(ConfigError, match="has no amsgrad"):
         fused.step()
 
@@ -129,21 +134,6 @@ def test_a_copy_or_replaced_parameters_are_refused_before_anything_is_stepped():
     optimizer.param_groups[0]["params"] = list(make("switch").parameters())
     with pytest.raises(ConfigError, match="does not hold its SAE's parameters"):
         optimizer.step()
-
-
-def test_decoupled_weight_decay_of_a_loaded_state_is_obeyed():
-    sae = make("switch").train()
-    theirs = copy.deepcopy(sae)
-    adam = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.5)
-    fused = SwitchSAEAdam(sae, max_grad_norm=None)
-    fused.load_state_dict(adam.state_dict())
-    for each in (sae, theirs):
-        each(rows(40)).loss.backward()
-    theirs.project_decoder_grad()
-    adam.step()
-    theirs.normalize_decoder()
-    fused.step()
-    torch.testing.assert_close(sae.state_dict(), theirs.state_dict(), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("of", ["weight", "grad", "both", "weight_after_a_step"])

@@ -15,7 +15,7 @@ from hf_switch_sae.cli.options import as_typed, pairs_of, split_options, typed
 from hf_switch_sae.cli.record import load_sae, split_address
 from hf_switch_sae.comparison import SETS, compare, plan
 from hf_switch_sae.comparison.run import COMPARISON
-from hf_switch_sae.errors import ConfigError, SwitchSAEError
+from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.facts import FIGURES
 from hf_switch_sae.model import SwitchSAE
 from hf_switch_sae.text import read_documents
@@ -116,17 +116,11 @@ def compare_saes(
         more=_predictions(lm, gguf_file, eval_dataset, eval_tokens, eval_context),
     )
     print(table(found))
-    for file in [to / COMPARISON, *_drawn(found, to / FIGURES)]:
+    # what was measured is there, whether it can be drawn or not
+    can_draw = plots.can_draw(lambda sentence: print(sentence, file=sys.stderr))
+    figures = plots.draw_comparison(found, to / FIGURES) if can_draw else []
+    for file in [to / COMPARISON, *figures]:
         print(file)
-
-
-def _drawn(found: dict[str, Any], folder: Path) -> list[Path]:
-    """The figures, if what draws them is installed; what was measured is there in any case."""
-    try:
-        return plots.draw_comparison(found, folder)
-    except SwitchSAEError as err:
-        print(f"no figures: {err}", file=sys.stderr)
-        return []
 
 
 def _load(address: str) -> tuple[str, SwitchSAE]:

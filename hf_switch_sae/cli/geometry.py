@@ -32,7 +32,7 @@ def geometry(
     own = Path(sae) / subfolder
     if to is None and not own.is_dir():
         raise SwitchSAEError(f"{sae} is no folder here: say where to write with --to FOLDER.")
-    figures = figures and _can_draw()
+    figures = figures and plots.can_draw(_tell)
     folder = own if to is None else to
     switch_sae = load_sae(sae, subfolder)
     found = measure_geometry(
@@ -55,16 +55,6 @@ def geometry(
         )
     print(table(found.to_dict()))
     print(f"{len(files)} files in {folder}", file=sys.stderr)
-
-
-def _can_draw() -> bool:
-    """Whether what draws is installed; what is measured is written in any case."""
-    try:
-        plots.check_installed()
-    except SwitchSAEError as err:
-        _tell(f"no figures: {err}")
-        return False
-    return True
 
 
 def table(shown: dict[str, Any]) -> str:

@@ -27,7 +27,6 @@ BACKENDS: dict[str, ModuleType] = {
 """Best first: the first that does not decline is taken."""
 
 _asked_for: dict[object, str] = {}  # by blocks of `use_backend` that run, the newest last
-_forced: str | None = None  # the last of them
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -36,11 +35,12 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
     Raises:
         BackendError: the one asked for with `use_backend` declines.
     """
-    if _forced is not None:
-        reason = BACKENDS[_forced].why_not(device, dtype)
+    if asked_for := (*_asked_for.values(),):
+        name = asked_for[-1]
+        reason = BACKENDS[name].why_not(device, dtype)
         if reason is not None:
-            raise BackendError(f"the backend {_forced!r} was asked for and declines: {reason}")
-        return BACKENDS[_forced]
+            raise BackendError(f"the backend {name!r} was asked for and declines: {reason}")
+        return BACKENDS[name]
     if device.type == "cpu":
         return _best_on_a_cpu(dtype)
     return _best(device, dtype)
@@ -95,13 +95,11 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         BackendError: there is no such backend; or, when something is computed, it declines.
     """
-    global _forced
     if name not in BACKENDS:
         raise BackendError(f"no backend {name!r}: there are {', '.join(map(repr, BACKENDS))}.")
     block = object()
-    _forced = _asked_for[block] = name
+    _asked_for[block] = name
     try:
         yield
     finally:
         del _asked_for[block]
-        _forced = (None, *_asked_for.values())[-1]

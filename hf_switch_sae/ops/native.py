@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_switch_sae.errors import BackendError, FeatureIdError
+from hf_switch_sae.errors import BackendError
 from hf_switch_sae.ops import eager
 from hf_switch_sae.ops.native_build import native_library
+from hf_switch_sae.ops.routing import no_feature
 
 __all__ = [
     "adam_rows",
@@ -202,7 +203,7 @@ def _check(wrong: int, num_rows: int) -> None:
     if wrong == _NO_MEMORY:
         raise MemoryError("too little memory to sort activations by feature.")
     if wrong != _IN_RANGE:
-        raise FeatureIdError(f"no feature {wrong}: there are 0 to {num_rows - 1}.")
+        raise no_feature(wrong, num_rows)
 
 
 @functools.cache

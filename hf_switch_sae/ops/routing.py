@@ -53,17 +53,21 @@ def expert_offsets(experts: Tensor, num_experts: int) -> Tensor:
 
 
 def check_ids(ids: Tensor, num_features: int) -> None:
-    """Of ids on a CPU; another device is not waited for.
+    """Whether ids [...] are of features; only on a CPU, as another device would be waited for.
 
     Raises:
-        FeatureIdError: one of no feature.
+        FeatureIdError: one is outside 0 to num_features - 1.
     """
     if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= num_features:
-        wrong = low if low < 0 else high
-        raise FeatureIdError(f"no feature {wrong}: there are 0 to {num_features - 1}.")
+        raise no_feature(low if low < 0 else high, num_features)
+
+
+def no_feature(wrong: int, num_features: int) -> FeatureIdError:
+    """What to raise for an id of none."""
+    return FeatureIdError(f"no feature {wrong}: there are 0 to {num_features - 1}.")
 
 
 def narrowest(last: int) -> torch.dtype:

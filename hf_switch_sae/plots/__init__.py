@@ -7,6 +7,6 @@ line's style or a number says too. The same data gives the same SVG, byte for by
 from hf_switch_sae.plots.comparison import draw_comparison
 from hf_switch_sae.plots.geometry import draw_geometry
 from hf_switch_sae.plots.sae import draw_sae
-from hf_switch_sae.plots.style import check_installed
+from hf_switch_sae.plots.style import can_draw
 
-__all__ = ["check_installed", "draw_comparison", "draw_geometry", "draw_sae"]
+__all__ = ["can_draw", "draw_comparison", "draw_geometry", "draw_sae"]

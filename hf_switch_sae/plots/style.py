@@ -55,6 +55,16 @@ def check_installed() -> None:
         raise SwitchSAEError('figures need matplotlib: pip install "hf-switch-sae[viz]".') from None
 
 
+def can_draw(tell: Callable[[str], None]) -> bool:
+    """Whether figures can be drawn here; if not, `tell` is told why there are none."""
+    try:
+        check_installed()
+    except SwitchSAEError as err:
+        tell(f"no figures: {err}")
+        return False
+    return True
+
+
 @contextmanager
 def look() -> Iterator[None]:
     """Within it figures are made and written in our look; others' settings are as before after.
