@@ -2,11 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hf_switch_sae.attach import ResidualHandle, attach, detach, hook_residual, status
-from hf_switch_sae.base_model import fingerprint
-from hf_switch_sae.config import SwitchSAEConfig
-from hf_switch_sae.convert import convert, export
-from hf_switch_sae.edits import Ablate, Clamp, Patch, Scale, Steer
+from hf_switch_sae.edits.kinds import Ablate, Clamp, Patch, Scale, Steer
+from hf_switch_sae.edits.recipe import Recipe
 from hf_switch_sae.errors import (
     AttachError,
     BackendError,
@@ -25,18 +22,25 @@ from hf_switch_sae.errors import (
     WidthError,
 )
 from hf_switch_sae.features import SparseFeatures
-from hf_switch_sae.hookpoints import ResidualBlocks, find_residual_blocks
-from hf_switch_sae.hub import load_all, pull, push
-from hf_switch_sae.inspection import inspect
-from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.formats.conversion import convert, export
+from hf_switch_sae.formats.inspection import inspect
+from hf_switch_sae.formats.loading import load_all
+from hf_switch_sae.formats.steering_files import export_recipe
+from hf_switch_sae.lm.fingerprint import fingerprint
+from hf_switch_sae.lm.hookpoints import ResidualBlocks, find_residual_blocks
+from hf_switch_sae.lm.hooks import ResidualHandle, hook_residual
+from hf_switch_sae.lm.residuals import partial_forward, residuals
 from hf_switch_sae.ops import explain_backends, use_backend
-from hf_switch_sae.optim import SwitchSAEAdam
-from hf_switch_sae.output import SwitchSAEOutput
-from hf_switch_sae.recipe import Recipe
-from hf_switch_sae.record import record
-from hf_switch_sae.residuals import partial_forward, residuals
-from hf_switch_sae.session import AttachedSAE, Preflight, Session
-from hf_switch_sae.steering_files import export_recipe
+from hf_switch_sae.release.pull import pull
+from hf_switch_sae.release.push import push
+from hf_switch_sae.sae.config import SwitchSAEConfig
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.sae.optim import SwitchSAEAdam
+from hf_switch_sae.sae.output import SwitchSAEOutput
+from hf_switch_sae.sessions.attach import attach, detach, status
+from hf_switch_sae.sessions.preflight import Preflight
+from hf_switch_sae.sessions.record_corpus import record
+from hf_switch_sae.sessions.session import AttachedSAE, Session
 from hf_switch_sae.store import FeatureStore
 
 if TYPE_CHECKING:

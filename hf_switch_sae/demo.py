@@ -21,12 +21,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_switch_sae.edits import Steer
+from hf_switch_sae.edits.kinds import Steer
+from hf_switch_sae.edits.recipe import Recipe
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.features import SparseFeatures
-from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.recipe import Recipe
-from hf_switch_sae.session import Session
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.sessions.session import Session
 
 LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RELEASE = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-switch-sae"

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+import transformers as tf
+from helpers import texts
 from transformers.utils import logging
 
 torch.set_num_threads(1)
@@ -25,6 +27,11 @@ hypothesis.settings.register_profile(
     "repository", deadline=None, derandomize=True, database=None, max_examples=40
 )
 hypothesis.settings.load_profile("repository")
+
+
+@pytest.fixture
+def tokenizer() -> tf.PreTrainedTokenizerFast:
+    return texts.word_tokenizer()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 import errno
 
 import pytest
-from saes import make
+from helpers.saes import make
 
 from hf_switch_sae import Recipe, Steer, export, export_recipe
 from hf_switch_sae.files import LEFT_OVER, written_beside

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from hf_switch_sae.cli.language_model import load_lm
-from hf_switch_sae.training.cache import cache_activations
-from hf_switch_sae.training.cached import CachedActivations
-from hf_switch_sae.training.harvest import ActivationSettings
+from hf_switch_sae.activations.cache_reader import CachedActivations
+from hf_switch_sae.activations.cache_writer import cache_activations
+from hf_switch_sae.activations.settings import ActivationSettings
+from hf_switch_sae.lm.loading import load_lm
 
 
 def cache(

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from hf_switch_sae.cli.language_model import load_lm
-from hf_switch_sae.cli.record import load_sae
+from hf_switch_sae.cli.loading import load_sae
 from hf_switch_sae.errors import SwitchSAEError
-from hf_switch_sae.text import read_documents
+from hf_switch_sae.lm.loading import load_lm
+from hf_switch_sae.text.documents import read_documents
 from hf_switch_sae.training import ActivationSettings, calibrate
 from hf_switch_sae.training.checkpoints import begin, move_files
 

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from hf_switch_sae.card import is_a_persons, known_repo_id
 from hf_switch_sae.errors import SwitchSAEError
-from hf_switch_sae.hub import write_card
+from hf_switch_sae.release.card import is_a_persons, known_repo_id, write_card
 
 
 def card(

@@ -10,15 +10,15 @@ import torch
 import typer
 
 from hf_switch_sae import plots
-from hf_switch_sae.cli.language_model import has_head, load_lm
+from hf_switch_sae.cli.loading import load_sae, split_address
 from hf_switch_sae.cli.options import as_typed, pairs_of, split_options, typed
-from hf_switch_sae.cli.record import load_sae, split_address
 from hf_switch_sae.comparison import SETS, compare, plan
-from hf_switch_sae.comparison.run import COMPARISON
+from hf_switch_sae.comparison.report import COMPARISON
 from hf_switch_sae.errors import ConfigError
-from hf_switch_sae.facts import FIGURES
-from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.text import read_documents
+from hf_switch_sae.hub.layout import FIGURES
+from hf_switch_sae.lm.loading import has_head, load_lm
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.text.documents import read_documents
 from hf_switch_sae.training import ActivationSettings, evaluate
 
 _COLUMNS = ("fvu", "l0", "dead_share", "expert_load", "ce_recovered")

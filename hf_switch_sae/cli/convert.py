@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError
 
-from hf_switch_sae.cli.language_model import load_lm
-from hf_switch_sae.convert import EXPORTS, FORMATS
-from hf_switch_sae.convert import convert as convert_checkpoint
-from hf_switch_sae.convert import export as export_sae
-from hf_switch_sae.convert.registry import writer_of
-from hf_switch_sae.convert.source import open_source
 from hf_switch_sae.errors import ConversionError, HubError, TextError
-from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.formats.conversion import EXPORTS, FORMATS
+from hf_switch_sae.formats.conversion import convert as convert_checkpoint
+from hf_switch_sae.formats.conversion import export as export_sae
+from hf_switch_sae.formats.registry import writer_of
+from hf_switch_sae.hub.source import open_source
+from hf_switch_sae.lm.loading import load_lm
+from hf_switch_sae.sae.model import SwitchSAE
 
 
 def convert(

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from transformers import AutoTokenizer
 
-from hf_switch_sae.descriptions import DESCRIPTIONS, describe, write_descriptions
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.store import FeatureStore
+from hf_switch_sae.store.descriptions import DESCRIPTIONS, describe, write_descriptions
 
 
 def describe_features(

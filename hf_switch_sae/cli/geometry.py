@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from hf_switch_sae import plots
-from hf_switch_sae.cli.record import load_sae
+from hf_switch_sae.cli.loading import load_sae
 from hf_switch_sae.errors import SwitchSAEError
-from hf_switch_sae.facts import FIGURES, read_json
-from hf_switch_sae.geometry import measure_geometry
+from hf_switch_sae.geometry.measure import measure_geometry
+from hf_switch_sae.hub.layout import FIGURES, read_json
 
 
 def geometry(

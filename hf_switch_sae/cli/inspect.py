@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_switch_sae.inspection import inspect as inspect_release
+from hf_switch_sae.formats.inspection import inspect as inspect_release
 
 
 def inspect(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_switch_sae.hub import pull as pull_release
+from hf_switch_sae.release.pull import pull as pull_release
 
 
 def pull(

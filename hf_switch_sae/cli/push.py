@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from hf_switch_sae.edits.recipe import Recipe
 from hf_switch_sae.errors import HubError
-from hf_switch_sae.hub import push as push_release
-from hf_switch_sae.hub import push_recipe
-from hf_switch_sae.recipe import Recipe
+from hf_switch_sae.release.push import push as push_release
+from hf_switch_sae.release.push import push_recipe
 
 
 def push(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from hf_switch_sae.cli.language_model import load_lm
+from hf_switch_sae.cli.loading import load_sae
 from hf_switch_sae.errors import SwitchSAEError
-from hf_switch_sae.launcher import rank_and_world
-from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.record import record
+from hf_switch_sae.lm.loading import load_lm
+from hf_switch_sae.processes import rank_and_world
+from hf_switch_sae.sessions.record_corpus import record
 from hf_switch_sae.store import FeatureStore
 
 
@@ -92,22 +91,3 @@ def record_corpus(
             "not indexed, as other processes may still record: when all have ended, run "
             f"python -c \"from hf_switch_sae import FeatureStore; FeatureStore('{store}').index()\""
         )
-
-
-def split_address(address: str) -> tuple[str, str]:
-    """`folder` or `org/repo`, either with `:subfolder` -> it and the subfolder."""
-    if Path(address).exists() or ":" not in address:
-        return address, ""
-    name, _, subfolder = address.rpartition(":")
-    return name, subfolder
-
-
-def load_sae(name: str, subfolder: str) -> SwitchSAE:
-    """An SAE that a command names, on a GPU if there is one."""
-    try:
-        sae = SwitchSAE.from_pretrained(name, subfolder=subfolder)
-    except OSError as err:
-        place = f"{name}, subfolder {subfolder}" if subfolder else name
-        raise SwitchSAEError(f"no SAE at {place}: {err}") from err
-    torch.nn.Module.to(sae, "cuda" if torch.cuda.is_available() else "cpu")
-    return sae

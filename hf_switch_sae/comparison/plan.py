@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.errors import ConfigError
+from hf_switch_sae.sae.config import SwitchSAEConfig
 from hf_switch_sae.training.arguments import (
     PRESETS,
     SAE_PRESETS,

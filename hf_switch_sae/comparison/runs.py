@@ -18,7 +18,7 @@ from hf_switch_sae.errors import TrainingError
 from hf_switch_sae.files import written_beside
 from hf_switch_sae.training import CachedActivations, SwitchSAETrainer, SwitchSAETrainingArguments
 from hf_switch_sae.training.checkpoints import checkpoints_in
-from hf_switch_sae.training.together import check_loss
+from hf_switch_sae.training.saes import check_loss
 
 logger = logging.get_logger(__name__)
 

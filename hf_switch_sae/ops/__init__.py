@@ -8,11 +8,11 @@
 from hf_switch_sae.ops.backends import BACKENDS, backend_for, explain_backends, use_backend
 from hf_switch_sae.ops.deviations import column_sums, scaled_errors, squared_sums
 from hf_switch_sae.ops.memory import release_gradient_of
-from hf_switch_sae.ops.native import PLAIN
+from hf_switch_sae.ops.native.kernels import PLAIN
+from hf_switch_sae.ops.native.token import TokenPlan, token_plan
 from hf_switch_sae.ops.operators import has_tangent, routed_encode, sparse_decode
 from hf_switch_sae.ops.routed import keep_largest
 from hf_switch_sae.ops.routing import check_ids, route, sort_by_expert
-from hf_switch_sae.ops.token import TokenPlan, token_plan
 
 __all__ = [
     "BACKENDS",

@@ -16,7 +16,9 @@ from types import ModuleType
 import torch
 
 from hf_switch_sae.errors import BackendError
-from hf_switch_sae.ops import eager, native, reference, triton_kernels
+from hf_switch_sae.ops import eager, reference
+from hf_switch_sae.ops.native import kernels as native
+from hf_switch_sae.ops.triton import kernels as triton_kernels
 
 BACKENDS: dict[str, ModuleType] = {
     "triton": triton_kernels,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_switch_sae.ops import triton_deviations
 from hf_switch_sae.ops.backends import takes
-from hf_switch_sae.precision import wide_dtype
+from hf_switch_sae.ops.precision import wide_dtype
+from hf_switch_sae.ops.triton import deviations as triton_deviations
 
 
 def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_switch_sae.ops import reference
-from hf_switch_sae.ops.native import PLAIN
+from hf_switch_sae.ops.native.kernels import PLAIN
+from hf_switch_sae.ops.precision import wide_dtype
 from hf_switch_sae.ops.routed import (
     decode,
     decode_backward,
@@ -27,7 +28,6 @@ from hf_switch_sae.ops.routed import (
     encode_pairs,
     keep_largest,
 )
-from hf_switch_sae.precision import wide_dtype
 
 
 def routed_encode(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_switch_sae.precision import wide
+from hf_switch_sae.ops.precision import wide
 
 
 def route(

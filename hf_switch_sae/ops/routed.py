@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hf_switch_sae.ops.backends import backend_for
 from hf_switch_sae.ops.memory import gradient_of
+from hf_switch_sae.ops.precision import wide, wide_dtype
 from hf_switch_sae.ops.routing import expert_offsets, sort_by_expert
-from hf_switch_sae.precision import wide, wide_dtype
 
 _Compute = TypeVar("_Compute", bound=Callable[..., Any])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import FeatureIdError
-from hf_switch_sae.precision import wide
+from hf_switch_sae.ops.precision import wide
 
 
 def route(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_switch_sae.geometry import Geometry
+from hf_switch_sae.geometry.result import Geometry
 from hf_switch_sae.plots.style import (
     BLUE,
     EXPERT_COLORS,

@@ -12,7 +12,7 @@ All are written whole or not at all, and checked when they are read (`files`).
 from hf_switch_sae.store.answers import Companion, Hit, Passage
 from hf_switch_sae.store.feature_store import FeatureStore
 from hf_switch_sae.store.provenance import Provenance
-from hf_switch_sae.store.shards import Layout, TokenRows
+from hf_switch_sae.store.rows import Layout, TokenRows
 
 __all__ = [
     "Companion",

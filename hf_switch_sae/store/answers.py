@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.store.postings import Index
-from hf_switch_sae.store.shards import ROW_GROUP, Array, ShardReader, TokenRows
+from hf_switch_sae.store.rows import Array, TokenRows
+from hf_switch_sae.store.shards import ROW_GROUP, ShardReader
 
 
 @dataclass(frozen=True)

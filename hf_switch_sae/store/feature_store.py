@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_switch_sae.errors import StoreError
 from hf_switch_sae.features import check_feature_ids
+from hf_switch_sae.files import locked, remove_leftovers
 from hf_switch_sae.store import index as indexing
 from hf_switch_sae.store import postings
 from hf_switch_sae.store.answers import (
@@ -35,17 +36,16 @@ from hf_switch_sae.store.answers import (
     occurrences,
     window,
 )
-from hf_switch_sae.store.files import check_body, locked, remove_leftovers
 from hf_switch_sae.store.levels import rank_at
+from hf_switch_sae.store.parquet import check_body
 from hf_switch_sae.store.postings import Index
 from hf_switch_sae.store.postings_v1 import open_index
 from hf_switch_sae.store.provenance import Provenance
+from hf_switch_sae.store.rows import Array, TokenRows
 from hf_switch_sae.store.shards import (
     FOLDER,
-    Array,
     Shard,
     ShardReader,
-    TokenRows,
     list_shards,
     shard_path,
     write_shard,

@@ -22,18 +22,12 @@ import numpy as np
 import pyarrow as pa
 
 from hf_switch_sae.errors import StoreError
-from hf_switch_sae.store.files import (
-    check_body,
-    locked,
-    read_footer,
-    read_row_groups,
-    remove_leftovers,
-    write_parquet,
-    written_whole,
-)
+from hf_switch_sae.files import locked, remove_leftovers, written_whole
 from hf_switch_sae.store.levels import Levels
+from hf_switch_sae.store.parquet import check_body, read_footer, read_row_groups, write_parquet
 from hf_switch_sae.store.postings import FEATURES, FOLDER, POSTINGS, ROW_GROUP, VERSION
-from hf_switch_sae.store.shards import Array, Shard, ShardReader, TokenRows
+from hf_switch_sae.store.rows import Array, TokenRows
+from hf_switch_sae.store.shards import Shard, ShardReader
 
 _BYTES_A_POSTING = 64  # at the peak of either step, measured
 _MAX_SPAN = 1 << 16  # features of one part: 16 bits of its sort key

@@ -24,9 +24,10 @@ import numpy as np
 import pyarrow as pa
 
 from hf_switch_sae.errors import StoreError
-from hf_switch_sae.store.files import read_footer, read_row_groups
 from hf_switch_sae.store.levels import Levels
-from hf_switch_sae.store.shards import Array, ShardReader
+from hf_switch_sae.store.parquet import read_footer, read_row_groups
+from hf_switch_sae.store.rows import Array
+from hf_switch_sae.store.shards import ShardReader
 
 Place = tuple[int, int]
 """Number of a shard, and row in it."""

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from hf_switch_sae.errors import StoreError
 from hf_switch_sae.store.postings import ROW_GROUP, VERSION, Index, Place, read_listing
-from hf_switch_sae.store.shards import Array, ShardReader
+from hf_switch_sae.store.rows import Array
+from hf_switch_sae.store.shards import ShardReader
 
 
 class IndexV1(Index):

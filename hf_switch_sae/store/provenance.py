@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_switch_sae.errors import StoreError
-from hf_switch_sae.store.files import locked, written_whole
-from hf_switch_sae.store.shards import Layout
+from hf_switch_sae.files import locked, written_whole
+from hf_switch_sae.store.rows import Layout
 
 FORMAT, VERSION = "hf_switch_sae feature store", 1
 FILE = "store.json"

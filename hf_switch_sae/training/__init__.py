@@ -1,15 +1,15 @@
 """Training: text -> a language model's residual streams -> shuffled rows -> a Switch SAE."""
 
-from hf_switch_sae.training.activations import Activations
+from hf_switch_sae.activations.cache_reader import CachedActivations
+from hf_switch_sae.activations.cache_writer import cache_activations
+from hf_switch_sae.activations.interface import Activations
+from hf_switch_sae.activations.live import LiveActivations
+from hf_switch_sae.activations.policy import TokenPolicy
+from hf_switch_sae.activations.settings import ActivationSettings
+from hf_switch_sae.activations.stored import TensorActivations
+from hf_switch_sae.evaluation.calibration import calibrate
+from hf_switch_sae.evaluation.evaluate import evaluate
 from hf_switch_sae.training.arguments import SAE_PRESETS, SwitchSAETrainingArguments
-from hf_switch_sae.training.cache import cache_activations
-from hf_switch_sae.training.cached import CachedActivations
-from hf_switch_sae.training.evaluation import evaluate
-from hf_switch_sae.training.finish import calibrate
-from hf_switch_sae.training.harvest import ActivationSettings
-from hf_switch_sae.training.live import LiveActivations
-from hf_switch_sae.training.policy import TokenPolicy
-from hf_switch_sae.training.stored import TensorActivations
 from hf_switch_sae.training.trainer import SwitchSAETrainer
 
 __all__ = [

@@ -21,8 +21,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from hf_switch_sae.config import SwitchSAEConfig
 from hf_switch_sae.errors import ConfigError
+from hf_switch_sae.sae.config import SwitchSAEConfig
 
 _PUBLISHED: dict[str, Any] = {
     "loss": "published",

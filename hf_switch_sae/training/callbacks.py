@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.optim import SwitchSAEAdam
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.sae.optim import SwitchSAEAdam
 
 
 class UnitRows(TrainerCallback):

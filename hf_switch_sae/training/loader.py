@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_switch_sae.training.activations import Activations
+from hf_switch_sae.activations.interface import Activations
 
 
 class Stream(IterableDataset):

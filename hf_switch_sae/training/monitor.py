@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.training.together import MEASURED
-
-Reduce = Callable[[Tensor], Tensor]
-"""Adds up a tensor over processes."""
+from hf_switch_sae.processes import Reduce
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.training.saes import MEASURED
 
 
 class Monitor:

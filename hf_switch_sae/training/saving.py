@@ -19,14 +19,16 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_switch_sae import hub
+from hf_switch_sae.activations.interface import Activations
 from hf_switch_sae.errors import NonFiniteError, SwitchSAEError, TrainingError
-from hf_switch_sae.model import SwitchSAE
+from hf_switch_sae.evaluation.calibration import calibrate_on
+from hf_switch_sae.files import rounded
+from hf_switch_sae.release.push import push
+from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.training import checkpoints, sharded
-from hf_switch_sae.training.activations import Activations
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
-from hf_switch_sae.training.finish import arguments_of, calibrate_on, rounded, write_notes
 from hf_switch_sae.training.monitor import Monitor
+from hf_switch_sae.training.notes import arguments_of, write_notes
 
 logger = logging.get_logger(__name__)
 
@@ -311,7 +313,7 @@ class Saving(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Publish the SAEs as a release with a card, in one commit; see `hub.push`.
+        """Publish the SAEs as a release with a card, in one commit; see `push`.
 
         Args:
             commit_message: of the commit.
@@ -356,7 +358,7 @@ class Saving(Trainer):
         private: bool | None = None,
     ) -> str:
         args = self.args
-        return hub.push(
+        return push(
             folder,
             args.hub_model_id or Path(str(args.output_dir)).resolve().name,
             private=args.hub_private_repo if private is None else private,

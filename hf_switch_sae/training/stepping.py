@@ -8,9 +8,9 @@ from typing import Any
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.optim import SwitchSAEAdam
-from hf_switch_sae.training.activations import Activations
+from hf_switch_sae.activations.interface import Activations
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.sae.optim import SwitchSAEAdam
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
 
 

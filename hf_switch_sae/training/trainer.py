@@ -20,22 +20,23 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_switch_sae.activations.interface import Activations
+from hf_switch_sae.activations.live import activations_for
+from hf_switch_sae.activations.settings import ActivationSettings
 from hf_switch_sae.errors import NonFiniteError, TrainingError
-from hf_switch_sae.losses import WholeBatch
-from hf_switch_sae.model import SwitchSAE
-from hf_switch_sae.training.activations import Activations
+from hf_switch_sae.evaluation.heldout import measure_held_out
+from hf_switch_sae.processes import added_up
+from hf_switch_sae.sae.fvu import WholeBatch
+from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
 from hf_switch_sae.training.callbacks import UnitRows
-from hf_switch_sae.training.harvest import ActivationSettings
-from hf_switch_sae.training.heldout import added_up, measure_held_out
+from hf_switch_sae.training.initialization import is_fresh, start_from
 from hf_switch_sae.training.loader import Stream
 from hf_switch_sae.training.monitor import Monitor, count_over_parts
+from hf_switch_sae.training.saes import Given, SAEsTogether, build_saes
 from hf_switch_sae.training.saving import Saving
-from hf_switch_sae.training.setup import Given, activations_for, build_saes
 from hf_switch_sae.training.sharded import gathered
-from hf_switch_sae.training.start import is_fresh, start_from
 from hf_switch_sae.training.stepping import Stepping
-from hf_switch_sae.training.together import SAEsTogether
 
 logger = logging.get_logger(__name__)
 

@@ -31,7 +31,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
-from hf_switch_sae.ops import eager, reference, triton_kernels
+from hf_switch_sae.ops import eager, reference
+from hf_switch_sae.ops.triton import kernels as triton_kernels
 
 BY_EXPERT = "scatter_sum by expert"
 PRIMITIVES = ("expert_products", "relu_topk", "gather_sum", "row_dots", "scatter_sum", BY_EXPERT)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
-from hf_switch_sae.output import SwitchSAEOutput
-from hf_switch_sae.training.clusters import directions_of
-from hf_switch_sae.training.start import start_features_at
+from hf_switch_sae.sae.output import SwitchSAEOutput
+from hf_switch_sae.training.initialization import directions_of, start_features_at
 
 from .minilm import DEVICE, WIDTH, batches, rows_of
 

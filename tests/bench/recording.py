@@ -28,7 +28,7 @@ import torch
 from hf_switch_sae import FeatureStore, SparseFeatures, SwitchSAE, record
 from hf_switch_sae.demo import SAE, load_demo_lm
 from hf_switch_sae.store import Provenance, TokenRows
-from hf_switch_sae.text import read_documents
+from hf_switch_sae.text.documents import read_documents
 
 from .cpu import machine, markdown, replace_section
 from .timing import Table, seconds

@@ -28,8 +28,8 @@ from transformers import TrainerCallback
 
 from hf_switch_sae import SwitchSAE, SwitchSAETrainer, SwitchSAETrainingArguments
 from hf_switch_sae.demo import load_demo_lm
-from hf_switch_sae.residuals import partial_forward
-from hf_switch_sae.text import read_documents
+from hf_switch_sae.lm.residuals import partial_forward
+from hf_switch_sae.text.documents import read_documents
 from hf_switch_sae.training import ActivationSettings, CachedActivations, cache_activations
 
 from .cpu import HERE, machine, markdown, replace_section

@@ -1,0 +1,150 @@
+"""The files of an activation cache: names, manifest, checksums.
+
+cache.json                          what the rows are of; `complete` once all are there
+<number>.safetensors                rows of every hookpoint, and their token ids
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hf_switch_sae.errors import BaseModelError, StoreError
+from hf_switch_sae.lm.fingerprint import check_base_model, fingerprint
+from hf_switch_sae.lm.hookpoints import unwrap
+from hf_switch_sae.text.contexts import Cursor
+
+FORMAT = "hf_switch_sae activations"
+
+
+VERSION = 1
+
+
+MANIFEST = "cache.json"
+
+
+TOKEN_IDS = "token_ids"
+
+
+_NOTED = ("lm", "hookpoints", "hidden_size", "dtype", "policy", "outlier_norm")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of rows, by its header."""
+
+    path: Path
+    rows: int
+    end: Cursor
+    checksums: dict[str, int]
+
+    @classmethod
+    def open(cls, path: Path) -> Shard:
+        """Read a header.
+
+        Raises:
+            StoreError: the file is damaged, or none of a cache.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                notes = file.metadata() or {}
+                rows = file.get_slice(TOKEN_IDS).get_shape()[0]
+            return cls(path, rows, Cursor(**json.loads(notes["end"])), json.loads(notes["crc32"]))
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as err:
+            raise damaged(path, str(err)) from err
+
+    @classmethod
+    def all_in(cls, folder: Path) -> list[Shard]:
+        """Every file of a cache, in order.
+
+        Raises:
+            StoreError: one is damaged or missing.
+        """
+        paths = sorted(folder.glob("rows-*.safetensors"))
+        for number, path in enumerate(paths):
+            if path.name != shard_name(number):
+                raise StoreError(
+                    f"{folder / shard_name(number)} is missing, and {path.name} is there: put it "
+                    f"back, or delete {path.name} and those after it and harvest again."
+                )
+        return [cls.open(path) for path in paths]
+
+
+def shard_name(number: int) -> str:
+    """The name of a cache's file."""
+    return f"rows-{number:08d}.safetensors"
+
+
+def damaged(path: Path, why: str) -> StoreError:
+    """The error for a file that can't be read."""
+    return StoreError(
+        f"{path} is damaged: {why.splitlines()[0][:200] if why else 'unreadable'}. Delete it and "
+        "the files after it, and harvest again: what is before it is kept."
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What cache.json says; None if there is none.
+
+    Raises:
+        StoreError: it is of another format or version, or damaged.
+    """
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as err:
+        raise StoreError(f"{path} can't be read ({err}); it is no cache's, or damaged.") from err
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise StoreError(f"{path} is not of a cache of activations.")
+    if found.get("version") != VERSION:
+        raise StoreError(
+            f"{folder} is a cache of version {found.get('version')}; this package reads version "
+            f"{VERSION}. Harvest it again, or use the package that made it."
+        )
+    if lacking := [name for name in _NOTED if name not in found]:
+        raise StoreError(f"{path} is damaged: it does not say {', '.join(lacking)}.")
+    return found
+
+
+def check_lm(folder: Path, noted: dict[str, Any], lm: nn.Module, revision: str | None) -> None:
+    """Raise BaseModelError unless a cache is of this model and revision, as far as is known."""
+    try:
+        check_base_model(lm, noted["name"] or None, noted["fingerprint"])
+    except BaseModelError as err:
+        raise BaseModelError(
+            f"{folder} holds activations of another language model "
+            f"({noted['name'] or 'without a name'}) than the one given: weights or sizes differ. "
+            "Harvest into another folder."
+        ) from err
+    if None not in (revision, noted["revision"]) and revision != noted["revision"]:
+        raise BaseModelError(
+            f"{folder} holds activations of revision {noted['revision']} of {noted['name']}, not "
+            f"of {revision}. Harvest into another folder."
+        )
+
+
+def lm_notes(lm: nn.Module, revision: str | None) -> dict[str, Any]:
+    """What a cache notes of a language model, JSON-able."""
+    root = unwrap(lm)
+    name = str(getattr(getattr(root, "config", None), "_name_or_path", "") or "")
+    return {
+        "name": Path(name).name if Path(name).exists() else name,
+        "revision": revision,
+        "dtype": str(getattr(root, "dtype", "")).removeprefix("torch."),
+        "fingerprint": fingerprint(root),
+    }
+
+
+def crc32(tensor: Tensor) -> int:
+    """Of a CPU tensor's bytes."""
+    data: Any = tensor.contiguous().view(torch.uint8).numpy()
+    return int(zlib.crc32(data))

@@ -1,0 +1,260 @@
+"""Residual streams on disk: harvested once, read by many runs.
+
+Room   LM, places, text -> a folder -> `cached.CachedActivations`.
+Format cache.json: what the rows are, and once the harvest is done how many.
+       rows-00000000.safetensors, ...: in the order of the text. A tensor [rows, d] named after each
+       hookpoint, `token_ids` [rows] int32; in the metadata the cursor at which the next file's
+       text begins, and the CRC-32 of each tensor's bytes.
+How    A file is written beside its place and renamed, and knows where its text ends. So the files
+       are all that a resume needs: only the one at hand is lost, and nothing is there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from hf_switch_sae.activations.cache_files import (
+    FORMAT,
+    MANIFEST,
+    TOKEN_IDS,
+    VERSION,
+    Shard,
+    check_lm,
+    crc32,
+    lm_notes,
+    read_manifest,
+    shard_name,
+)
+from hf_switch_sae.activations.harvest import Harvest, Pass
+from hf_switch_sae.activations.settings import ActivationSettings
+from hf_switch_sae.errors import StoreError
+from hf_switch_sae.files import locked, remove_leftovers, written_whole
+from hf_switch_sae.text.contexts import Cursor
+from hf_switch_sae.text.documents import read_documents
+
+
+def cache_activations(
+    lm: nn.Module,
+    places: int | str | Sequence[int | str],
+    dataset: Any,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    settings: ActivationSettings | None = None,
+    *,
+    column: str = "text",
+    split: str = "train",
+    revision: str | None = None,
+    lm_revision: str | None = None,
+    shard_bytes: int = 64 << 20,
+    max_rows: int | None = None,
+    max_bytes: int | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Harvest a data set's residual streams into a folder; goes on where it was.
+
+    Interrupted or killed, the same call goes on with the very next row, and so does one with
+    larger limits.
+
+    Args:
+        lm: in eval mode; see `LiveActivations`.
+        places: layers, hookpoints or module paths; all are read in one pass.
+        dataset: what `text.read_documents` takes.
+        folder: new, or of a cache of the same.
+        tokenizer: the model's; not needed for documents of token ids.
+        settings: how text becomes rows; `dtype` is "bfloat16" here unless given.
+        column, split, revision: of the data set.
+        lm_revision: commit the LM was loaded from, to note.
+        shard_bytes: of a file, roughly: what is lost at most by being killed.
+        max_rows: stop at the first pass of the LM with which there are so many.
+        max_bytes: stop before the files take more.
+        progress: whether to show a bar on stderr; by default if that is a terminal.
+
+    Returns:
+        The folder, for `CachedActivations`.
+
+    Raises:
+        AttachError, HookpointError, TextError: as of `LiveActivations`.
+        StoreError: a cache of something else, a damaged one, or no room on the disk.
+    """
+    documents = read_documents(dataset, column=column, split=split, revision=revision)
+    harvest = Harvest(lm, places, documents, tokenizer, settings)
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file, and a cache is a folder.")
+    with locked(path / ".lock", wait=False):
+        remove_leftovers(path)
+        writer = _Writer(harvest, path, lm_revision, shard_bytes)
+        writer.write(max_rows, max_bytes, progress)
+    return path
+
+
+class _Writer:
+    """Adds files to a cache until the text ends or a limit is reached."""
+
+    def __init__(
+        self, harvest: Harvest, folder: Path, lm_revision: str | None, shard_bytes: int
+    ) -> None:
+        self._harvest, self._folder = harvest, folder
+        self._dtype: torch.dtype = getattr(torch, harvest.settings.dtype or "bfloat16")
+        widths = harvest.hidden_size.values()
+        self._row_bytes: int = sum(width * self._dtype.itemsize for width in widths) + 4
+        self._shard_rows = max(1, shard_bytes // self._row_bytes)
+        made = {
+            "format": FORMAT,
+            "version": VERSION,
+            "lm": lm_notes(harvest.lm, lm_revision),
+            **json.loads(json.dumps(harvest.identity())),
+            "tokens_per_pass": harvest.tokens_per_pass,
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "outlier_norm": harvest.policy.outlier_norm,
+        }
+        found = read_manifest(folder)
+        if found is None:
+            self._check_empty()
+            self._manifest = made
+            self._save()
+        else:
+            check_lm(folder, found["lm"], harvest.lm, lm_revision)
+            self._check_same(found, made)
+            self._manifest = found
+            harvest.set_outlier_norm(found["outlier_norm"])
+        self._shards = Shard.all_in(folder)
+        self._rows = sum(shard.rows for shard in self._shards)
+        self._bytes = sum(shard.path.stat().st_size for shard in self._shards)
+
+    def write(self, max_rows: int | None, max_bytes: int | None, progress: bool | None) -> None:
+        """Write files until one of the limits, and note that the cache is complete."""
+        start = self._shards[-1].end if self._shards else Cursor()
+        harvest = self._harvest
+        stop = None
+        rows_to_come = [n for n in (max_rows, max_bytes and max_bytes // self._row_bytes) if n]
+        bar = _Bar(min(rows_to_come, default=None), harvest.documents.count, progress)
+        with bar, closing(harvest.passes(harvest.contexts(start, epochs=1))) as passes:
+            bar.at(self._rows, start)
+            held: list[Pass] = []
+            count = 0
+            while stop is None:
+                if max_rows is not None and self._rows + count >= max_rows:
+                    stop = "max_rows"
+                elif max_bytes is not None and self._bytes_after(count) > max_bytes:
+                    stop = "max_bytes"
+                elif (found := next(passes, None)) is None:
+                    stop = "text"
+                else:
+                    held.append(self._kept(found))
+                    count += len(found.token_ids)
+                    bar.at(self._rows + count, found.end)
+                if count >= self._shard_rows or (stop and count):
+                    self._append(held)
+                    held, count = [], 0
+        if not self._shards:
+            raise StoreError(
+                f"max_bytes={max_bytes} or max_rows={max_rows} leaves no room for a pass of the "
+                f"language model ({harvest.tokens_per_pass:,} tokens of {self._row_bytes:,} bytes)."
+            )
+        self._manifest["complete"] = {
+            "shards": len(self._shards),
+            "rows": self._rows,
+            "bytes": self._bytes,
+            "contexts": self._shards[-1].end.context,
+            "stopped_by": stop,
+        }
+        self._save()
+
+    def _kept(self, found: Pass) -> Pass:
+        """On the CPU, in the dtype of the file, so that no more than that is held."""
+        rows = {name: rows.to("cpu", self._dtype) for name, rows in found.rows.items()}
+        return Pass(rows, found.token_ids, found.end)
+
+    def _bytes_after(self, count: int) -> int:
+        """Bytes of all files if the one at hand, of `count` rows, took one more pass."""
+        header = 2048 + 256 * len(self._harvest.hookpoints)
+        return self._bytes + header + (count + self._harvest.tokens_per_pass) * self._row_bytes
+
+    def _append(self, held: list[Pass]) -> None:
+        """Write the next file."""
+        tensors = {
+            name: torch.cat([each.rows[name] for each in held]) for name in self._harvest.hookpoints
+        }
+        tensors[TOKEN_IDS] = torch.cat([each.token_ids for each in held]).int()
+        notes = {
+            "format": FORMAT,
+            "end": json.dumps(held[-1].end.to_dict()),
+            "crc32": json.dumps({name: crc32(tensor) for name, tensor in tensors.items()}),
+        }
+        data = safetensors.torch.save(tensors, notes)
+        path = self._folder / shard_name(len(self._shards))
+        with written_whole(path) as file:
+            file.write(data)
+        self._shards.append(Shard(path, len(tensors[TOKEN_IDS]), held[-1].end, {}))
+        self._rows += self._shards[-1].rows
+        self._bytes += len(data)
+
+    def _save(self) -> None:
+        with written_whole(self._folder / MANIFEST) as file:
+            file.write(json.dumps(self._manifest, indent=1).encode() + b"\n")
+
+    def _check_empty(self) -> None:
+        others = [path.name for path in self._folder.iterdir() if not path.name.startswith(".")]
+        if others:
+            raise StoreError(
+                f"{self._folder} holds other things ({', '.join(sorted(others)[:3])}): harvest "
+                "into a new folder."
+            )
+
+    def _check_same(self, found: dict[str, Any], made: dict[str, Any]) -> None:
+        other = [
+            name
+            for name in made
+            if name not in ("lm", "outlier_norm") and found.get(name) != made[name]
+        ]
+        if found["lm"]["dtype"] != made["lm"]["dtype"]:
+            other.append("the language model's dtype")
+        if other:
+            raise StoreError(
+                f"{self._folder} is a cache of something else: {', '.join(other)} differ. Harvest "
+                "into another folder, or with what it was begun with."
+            )
+
+
+class _Bar:
+    """Rows against a limit where there is one, else documents against their number."""
+
+    def __init__(self, rows: int | None, documents: int | None, progress: bool | None) -> None:
+        disable = not (sys.stderr.isatty() if progress is None else progress)
+        self._in_rows = rows is not None
+        self._bar = tqdm(
+            total=rows if self._in_rows else documents,
+            unit="token" if self._in_rows else "doc",
+            disable=disable,
+        )
+        self._begin: tuple[float, int] | None = None
+
+    def at(self, rows: int, cursor: Cursor) -> None:
+        """Show where the harvest is."""
+        now = time.monotonic()
+        if self._begin is None:
+            self._begin = (now, rows)
+            self._bar.initial = rows if self._in_rows else cursor.document
+        self._bar.update((rows if self._in_rows else cursor.document) - self._bar.n)
+        since, before = self._begin
+        if now > since:
+            self._bar.set_postfix_str(f"{(rows - before) / (now - since):,.0f} tokens/s")
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

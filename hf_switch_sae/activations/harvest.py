@@ -1,0 +1,318 @@
+"""The language model, run over contexts as far as the last place: the rows that training is on.
+
+Room   LM, places, documents, tokenizer, settings -> checked, outlier norms measured -> passes of
+       the LM from a cursor on -> kept rows of every place, and their tokens.
+How    A pass takes the next contexts, always as many, so a pass from the same cursor is the same
+       numbers; of several ranks each takes every so-manieth context.
+Beware Hooks are on the model only while passes are iterated over. Attached SAEs that edit the
+       stream before a place are seen in its rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_switch_sae.activations.policy import TokenPolicy, norms
+from hf_switch_sae.activations.settings import ActivationSettings
+from hf_switch_sae.errors import AttachError, HookpointError, TextError
+from hf_switch_sae.lm.hookpoints import Hookpoint, resolve, unwrap
+from hf_switch_sae.lm.residuals import input_device, residuals
+from hf_switch_sae.text.contexts import Context, Cursor, Marks, Packer
+from hf_switch_sae.text.documents import read_documents
+from hf_switch_sae.text.tokenizer import tokenizer_identity
+
+_MEASURED_ROWS = 4000
+_TOKENS_A_PASS = {"cpu": 2048}
+_TOKENS_A_PASS_ELSEWHERE = 16384
+_SEQUENCE_FIRST = {"xlnet", "fsmt"}  # their residual stream is [seq, batch, d]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass of the language model gave."""
+
+    rows: dict[str, Tensor]
+    """Hookpoint -> [kept, d], row i of each the same token's, in the LM's dtype."""
+    token_ids: Tensor
+    """[kept] int64, on the CPU."""
+    end: Cursor
+    """Where the next pass of this rank begins."""
+
+
+class Harvest:
+    """Rows of a language model's residual streams over a data set; see the module's header.
+
+    Args:
+        lm: in eval mode; on one device or spread by a `device_map`, quantised or not.
+        places: layers, hookpoints or module paths.
+        documents: what `text.read_documents` takes.
+        tokenizer: the model's; not needed for documents of token ids.
+        settings: how text becomes rows.
+
+    Raises:
+        AttachError, HookpointError: the model is in training mode, or has no such place.
+        TextError: an empty data set, texts shorter than a context, a tokenizer of another model.
+    """
+
+    def __init__(
+        self,
+        lm: nn.Module,
+        places: int | str | Sequence[int | str],
+        documents: Any,
+        tokenizer: Any = None,
+        settings: ActivationSettings | None = None,
+    ) -> None:
+        self.lm, self.tokenizer = lm, tokenizer
+        self.settings = settings or ActivationSettings()
+        self._root = unwrap(lm)
+        if self._root.training:
+            raise AttachError("the language model is in training mode, with dropout: lm.eval().")
+        wanted = [places] if isinstance(places, int | str) else list(places)
+        self._places = [resolve(self._root, at) for at in wanted]
+        self.hookpoints = tuple(dict.fromkeys(place.name for place in self._places))
+        self._check_places()
+        self.documents = read_documents(documents)
+        self._device = input_device(self._root)
+        self._vocabulary = vocabulary_size(self._root)
+        self._check_tokenizer()
+        self.causal = not _looks_both_ways(self._places, tokenizer)
+        packing = self.settings.packing
+        windows = packing == "windows" or (packing == "auto" and not self.causal)
+        marks = Marks.of(self.settings.boundary, tokenizer)
+        self._check_context(marks, windows)
+        self.packer = Packer(self.documents, tokenizer, self.settings.context, marks, windows)
+        skip_first = self.settings.skip_first
+        self.policy = TokenPolicy(
+            not windows if skip_first is None else skip_first,
+            self._special(marks) if self.settings.skip_special else (),
+            self.settings.outlier_factor,
+        )
+        tokens = self.settings.tokens_per_pass or _TOKENS_A_PASS.get(
+            self._device.type, _TOKENS_A_PASS_ELSEWHERE
+        )
+        self.contexts_per_pass = max(1, tokens // self.settings.context)
+        options = inspect.signature(self._root.forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in options else {}
+        self.hidden_size: dict[str, int] = {}
+        self.dtype: dict[str, torch.dtype] = {}
+        self.device: dict[str, torch.device] = {}
+        self._measure()
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Of the language model, at most."""
+        return self.contexts_per_pass * self.settings.context
+
+    def _measure(self) -> None:
+        """Note the streams' widths, and the norms of outliers, on the data set's first rows."""
+        lengths: dict[str, list[Tensor]] = {name: [] for name in self.hookpoints}
+        count = 0
+        with closing(self.passes(self.contexts(epochs=1))) as passes:
+            for found in passes:
+                for name, rows in found.rows.items():
+                    self.hidden_size[name] = rows.shape[-1]
+                    self.dtype[name], self.device[name] = rows.dtype, rows.device
+                    lengths[name].append(norms(rows).cpu())
+                count += len(found.token_ids)
+                if count >= _MEASURED_ROWS or (count and self.settings.outlier_factor is None):
+                    break
+        if not count:
+            raise TextError(
+                "the token policy leaves nothing of this text: every token is special, or the "
+                "first of a context."
+            )
+        if (factor := self.settings.outlier_factor) is not None:
+            medians = {name: float(torch.cat(some).median()) for name, some in lengths.items()}
+            self.set_outlier_norm({name: factor * median for name, median in medians.items()})
+
+    def set_outlier_norm(self, outlier_norm: dict[str, float]) -> None:
+        """Use norms that were measured before."""
+        self.policy = replace(self.policy, outlier_norm=dict(outlier_norm))
+
+    def policy_dict(self) -> dict[str, Any]:
+        """JSON-able: which tokens are kept, and how text became contexts."""
+        return {
+            "context": self.settings.context,
+            "packing": "windows" if self.packer.windows else "packed",
+            "before": list(self.packer.marks.before),
+            "after": list(self.packer.marks.after),
+            **self.policy.to_dict(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: all that decides the rows and their order in the text, the LM left out."""
+        policy = self.policy_dict()
+        del policy["outlier_norm"]
+        return {
+            "hookpoints": list(self.hookpoints),
+            "hidden_size": self.hidden_size,
+            "dataset": self.documents.provenance,
+            "tokenizer": None if self.tokenizer is None else tokenizer_identity(self.tokenizer),
+            "policy": policy,
+        }
+
+    def contexts(
+        self,
+        start: Cursor | None = None,
+        epochs: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Context]:
+        """A rank's contexts from a cursor on: context number i is rank i % world_size's.
+
+        Args:
+            start: the beginning by default.
+            epochs: stop before this epoch, counted from 0.
+            rank, world_size: which of how many processes this is.
+        """
+        for context in self.packer.contexts(start, epochs):
+            if context.number % world_size == rank:
+                yield context
+
+    def passes(self, contexts: Iterator[Context]) -> Generator[Pass, None, None]:
+        """Passes of the language model; each takes the next contexts when it is asked for.
+
+        Close it when you stop before its end: until then its hooks are on the model.
+
+        Raises:
+            TextError: token ids beyond the model's vocabulary.
+            NonFiniteError: NaN or infinity in a residual stream.
+        """
+        with residuals(self.lm, [f"{p.path}.{p.site}" for p in self._places]) as read:
+            while some := list(islice(contexts, self.contexts_per_pass)):
+                yield self._pass(some, read)
+
+    def inputs(self, contexts: list[Context]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """input_ids and attention_mask [batch, seq] on the CPU, and what the model is called with.
+
+        Raises:
+            TextError: token ids beyond the model's vocabulary.
+        """
+        ids, mask = _padded(contexts, self._pad())
+        largest = int(ids.max())
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            raise TextError(
+                f"token id {largest} is beyond the {self._vocabulary} embeddings of "
+                f"{type(self._root).__name__}: the documents' tokens, or the tokenizer, are "
+                "another model's."
+            )
+        inputs: dict[str, Any] = {"input_ids": ids.to(self._device), **self._options}
+        if self.packer.windows:
+            inputs["attention_mask"] = mask.to(self._device)
+        return ids, mask, inputs
+
+    @torch.no_grad()
+    def _pass(self, contexts: list[Context], read: Any) -> Pass:
+        ids, mask, inputs = self.inputs(contexts)
+        streams: dict[str, Tensor] = read(**inputs)
+        for name, stream in streams.items():
+            if stream.ndim != 3 or stream.shape[:2] != ids.shape:
+                raise HookpointError(
+                    f"the stream at {name} is {list(stream.shape)} for {list(ids.shape)} tokens; "
+                    "training needs one vector a token."
+                )
+        index = self.policy.rows(streams, self.policy.by_token(ids, mask))
+        rows = {
+            name: stream.reshape(-1, stream.shape[-1]).index_select(0, index.to(stream.device))
+            for name, stream in streams.items()
+        }
+        return Pass(rows, ids.flatten()[index.cpu()], contexts[-1].end)
+
+    def _pad(self) -> int:
+        return getattr(self.tokenizer, "pad_token_id", None) or 0
+
+    def _special(self, marks: Marks) -> tuple[int, ...]:
+        found = set(getattr(self.tokenizer, "all_special_ids", None) or [])
+        if self.tokenizer is None:
+            config = _text_config(self._root)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                value = getattr(config, name, None)
+                found.update(value if isinstance(value, list) else [value])
+        found.update(marks.before, marks.after)
+        return tuple(sorted(each for each in found if isinstance(each, int) and each >= 0))
+
+    def _check_places(self) -> None:
+        if not self._places:
+            raise HookpointError("no place to read: name at least one layer or hookpoint.")
+        for place in self._places:
+            owner = self._root if place.blocks is None else place.blocks.owner
+            kind = getattr(getattr(owner, "config", None), "model_type", None)
+            if kind in _SEQUENCE_FIRST:
+                raise HookpointError(
+                    f"{type(owner).__name__} has its stream as [seq, batch, d]; training reads "
+                    "[batch, seq, d] only."
+                )
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer is None or self._vocabulary is None:
+            return
+        size, model = len(self.tokenizer), type(self._root).__name__
+        largest = max(self.tokenizer.get_vocab().values(), default=0)
+        if largest >= self._vocabulary:
+            raise TextError(
+                f"the tokenizer has {size} tokens with ids up to {largest}, and {model} has "
+                f"{self._vocabulary} embeddings: it is another model's tokenizer."
+            )
+        if self._vocabulary > 2 * size + 1024:
+            raise TextError(
+                f"the tokenizer has {size} tokens, and {model} {self._vocabulary} embeddings: it "
+                "is another model's tokenizer."
+            )
+
+    def _check_context(self, marks: Marks, windows: bool) -> None:
+        context = self.settings.context
+        longest = getattr(_text_config(self._root), "max_position_embeddings", None)
+        if isinstance(longest, int) and 0 < longest < context:
+            raise TextError(
+                f"context={context} is more than the {longest} positions of "
+                f"{type(self._root).__name__}: give a smaller context."
+            )
+        if windows and context <= len(marks.before) + len(marks.after):
+            raise TextError(f"context={context} has no room for a token between its marks.")
+
+
+def _text_config(root: nn.Module) -> Any:
+    config: Any = getattr(root, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def vocabulary_size(root: nn.Module) -> int | None:
+    """How many token ids a model embeds, as far as it tells."""
+    embed: Any = getattr(root, "get_input_embeddings", lambda: None)()
+    rows = getattr(embed, "num_embeddings", None) or getattr(_text_config(root), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
+def _looks_both_ways(places: list[Hookpoint], tokenizer: Any) -> bool:
+    """Whether a token sees those after it, so that documents should not be joined."""
+    flags: set[bool] = set()
+    for place in places:
+        blocks = (place.module,) if place.blocks is None else place.blocks.blocks
+        for block in blocks:
+            found = (getattr(module, "is_causal", None) for module in block.modules())
+            flags.update(flag for flag in found if isinstance(flag, bool))
+    if flags:
+        return True not in flags
+    # attention of its own kind, or none: only encoders' tokenizers have these
+    named = ("cls_token_id", "sep_token_id")
+    return all(getattr(tokenizer, name, None) is not None for name in named)
+
+
+def _padded(contexts: list[Context], pad: int) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [batch, seq] int64, padded at the ends."""
+    width = max(len(context.tokens) for context in contexts)
+    ids = np.full((len(contexts), width), pad, np.int64)
+    mask = np.zeros((len(contexts), width), np.int64)
+    for row, context in enumerate(contexts):
+        ids[row, : len(context.tokens)] = context.tokens
+        mask[row, : len(context.tokens)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -1,0 +1,38 @@
+"""The order of rows: from a seed alone, the same wherever and whenever it is asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from hf_switch_sae.processes import processes_here
+
+_SHARE, _MOST = 8, 2 << 30
+_ROWS_ON_CPU, _ROWS_ELSEWHERE = 1 << 16, 1 << 19
+
+
+def order_of(rows: int, *seed: int) -> Tensor:
+    """[rows] int64: a permutation that depends on `seed` (numbers >= 0) and nothing else."""
+    state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0])
+    generator = torch.Generator().manual_seed(state & (2**63 - 1))
+    return torch.randperm(rows, generator=generator)
+
+
+def default_buffer_bytes(device: torch.device) -> int:
+    """An eighth of the device's free memory, as a power of two, and at most 2 GiB.
+
+    Of several processes on a machine each takes its share.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available // processes_here()
+    share = max(1 << 20, min(_MOST, free // _SHARE))
+    return int(1 << (share.bit_length() - 1))
+
+
+def default_buffer_rows(device: torch.device) -> int:
+    """Rows that are computed before the first batch comes, unless bytes are given."""
+    return _ROWS_ON_CPU if device.type == "cpu" else _ROWS_ELSEWHERE

@@ -1,0 +1,223 @@
+"""From edits and a token's features to the delta that is added to its residual.
+
+    new residual = residual + decode(edited features) - decode(features)
+
+The SAE's own error stays in the stream, so an edit changes what it names and nothing else.
+
+Beware Decoder rows and calibrated amounts are looked up once, when the edits are prepared: an SAE
+       that is trained further needs its edits set again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.edits.conflicts import check_conflicts
+from hf_switch_sae.edits.kinds import EDITS, Clamp, Edit, Patch, Positions, Scale, Steer, Unit
+from hf_switch_sae.errors import EditError
+from hf_switch_sae.features import SparseFeatures, check_feature_ids
+from hf_switch_sae.lm.positions import Tokens
+from hf_switch_sae.sae.model import SwitchSAE
+
+
+class PreparedEdits:
+    """Edits checked against one SAE, with everything that does not depend on the tokens looked up.
+
+    Raises:
+        FeatureIdError: a feature outside the dictionary.
+        EditError: a unit without its statistics, or edits that contradict each other.
+    """
+
+    def __init__(self, sae: SwitchSAE, edits: Sequence[Edit]) -> None:
+        self.sae, self.edits = sae, tuple(edits)
+        for edit in self.edits:
+            if isinstance(edit, list | tuple):
+                raise EditError("edits are given one by one: session.edit(*edits), not a list.")
+            if not isinstance(edit, tuple(EDITS.values())):
+                raise EditError(f"an edit is one of {sorted(EDITS)}; got {edit!r}.")
+        check_conflicts(self.edits)
+        self._parts = [_Part(sae, edit) for edit in self.edits]
+        self.needs_features = any(part.needs_features for part in self._parts)
+
+    def __bool__(self) -> bool:
+        return bool(self.edits)
+
+    def delta(
+        self, features: SparseFeatures | None, tokens: Tokens
+    ) -> tuple[Tensor, Tensor | None]:
+        """What to add to each token, and which tokens are edited at all.
+
+        Args:
+            features: [B, T] features of the residual as it arrived; None if no edit needs them.
+            tokens: where the B x T tokens stand.
+
+        Returns:
+            delta in the SAE's dtype and device, [B, T, hidden_size] or as it is broadcast to that;
+            edited [B, T] bool on the tokens' device, or None if all are.
+        """
+        total: Tensor | None = None
+        edited: Tensor | None = None
+        everywhere = False
+        for part in self._parts:
+            where = part.where(features, tokens)
+            change = part.change(features, tokens)
+            if where is None:
+                everywhere = True
+            else:
+                edited = where if edited is None else edited | where
+                change = change * where.to(change.device)[..., None]
+            total = change if total is None else total + change
+        assert total is not None, "no edits"
+        return total, None if everywhere else edited
+
+
+class _Part:
+    """One edit, prepared."""
+
+    def __init__(self, sae: SwitchSAE, edit: Edit) -> None:
+        self.sae, self.edit = sae, edit
+        wanted = edit.features if edit.features is not None else ()
+        self.ids = check_feature_ids(wanted, sae.config.num_features).to(sae.device)
+        self._ids = tuple(self.ids.tolist())
+        self.needs_features = edit.when is not None or not isinstance(edit, Steer)
+        if edit.when is not None:
+            check_feature_ids(self._when()[0], sae.config.num_features)
+        if isinstance(edit, Patch) and edit.source.num_features != sae.config.num_features:
+            raise EditError(
+                f"the patch's features are of an SAE with {edit.source.num_features} features; "
+                f"this one has {sae.config.num_features}."
+            )
+        # Never inference tensors, even if set there: a later pass may need their gradient.
+        with torch.inference_mode(False), torch.no_grad():
+            self.rows = sae.decoder_rows(self.ids)
+            if isinstance(edit, Steer | Clamp):
+                self.sizes = _sizes(sae, self.ids, self.rows, edit.unit)
+            # what a number says is known now; a tensor may be in training
+            self._along = self._value = None
+            if isinstance(edit, Steer) and not isinstance(edit.strength, Tensor):
+                self._along = self._steered(edit.strength)
+            if isinstance(edit, Clamp) and not isinstance(edit.value, Tensor):
+                self._value = self._amounts(edit.value)
+
+    def _when(self) -> tuple[int, float]:
+        when = self.edit.when
+        return when if isinstance(when, tuple) else (when, 0.0)  # type: ignore[return-value]
+
+    def _amounts(self, amount: float | Tensor) -> Tensor:
+        """[len(ids)] in the LM's own units."""
+        amount = amount.to(self.rows.device) if isinstance(amount, Tensor) else amount
+        return (amount * self.sizes).to(self.rows.dtype)
+
+    def where(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor | None:
+        """[B, T] bool: the tokens this edit applies to; None for all of them."""
+        edit, here = self.edit, None if tokens.all_real else tokens.real
+        positions = edit.positions
+        if not isinstance(positions, str):
+            here = _both(here, _positions_mask(positions, tokens))
+        elif positions != "all" and not tokens.all_are(positions):
+            here = _both(here, tokens.prompt if positions == "prompt" else ~tokens.prompt)
+        if edit.rows is not None:
+            rows = torch.as_tensor(edit.rows, device=tokens.row.device)
+            last = int(tokens.row.max()) if tokens.row.numel() else -1
+            if int(rows.max()) > last:
+                raise EditError(
+                    f"{type(edit).__name__} names row {int(rows.max())}, but this batch has "
+                    f"rows 0 to {last}."
+                )
+            chosen = torch.isin(tokens.row, rows)[:, None]
+            here = _both(here, chosen.expand(tokens.position.shape))
+        if edit.when is not None:
+            assert features is not None
+            feature, least = self._when()
+            active = features.select(feature) > least
+            here = _both(here, active if here is None else active.to(here.device))
+        if isinstance(edit, Patch):
+            here = _both(here, tokens.position < edit.source.shape[-1])
+        return here
+
+    def change(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor:
+        """[B, T, d] or [1, 1, d], before the scope is applied."""
+        edit = self.edit
+        if isinstance(edit, Steer):
+            return self._along if self._along is not None else self._steered(edit.strength)
+        assert features is not None
+        if isinstance(edit, Patch):
+            source = _aligned(edit.source.to(features.device, features.dtype), tokens)
+            if edit.features is None:
+                return self.sae.decode_delta(source) - self.sae.decode_delta(features)
+            wanted = source.select(self._ids) - features.select(self._ids)
+        elif isinstance(edit, Clamp):
+            value = self._value if self._value is not None else self._amounts(edit.value)
+            wanted = value - features.select(self._ids)
+        else:
+            factor = edit.factor if isinstance(edit, Scale) else 0.0
+            factor = factor.to(features.device) if isinstance(factor, Tensor) else factor
+            wanted = (factor - 1) * features.select(self._ids)
+        return wanted.to(self.rows.dtype) @ self.rows
+
+    def _steered(self, strength: float | Tensor) -> Tensor:
+        """[1, 1, d]."""
+        return (self._amounts(strength)[None, :, None] * self.rows).sum(1, keepdim=True)
+
+
+def _both(some: Tensor | None, others: Tensor) -> Tensor:
+    return others if some is None else some & others
+
+
+def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: Unit) -> Tensor:
+    """[len(ids)] activations of strength 1, in the LM's own units."""
+    if unit == "raw":
+        size = torch.ones(len(ids))
+    elif int(sae.statistics_tokens.item()) == 0:
+        raise EditError(
+            f"unit={unit!r} needs the SAE's statistics, and it has none: call "
+            "sae.calibrate(batches of the residual stream), or pass unit='raw'."
+        )
+    elif unit == "norm":
+        size = sae.residual_norm / rows.float().norm(dim=-1)
+    else:
+        size = sae.feature_max.to(ids.device)[ids]
+        silent = ids[size == 0]
+        if len(silent):
+            raise EditError(
+                f"feature {int(silent[0])} was never active while the statistics were measured, "
+                "so it has no maximum; pass unit='norm' or unit='raw'."
+            )
+    return size.to(rows.device, torch.promote_types(rows.dtype, torch.float32))
+
+
+def _positions_mask(positions: Positions, tokens: Tokens) -> Tensor:
+    at = tokens.position
+    if isinstance(positions, str):
+        everywhere = torch.ones_like(tokens.prompt)
+        return {"all": everywhere, "prompt": tokens.prompt, "generated": ~tokens.prompt}[positions]
+    if isinstance(positions, slice):
+        start, step = positions.start or 0, positions.step or 1
+        inside = (at >= start) & ((at - start) % step == 0)
+        return inside if positions.stop is None else inside & (at < positions.stop)
+    if isinstance(positions, Tensor):
+        mask = positions.to(at.device)
+        mask = mask[None].expand(int(tokens.row.max()) + 1, -1) if mask.ndim == 1 else mask
+        if len(mask) <= int(tokens.row.max()):
+            raise EditError(
+                f"the positions mask has {len(mask)} rows, "
+                f"but this batch has {int(tokens.row.max()) + 1}."
+            )
+        inside = (at >= 0) & (at < mask.shape[1])
+        return inside & mask[tokens.row[:, None], at.clamp(0, mask.shape[1] - 1)]
+    return torch.isin(at, torch.as_tensor(positions, device=at.device))
+
+
+def _aligned(source: SparseFeatures, tokens: Tokens) -> SparseFeatures:
+    """The source's features at each token's row and position, [B, T, k]; beyond its end, any."""
+    source = source if len(source.shape) == 2 else source.reshape(1, -1)
+    rows = tokens.row if source.shape[0] > 1 else torch.zeros_like(tokens.row)
+    if int(rows.max()) >= source.shape[0]:
+        raise EditError(
+            f"the patch has {source.shape[0]} rows, but this batch has {int(rows.max()) + 1}."
+        )
+    at = tokens.position.clamp(0, source.shape[1] - 1).to(source.device)
+    return source[rows.to(source.device)[:, None], at]

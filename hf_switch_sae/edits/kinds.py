@@ -1,0 +1,295 @@
+"""What to change in a token's features, as the user says it, and as JSON.
+
+Edits are small frozen objects, checked when they are made. Every edit reads the features of the
+residual as it arrived, and their deltas add up (`deltas.py`); so they combine, order does not
+matter, and two edits that set one feature on one token contradict each other.
+
+Strengths have a unit: "max" (1.0 is the feature's own recorded maximum), "norm" (1.0 is the typical
+norm of the residual stream at this place) or "raw" (the LM's own units).
+
+Beware Feature ids count over all experts. Setting a feature of an expert that the token is not
+       routed to is allowed: its activation was 0, and decode is linear over all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.errors import EditError
+from hf_switch_sae.features import SparseFeatures
+
+Unit = Literal["max", "norm", "raw"]
+Positions: TypeAlias = (
+    'Literal["all", "prompt", "generated"] | int | slice | Sequence[int] | Tensor'
+)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Scope:
+    rows: int | Sequence[int] | None = None
+    positions: Positions = "all"
+    when: int | tuple[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None:
+            _set(self, "rows", _ints(self.rows, "rows"))
+        _set(self, "positions", _checked_positions(self.positions))
+        if self.when is not None:
+            _set(self, "when", _checked_when(self.when))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: the class under "edit", and every field that is not its default."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        defaults = {f.name: f.default for f in fields(self)}
+        kept = {name: value for name, value in given.items() if not _same(value, defaults[name])}
+        return {
+            "edit": type(self).__name__,
+            **{name: _plain(value) for name, value in kept.items()},
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Scope) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _OfFeatures(_Scope):
+    features: int | Sequence[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set(self, "features", tuple(dict.fromkeys(_ints(self.features, "features"))))
+
+
+@dataclass(frozen=True, eq=False)
+class Steer(_OfFeatures):
+    """Add each feature's decoder row, `strength` times the unit, to the residual.
+
+    Nothing is encoded for it, unless `when` asks.
+
+    Args:
+        features: one id or several.
+        strength: any sign; a 0-d tensor may require grad (its gradient: the feature's attribution).
+        unit: "max", "norm" or "raw".
+        rows: batch rows as the user gave them, beams and return sequences not counted; None: all.
+        positions: "all", "prompt", "generated" (what `generate` appends), absolute positions (an
+            int, ints or a slice), or a bool mask [positions] or [rows, positions]. Padding is never
+            edited.
+        when: a feature that must be active on the token, or (feature, activation to exceed, raw).
+
+    Raises:
+        EditError: a strength that is not finite, an unknown unit, a negative or malformed position.
+    """
+
+    strength: float | Tensor = 1.0
+    unit: Unit = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set(self, "strength", _amount("strength", self.strength))
+        _check_unit(self.unit)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(_OfFeatures):
+    """Multiply each feature's activation by `factor`; scope arguments and errors as for `Steer`."""
+
+    factor: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set(self, "factor", _amount("factor", self.factor))
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(_OfFeatures):
+    """Set each feature's activation to 0: `Scale` with factor 0; scope, errors as for `Steer`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clamp(_OfFeatures):
+    """Set each activation to `value` times the unit, active or not; the rest as for `Steer`."""
+
+    value: float | Tensor = 0.0
+    unit: Unit = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _set(self, "value", _amount("value", self.value))
+        _check_unit(self.unit)
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(_Scope):
+    """Set activations to those of another run, position by position.
+
+    Args:
+        source: features [positions, k] or [rows, positions, k] of the other run, from position 0
+            on; tokens beyond its end are left alone. One row serves all rows.
+        features: which to set; None: all of them, those that are not active in `source` to 0.
+
+    Scope arguments and errors as for `Steer`.
+    """
+
+    source: SparseFeatures
+    features: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.source, SparseFeatures) or len(self.source.shape) not in (1, 2):
+            raise EditError(
+                "Patch takes the SparseFeatures of another run, "
+                "[positions, k] or [rows, positions, k]."
+            )
+        if self.features is not None:
+            _set(self, "features", tuple(dict.fromkeys(_ints(self.features, "features"))))
+
+
+Edit: TypeAlias = Steer | Scale | Ablate | Clamp | Patch
+EDITS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Steer, Scale, Ablate, Clamp, Patch)}
+
+
+def edit_from_dict(data: dict[str, Any]) -> Edit:
+    """The edit that `to_dict` wrote.
+
+    Raises:
+        EditError: not the name of an edit, or arguments it does not have.
+    """
+    data = dict(data) if isinstance(data, Mapping) else {"edit": None, "given": data}
+    name = data.pop("edit", None)
+    kind = EDITS.get(str(name))
+    if kind is None:
+        raise EditError(
+            f"an edit is one of {sorted(EDITS)}, under the key 'edit'; got {name!r} with {data}."
+        )
+    for name, value in data.items():
+        if isinstance(value, dict):
+            data[name] = _from_plain(value)
+    try:
+        edit: Edit = kind(**data)
+    except TypeError as err:
+        raise EditError(f"{kind.__name__}: {err}") from None
+    return edit
+
+
+def _from_plain(value: dict[str, Any]) -> slice | Tensor | SparseFeatures:
+    """A field that `_plain` wrote as a dict."""
+    try:
+        if "slice" in value:
+            start, stop, step = value["slice"]
+            return slice(start, stop, step)
+        if "mask" in value:
+            return torch.tensor(value["mask"], dtype=torch.bool)
+        acts = torch.tensor(value["acts"], dtype=torch.float32)
+        ids = torch.tensor(value["ids"], dtype=torch.int64)
+        return SparseFeatures(acts, ids, value["num_features"])
+    except (KeyError, TypeError, ValueError) as err:
+        raise EditError(f"{value} is no slice, mask or features ({err!r}).") from None
+
+
+def _set(edit: _Scope, name: str, value: Any) -> None:
+    object.__setattr__(edit, name, value)  # frozen for users, not while it is built
+
+
+def _ints(value: int | Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
+    items: Any = value.tolist() if isinstance(value, Tensor) else value
+    if not isinstance(items, bool):
+        with suppress(TypeError):  # not one, so several
+            items = (operator.index(items),)
+    try:
+        items = tuple(items)
+        ints = tuple(int(item) for item in items if int(item) == item)
+    except (TypeError, ValueError):
+        raise EditError(f"{name} takes an int or several; got {value!r}.") from None
+    if len(ints) != len(items) or not ints:
+        raise EditError(f"{name} takes an int or several; got {value!r}.")
+    if max(map(abs, ints)) >= 2**63:
+        raise EditError(f"{name} are counted in 64 bits; got {max(ints, key=abs)}.")
+    if name in ("rows", "positions") and min(ints) < 0:
+        raise EditError(f"{name} count from 0; got {min(ints)}.")
+    return ints
+
+
+def _checked_positions(positions: Positions) -> Positions:
+    if isinstance(positions, str):
+        if positions not in ("all", "prompt", "generated"):
+            raise EditError(
+                "positions are 'all', 'prompt', 'generated', ints, a slice or a mask; "
+                f"got {positions!r}."
+            )
+        return positions
+    if isinstance(positions, slice):
+        if min(positions.start or 0, positions.stop or 0, (positions.step or 1) - 1) < 0:
+            raise EditError(
+                "positions are absolute and count from 0, so a slice can't count from the end; "
+                f"got {positions}."
+            )
+        return positions
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
+        if positions.ndim not in (1, 2):
+            raise EditError(
+                "a positions mask is [positions] or [rows, positions]; "
+                f"got {list(positions.shape)}."
+            )
+        return positions
+    return _ints(positions, "positions")
+
+
+def _checked_when(when: Any) -> int | tuple[int, float]:
+    feature, *least = when if isinstance(when, tuple | list) else (when,)
+    numbers = len(least) <= 1 and all(isinstance(n, int | float) for n in least)
+    if not numbers or not all(map(math.isfinite, least)):
+        raise EditError(f"when is a feature, or (feature, least activation); got {when!r}.")
+    (feature,) = _ints(feature, "when")
+    return (feature, *least) if least else feature
+
+
+def _amount(name: str, amount: Any) -> float | Tensor:
+    if isinstance(amount, Tensor):
+        if amount.numel() != 1:
+            raise EditError(f"{name} is one number; got a tensor of shape {list(amount.shape)}.")
+        if not bool(amount.isfinite()):
+            raise EditError(f"{name} must be a finite number; got {amount!r}.")
+        return amount
+    try:
+        finite = math.isfinite(amount)  # numpy's numbers too
+    except TypeError:
+        finite = False
+    if not finite:
+        raise EditError(f"{name} must be a finite number; got {amount!r}.")
+    return amount if isinstance(amount, int) else float(amount)
+
+
+def _check_unit(unit: str) -> None:
+    if unit not in ("max", "norm", "raw"):
+        raise EditError(f"unit is 'max', 'norm' or 'raw'; got {unit!r}.")
+
+
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and not isinstance(value, Tensor) and value == default
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON has it."""
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if isinstance(value, SparseFeatures):
+        return {
+            "acts": value.acts.tolist(),
+            "ids": value.ids.tolist(),
+            "num_features": value.num_features,
+        }
+    if isinstance(value, Tensor):
+        return {"mask": value.tolist()} if value.dtype == torch.bool else float(value.detach())
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""An SAE and held-out text -> figures: reconstruction, sparsity, what predictions lose."""

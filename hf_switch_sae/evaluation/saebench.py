@@ -1,0 +1,211 @@
+"""A SwitchSAE -> the kind of SAE that SAEBench measures: dense activations, and its names.
+
+    from hf_switch_sae import SwitchSAE
+    from hf_switch_sae.evaluation.saebench import SAEBenchAdapter
+
+    sae = SAEBenchAdapter(SwitchSAE.from_pretrained(...), model_name="pythia-70m-deduped")
+    # as a custom SAE of SAEBench: selected_saes = [("my_release", sae)]
+
+SAEBench asks no base class, but what its `BaseSAE` has (custom_saes/base_sae.py): `encode`,
+`decode`, `forward`, `W_enc`, `W_dec`, `b_enc`, `b_dec`, `cfg`, `device`, `dtype`, `to`,
+`check_decoder_norms`. All is in the language model's own units.
+
+Limits
+    `encode` is routed: a feature is active only on tokens of its expert, and acts include the
+    router's probability. `W_enc` and `b_enc` are all experts' rows side by side, so what is
+    computed from these alone is not the encoder: relu(x @ W_enc + b_enc) is the SAE with its router
+    left out.
+    Dense activations of n tokens take n * num_features numbers: choose small batches.
+    An outlier (`SwitchSAE.outlier_norm`) has no active feature, so SAEBench puts the decoder's bias
+    in its place; have special tokens left out of reconstruction
+    (`exclude_special_tokens_from_reconstruction`), or cross entropies are of that alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_switch_sae.errors import ConfigError
+from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.sae.model import SwitchSAE
+
+
+@dataclass
+class SAEBenchMetadata:
+    """What newer versions of SAEBench read from `cfg.metadata`."""
+
+    model_name: str
+    hook_name: str
+    hook_layer: int
+    hook_head_index: int | None = None
+    context_size: int | None = None
+    prepend_bos: bool = True
+    dataset_path: str = ""
+    sae_lens_version: str | None = None
+    sae_lens_training_version: str | None = None
+    neuronpedia_id: str | None = None
+
+
+@dataclass
+class SAEBenchConfig:
+    """The fields of SAEBench's CustomSAEConfig."""
+
+    model_name: str
+    """As TransformerLens knows it."""
+    d_in: int
+    d_sae: int
+    hook_layer: int
+    hook_name: str
+    """As TransformerLens names it."""
+    metadata: SAEBenchMetadata
+    architecture: str = "switch"
+    dtype: str = "float32"
+    device: str = "cpu"
+    apply_b_dec_to_input: bool = True
+    activation_fn_str: str = ""
+    activation_fn_kwargs: dict[str, Any] = field(default_factory=dict)
+    context_size: int | None = None
+    hook_head_index: int | None = None
+    finetuning_scaling_factor: bool = False
+    prepend_bos: bool = True
+    normalize_activations: str = "none"
+    model_from_pretrained_kwargs: dict[str, Any] = field(default_factory=dict)
+    dataset_path: str = ""
+    dataset_trust_remote_code: bool = False
+    seqpos_slice: tuple[Any, ...] = (None,)
+    training_tokens: int = -1
+    """SAEBench's own default is as negative: not known."""
+    sae_lens_training_version: str | None = None
+    neuronpedia_id: str | None = None
+
+
+class SAEBenchAdapter(nn.Module):
+    """A SwitchSAE in SAEBench's shape; see the module's header for limits.
+
+    Args:
+        sae: put in eval mode; its weights are shared, not copied.
+        model_name: the language model as TransformerLens knows it; by default the SAE's base model.
+        hook_layer: by default that of the SAE's hookpoint.
+        context_size: which SAEBench uses in some of its evaluations.
+
+    Raises:
+        ConfigError: the SAE reads each token normalized (its `decode` needs the token, which
+            SAEBench does not pass), or model or place are not known.
+    """
+
+    def __init__(
+        self,
+        sae: SwitchSAE,
+        model_name: str | None = None,
+        hook_layer: int | None = None,
+        context_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        config = sae.config
+        if config.input_norm != "none":
+            raise ConfigError(
+                f"SAEBench calls decode(acts) alone, and with input_norm={config.input_norm!r} a "
+                "reconstruction depends on the token too: this SAE can't be measured by it."
+            )
+        model_name = model_name or config.base_model
+        if not model_name:
+            raise ConfigError("the SAE's config names no base model: give model_name.")
+        layer, site = _place(config.hookpoint, hook_layer)
+        self.sae = sae
+        sae.train(False)
+        hook_name = f"blocks.{layer}.hook_{site}"
+        about = {"hook_name": hook_name, "hook_layer": layer, "context_size": context_size}
+        plain = config.num_experts == 1
+        self.cfg = SAEBenchConfig(
+            model_name=model_name,
+            d_in=config.hidden_size,
+            d_sae=config.num_features,
+            architecture=config.activation if plain else f"switch_{config.activation}",
+            apply_b_dec_to_input=config.subtract_b_dec,
+            activation_fn_str=config.activation,
+            activation_fn_kwargs={} if config.k is None else {"k": config.k},
+            metadata=SAEBenchMetadata(model_name=model_name, **about),  # type: ignore[arg-type]
+            **about,  # type: ignore[arg-type]
+        )
+        self._tell_cfg()
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[d_in, d_sae], all experts' rows side by side."""
+        return self.sae.W_enc.flatten(0, 1).T
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[d_sae, d_in]."""
+        return self.sae.W_dec.flatten(0, 1)
+
+    @property
+    def b_enc(self) -> Tensor:
+        """[d_sae]; 0 if the SAE has none."""
+        bias = self.sae.b_enc
+        if bias is None:
+            return self.W_dec.new_zeros(self.cfg.d_sae)
+        return (bias.flatten() / self.sae.input_scale).to(self.dtype)
+
+    @property
+    def b_dec(self) -> Tensor:
+        """[d_in]."""
+        return (self.sae.b_dec / self.sae.input_scale).to(self.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.sae.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of what `encode` and `decode` return."""
+        return self.sae.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> SAEBenchAdapter:
+        """As `nn.Module.to`; `cfg` says so too."""
+        super().to(*args, **kwargs)
+        self._tell_cfg()
+        return self
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> activations [..., d_sae], 0 where a feature is not active."""
+        features: SparseFeatures = self.sae.encode(x.to(self.device, self.dtype))
+        return features.to_dense().to(self.dtype)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Activations [..., d_sae] -> reconstruction [..., d_in]."""
+        acts = feature_acts.to(self.device, self.dtype)
+        return acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction of x [..., d_in]."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def check_decoder_norms(self) -> bool:
+        """Whether all decoder rows have length 1, to SAEBench's own tolerance."""
+        reduced = self.dtype in (torch.bfloat16, torch.float16)
+        error = (self.W_dec.float().norm(dim=1) - 1).abs().max()
+        return bool(error <= (1e-2 if reduced else 1e-5))
+
+    def _tell_cfg(self) -> None:
+        self.cfg.device = str(self.device)
+        self.cfg.dtype = str(self.dtype).removeprefix("torch.")
+
+
+def _place(hookpoint: str | None, layer: int | None) -> tuple[int, str]:
+    """Layer and TransformerLens's name of a residual stream before or after it."""
+    found = re.fullmatch(r"layers\.(\d+)\.(resid_pre|resid_post)", hookpoint or "")
+    if found is None and layer is None:
+        raise ConfigError(
+            f"the SAE's hookpoint {hookpoint!r} tells no layer: give hook_layer, the block whose "
+            "output it reads."
+        )
+    site = "resid_post" if found is None else found[2]
+    return int(found[1]) if found is not None and layer is None else int(layer or 0), site

@@ -1,0 +1,227 @@
+"""What every reader of a format returns, and how it becomes a `SwitchSAE`.
+
+A reader settles two things: the fields and tensors of our own layout, and `formula`, the format's
+own arithmetic written out densely on the file's own tensors. The two meet in `parity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.errors import ConversionError
+from hf_switch_sae.hub.source import Source
+from hf_switch_sae.sae.config import SwitchSAEConfig
+from hf_switch_sae.sae.model import SwitchSAE
+
+Formula = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user adds to a checkpoint whose files don't tell.
+
+    Args:
+        k: features per token.
+        layer: block of the language model, from 0; short for hookpoint `layers.<layer>.resid_post`.
+        hookpoint: where the SAE reads and writes; in place of what the files say.
+        base_model: Hub id of the language model; in place of what the files say.
+        heaviside: switch_sae: whether the router's probability is left out of the activations.
+        experts_per_token: Scale-SAE: how many experts encode a token.
+        input_scale: what the residual stream is multiplied with before the SAE sees it.
+        threshold: the activation to exceed, of a BatchTopK SAE whose files have none.
+        dict_class: dictionary_learning: the class, where there is no config.json.
+    """
+
+    k: int | None = None
+    layer: int | None = None
+    hookpoint: str | None = None
+    base_model: str | None = None
+    heaviside: bool | None = None
+    experts_per_token: int | None = None
+    input_scale: float | None = None
+    threshold: float | None = None
+    dict_class: str | None = None
+
+    def settle(self, name: str, found: Any, source: Source) -> Any:
+        """The file's value or the user's, which must agree if there are both.
+
+        Raises:
+            ConversionError: there is neither, or they differ.
+        """
+        given = getattr(self, name)
+        if given is None and found is None:
+            raise ConversionError(f"{source.where} does not tell its {name}: pass {name}=.")
+        if given is not None and found is not None and given != found:
+            raise ConversionError(f"{name}={given} contradicts {source.where}, which has {found}.")
+        return found if given is None else given
+
+    def place(self, found: str | None, source: Source, said: object = None) -> str:
+        """The hookpoint: the user's, else the file's; `said` is what the file has instead of one.
+
+        Raises:
+            ConversionError: neither tells, or the user's has no site.
+        """
+        if self.hookpoint is not None:
+            if not self.hookpoint.endswith((".resid_pre", ".resid_post")):
+                raise ConversionError(
+                    f"hookpoint={self.hookpoint!r} names no site: it is a block or a module with "
+                    "its side, 'layers.<i>.resid_post' or '<module path>.resid_pre'."
+                )
+            return self.hookpoint
+        if self.layer is not None and found is None:
+            return f"layers.{self.layer}.resid_post"
+        if self.layer is not None and found is not None:
+            self._check_layer(found, source)
+        if found is not None:
+            return found
+        but = "" if said is None else f" ({said!r} names no place that is known here)"
+        raise ConversionError(
+            f"{source.where} does not tell where it reads and writes{but}: pass layer=, or "
+            "hookpoint='layers.<i>.resid_post' or a module path with its site."
+        )
+
+    def _check_layer(self, found: str, source: Source) -> None:
+        parts = found.split(".")
+        if str(self.layer) not in parts:
+            raise ConversionError(
+                f"layer={self.layer} contradicts {source.where}, which is of {found}; "
+                "pass hookpoint= if you mean to use it elsewhere."
+            )
+
+
+GIVEN = frozenset(field.name for field in fields(Given))
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint in our layout, not yet a model.
+
+    Args:
+        format: the converter's name.
+        config: fields of SwitchSAEConfig.
+        weights: W_enc, W_dec [E, m, d] and what else the config calls for, by parameter or buffer.
+        formula: x [n, d] -> dense acts [n, F] in the format's own units, reconstruction [n, d].
+    """
+
+    format: str
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    formula: Formula
+
+    def build(self, dtype: torch.dtype | None = None) -> SwitchSAE:
+        """The SAE; by default in the dtype of its weights if they share one of 16 bits."""
+        sae = SwitchSAE(SwitchSAEConfig(**self.config))
+        sae.train(False)
+        parameters = dict(sae.named_parameters())
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                target = parameters[name] if "." in name else getattr(sae, name)
+                target.copy_(value)
+        mine = [self.weights[n] for n in ("W_enc", "W_dec", "b_enc", "b_dec") if n in self.weights]
+        shared = {weight.dtype for weight in mine}
+        if dtype is None and len(shared) == 1 and mine[0].element_size() == 2:
+            dtype = shared.pop()
+        if dtype is not None:
+            sae.to(dtype)  # type: ignore[arg-type]
+        return sae
+
+
+@dataclass(frozen=True)
+class Plain:
+    """An SAE of one expert in our orientation, one feature a row.
+
+    Args:
+        W_enc, W_dec: [F, d].
+        b_enc: [F].
+        b_dec: [d].
+        activation: as in SwitchSAEConfig.
+        subtracts: whether the encoder sees x - b_dec.
+        k: as in SwitchSAEConfig.
+        threshold: [F], or 0-d for all features alike; for jumprelu and batch_topk.
+        input_scale: biases and thresholds are in units of x times this.
+        input_norm: as in SwitchSAEConfig.
+    """
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    activation: str
+    subtracts: bool
+    k: int | None = None
+    threshold: Tensor | None = None
+    input_scale: float = 1.0
+    input_norm: str = "none"
+
+    def foreign(self, format: str, about: Mapping[str, Any], formula: Formula) -> Foreign:
+        """With what `described` says of it, and the format's own formula."""
+        features, width = self.W_enc.shape
+        weights = {
+            "W_enc": self.W_enc[None],
+            "W_dec": self.W_dec[None],
+            "b_enc": self.b_enc[None],
+            "b_dec": self.b_dec,
+            "input_scale": torch.tensor(self.input_scale),
+        }
+        if self.threshold is not None:
+            weights["threshold"] = self.threshold.float().expand(features)
+        config = {
+            "hidden_size": width,
+            "num_features": features,
+            "num_experts": 1,
+            "encoder_bias": True,
+            "activation": self.activation,
+            "input_norm": self.input_norm,
+            "k": self.k,
+            "subtract_b_dec": self.subtracts,
+            **about,
+        }
+        return Foreign(format, config, weights, formula)
+
+
+def described(
+    source: Source,
+    given: Given,
+    format: str,
+    hookpoint: str | None,
+    said: object = None,
+    base_model: object = None,
+    **origin: Any,
+) -> dict[str, Any]:
+    """The fields that say where an SAE belongs and comes from.
+
+    Args:
+        source, given, format: as the reader got them.
+        hookpoint: as far as the files tell; else `said` is what they have instead.
+        base_model: what the files call the language model; recorded as such, and taken for a Hub
+            id only if it has the form of one.
+        origin: what else the files say of where they come from.
+
+    Raises:
+        ConversionError: neither files nor user tell the place.
+    """
+    is_hub_id = isinstance(base_model, str) and base_model.count("/") == 1
+    known = {**source.provenance(), "format": format, "model_name": base_model, **origin}
+    return {
+        "hookpoint": given.place(hookpoint, source, said),
+        "base_model": given.base_model or (base_model if is_hub_id else None),
+        "source": {name: value for name, value in known.items() if value is not None},
+    }
+
+
+def integer(value: Any, name: str, where: str) -> int | None:
+    """An int from a config, or None if it is absent.
+
+    Raises:
+        ConversionError: it is there and is none.
+    """
+    if value is None or (isinstance(value, float) and value.is_integer()):
+        return None if value is None else int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConversionError(f"{name}={value!r} in {where} is no whole number.")
+    return value

@@ -1,0 +1,141 @@
+"""What several formats share: the rules of which features stay, and a plain SAE laid out densely.
+
+Formats without an input scale get it folded into their biases and thresholds, which leaves
+activations and reconstruction as they are. Formats that always or never subtract `b_dec` before
+encoding get the difference folded into the encoder's bias: W (x - b) + c = W x + (c - W b).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_switch_sae.errors import ConversionError
+from hf_switch_sae.sae.model import SwitchSAE
+
+
+def keep_topk(pre: Tensor, k: int) -> Tensor:
+    """relu(pre) [n, F] with all but the k largest of each row set to 0."""
+    acts = pre.relu()
+    values, ids = acts.topk(k, dim=-1)
+    return torch.zeros_like(acts).scatter(-1, ids, values)
+
+
+def keep_above(pre: Tensor, threshold: Tensor) -> Tensor:
+    """relu(pre) [n, F] where pre exceeds the threshold ([F] or 0-d), else 0."""
+    return pre.relu() * (pre > threshold)
+
+
+def lost_bound(sae: SwitchSAE, format: str) -> tuple[str, ...]:
+    """A sentence on the SAE's `outlier_norm`, which no format has; empty if it has none either."""
+    if not math.isfinite(sae.outlier_norm):
+        return ()
+    return (
+        f"{format} has no bound on a token's norm: tokens over {float(sae.outlier_norm):g} "
+        "are no input of this SAE, and will be one of the exported.",
+    )
+
+
+def normed_by_hand(x: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor | float]:
+    """(h, size, shift) with x = size * h + shift, as the other projects write it; for formulas."""
+    if how == "layer_norm":
+        mean = x.mean(-1, keepdim=True)
+        std = ((x - mean) ** 2).sum(-1, keepdim=True).div(x.shape[-1] - 1).sqrt()
+        return (x - mean) / (std + 1e-5), std, mean
+    if how == "constant_norm":
+        factor = math.sqrt(x.shape[-1]) / x.norm(dim=-1, keepdim=True)
+        return x * factor, 1 / factor, 0.0
+    return x, torch.ones(len(x), 1), 0.0
+
+
+@dataclass(frozen=True)
+class DenseWeights:
+    """A one-expert SAE without its input scale: W_enc, W_dec [F, d], b_enc, threshold [F], b_dec.
+
+    float32, on the CPU. `b_enc` and `subtracts` go together as in the SAE.
+    """
+
+    W_enc: Tensor
+    W_dec: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None
+    subtracts: bool
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sae: SwitchSAE, format: str, any_input_norm: bool = False) -> DenseWeights:
+        """Lay an SAE out.
+
+        Raises:
+            ConversionError: it has several experts, a k beside a threshold rule, or an input_norm
+                where the format has none.
+        """
+        c = sae.config
+        if c.input_norm != "none" and not any_input_norm:
+            raise ConversionError(
+                f"{format} normalizes no input, so it can't hold an SAE with "
+                f"input_norm={c.input_norm!r}; format='saelens' can."
+            )
+        if c.num_experts > 1:
+            raise ConversionError(
+                f"{format} has no router, so it can't hold an SAE of {c.num_experts} experts; "
+                "format='switch_sae' can."
+            )
+        if c.activation in ("jumprelu", "relu") and c.k is not None:
+            raise ConversionError(f"{format} has no {c.activation!r} that also keeps at most k.")
+        s = sae.input_scale.float().cpu()
+        with torch.no_grad():
+            held = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+            flat = {n: None if v is None else v.float().cpu().clone() for n, v in held.items()}
+        threshold = sae.threshold.cpu() / s if c.activation in ("jumprelu", "batch_topk") else None
+        if threshold is not None and bool((threshold < 0).any()) and c.activation == "batch_topk":
+            raise ConversionError("this batch_topk SAE has no threshold yet: calibrate() it first.")
+        notes = lost_bound(sae, format)
+        W_enc, W_dec = flat["W_enc"], flat["W_dec"]
+        b_enc = torch.zeros(c.num_features) if flat["b_enc"] is None else flat["b_enc"][0] / s
+        b_dec = flat["b_dec"]
+        assert W_enc is not None
+        assert W_dec is not None
+        assert b_dec is not None
+        return cls(W_enc[0], W_dec[0], b_enc, b_dec / s, threshold, c.subtract_b_dec, notes)
+
+    def bias_when_subtracting(self) -> Tensor:
+        """[F], the encoder's bias for a format that encodes x - b_dec."""
+        return self.b_enc if self.subtracts else self.b_enc + self.W_enc @ self.b_dec
+
+    def bias_when_not(self) -> Tensor:
+        """[F], the encoder's bias for a format that encodes x as it is."""
+        return self.b_enc - self.W_enc @ self.b_dec if self.subtracts else self.b_enc
+
+    def one_threshold(self, format: str) -> Tensor:
+        """0-d, for a format with one threshold for all features.
+
+        Raises:
+            ConversionError: features have thresholds of their own.
+        """
+        assert self.threshold is not None
+        if bool((self.threshold != self.threshold[0]).any()):
+            raise ConversionError(f"{format} has one threshold for all features; these differ.")
+        return self.threshold[0]
+
+
+def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write .safetensors, .pt and .json files into a new folder."""
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        file = folder / name
+        if name.endswith(".safetensors"):
+            save_file({key: value.contiguous() for key, value in content.items()}, file)
+        elif name.endswith(".pt"):
+            torch.save(dict(content), file)
+        else:
+            file.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")

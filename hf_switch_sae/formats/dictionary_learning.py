@@ -1,0 +1,226 @@
+"""dictionary_learning: `ae.pt`, a state dict, and `config.json`; both ways.
+
+    class                   encode                                       tensors
+    AutoEncoder             relu(W (x - b_dec) + b_enc)                  encoder, decoder, bias
+    AutoEncoderNew          relu(W x + b_enc)                            encoder, decoder
+    GatedAutoEncoder        gated, of x - b_dec (see `saelens`)          encoder, decoder, r_mag
+    JumpReluAutoEncoder     relu(pre) * (pre > threshold), of x          W_enc [d, F], W_dec [F, d]
+    AutoEncoderTopK         the k largest relu(W (x - b_dec) + b_enc)    encoder, decoder, b_dec
+    BatchTopKSAE            those over one threshold, of x - b_dec       encoder, decoder, b_dec
+    MatryoshkaBatchTopKSAE  the same                                     W_enc [d, F], W_dec [F, d]
+
+encoder.weight is [F, d] and decoder.weight [d, F], as `nn.Linear` has them.
+
+Beware A threshold of -1 means that none was recorded. AutoEncoderTopK and BatchTopKSAE have the
+       same tensors, so without config.json the class must be given.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.errors import ConversionError
+from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described, integer
+from hf_switch_sae.formats.dense import DenseWeights, keep_above, keep_topk, write_checkpoint
+from hf_switch_sae.formats.saelens import gated
+from hf_switch_sae.hub.source import Source
+from hf_switch_sae.hub.tensors import Tensors
+from hf_switch_sae.lm.names import layer_of
+from hf_switch_sae.sae.model import SwitchSAE
+
+NAME = "dictionary_learning"
+CONFIG, WEIGHTS = "config.json", "ae.pt"
+_WITH_LINEAR = ("AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE")
+_WITH_ROWS = ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE")
+CLASSES = (*_WITH_LINEAR, *_WITH_ROWS, "GatedAutoEncoder")
+
+
+def recognizes(source: Source) -> bool:
+    """By its files; `switch_sae`, which shares them, is asked before."""
+    return WEIGHTS in source.files
+
+
+def read(source: Source, given: Given) -> Foreign:
+    """Take over a dictionary; raises ConversionError for another class, or what is missing."""
+    trainer = source.section(CONFIG, "trainer")
+    tensors = source.tensors(WEIGHTS)
+    kind = given.settle("dict_class", trainer.get("dict_class") or _told_by(tensors), source)
+    if kind not in CLASSES:
+        raise ConversionError(f"{source.where} is a {kind}; known are {', '.join(CLASSES)}.")
+    d = integer(trainer.get("activation_dim"), "activation_dim", source.where)
+    F = integer(trainer.get("dict_size"), "dict_size", source.where)
+    W_enc, W_dec, b_enc, b_dec = _matrices(kind, tensors, F, d)
+    F, d = W_enc.shape
+    subtract = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    k = _k(kind, tensors, trainer, source, given)
+    threshold = _threshold(kind, tensors, F, source, given)
+    weights: dict[str, Tensor] = {"W_enc": W_enc}
+    if kind == "GatedAutoEncoder":
+        gate, mag, r = (tensors.take(name, F) for name in ("gate_bias", "mag_bias", "r_mag"))
+        weights = gated(W_enc, gate, mag, r)
+        b_enc, threshold = weights["b_enc"], weights["threshold"]
+    by_k = _rule_of(kind) in ("topk", "batch_topk")
+    tensors.finish(("k", "group_sizes", "threshold") if by_k else ())
+
+    def formula(x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = (x - b_dec.float() * subtract) @ W_enc.float().T
+        if kind == "GatedAutoEncoder":
+            acts = (pre + gate.float() > 0) * (r.float().exp() * pre + mag.float()).relu()
+        elif threshold is not None:
+            acts = keep_above(pre + b_enc.float(), threshold)
+        else:
+            acts = keep_topk(pre + b_enc.float(), k or F)
+        return acts, acts @ W_dec.float().T + b_dec.float()
+
+    said = trainer.get("submodule_name")
+    about = described(
+        source,
+        given,
+        NAME,
+        place_of(trainer),
+        said,
+        trainer.get("lm_name"),
+        dict_class=kind,
+        submodule_name=said,
+    )
+    plain = Plain(
+        weights["W_enc"],
+        W_dec.T,
+        b_enc,
+        b_dec,
+        _rule_of(kind),
+        subtracts=subtract,
+        k=k,
+        threshold=threshold,
+    )
+    return plain.foreign(NAME, about, formula)
+
+
+def place_of(trainer: dict[str, Any]) -> str | None:
+    """The hookpoint that a trainer's config tells: of `resid_post_layer_3`, and that alone."""
+    match = re.fullmatch(r"(resid_pre|resid_post)_layer_(\d+)", str(trainer.get("submodule_name")))
+    return f"layers.{match[2]}.{match[1]}" if match else None
+
+
+def _told_by(tensors: Tensors) -> str | None:
+    """The class, where the names of the tensors leave no doubt."""
+    marks = {
+        "bias": "AutoEncoder",
+        "decoder.bias": "AutoEncoderNew",
+        "r_mag": "GatedAutoEncoder",
+        "group_sizes": "MatryoshkaBatchTopKSAE",
+    }
+    found = [kind for name, kind in marks.items() if name in tensors]
+    if not found and "W_enc" in tensors and "k" not in tensors:
+        found = ["JumpReluAutoEncoder"]
+    return found[0] if len(found) == 1 else None
+
+
+def _matrices(
+    kind: str, tensors: Tensors, F: int | None, d: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W_enc [F, d], W_dec [d, F], b_enc [F], b_dec [d]; b_enc 0 for a gated one."""
+    if kind in _WITH_ROWS:
+        W_enc = tensors.take("W_enc", d, F).T
+        F, d = W_enc.shape
+        W_dec = tensors.take("W_dec", F, d).T
+        return W_enc, W_dec, tensors.take("b_enc", F), tensors.take("b_dec", d)
+    W_enc = tensors.take("encoder.weight", F, d)
+    F, d = W_enc.shape
+    bias = {
+        "AutoEncoder": "bias",
+        "AutoEncoderNew": "decoder.bias",
+        "GatedAutoEncoder": "decoder_bias",
+    }.get(kind, "b_dec")
+    b_dec, W_dec = tensors.take(bias, d), tensors.take("decoder.weight", d, F)
+    gated_one = kind == "GatedAutoEncoder"
+    return W_enc, W_dec, torch.zeros(F) if gated_one else tensors.take("encoder.bias", F), b_dec
+
+
+def _k(
+    kind: str, tensors: Tensors, trainer: dict[str, Any], source: Source, given: Given
+) -> int | None:
+    if _rule_of(kind) not in ("topk", "batch_topk"):
+        return None
+    stored = integer(tensors.number("k"), "k", source.where)
+    told = integer(trainer.get("k"), "k", source.where)
+    if None not in (stored, told) and stored != told:
+        raise ConversionError(f"{source.where}: k is {stored} in {WEIGHTS}, {told} in {CONFIG}.")
+    settled: int = given.settle("k", told if stored is None else stored, source)
+    return settled
+
+
+def _threshold(kind: str, tensors: Tensors, F: int, source: Source, given: Given) -> Tensor | None:
+    if kind == "JumpReluAutoEncoder":
+        return tensors.take("threshold", F).float()
+    if _rule_of(kind) != "batch_topk":
+        return None
+    stored = tensors.number("threshold")
+    known = None if stored is None or stored < 0 else stored
+    return torch.tensor(float(given.settle("threshold", known, source)))
+
+
+def _rule_of(kind: str) -> str:
+    return {
+        "AutoEncoder": "relu",
+        "AutoEncoderNew": "relu",
+        "AutoEncoderTopK": "topk",
+        "BatchTopKSAE": "batch_topk",
+        "MatryoshkaBatchTopKSAE": "batch_topk",
+    }.get(kind, "jumprelu")
+
+
+def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
+    """Write `ae.pt` and `config.json`; returns what a user should know.
+
+    relu becomes AutoEncoder, topk AutoEncoderTopK, batch_topk BatchTopKSAE and jumprelu
+    JumpReluAutoEncoder.
+
+    Raises:
+        ConversionError: several experts, a k beside a threshold rule, or a batch_topk with
+            thresholds that differ.
+    """
+    dense, c = DenseWeights.of(sae, NAME), sae.config
+    place = layer_of(c.hookpoint)
+    kind = {
+        "relu": "AutoEncoder",
+        "topk": "AutoEncoderTopK",
+        "batch_topk": "BatchTopKSAE",
+        "jumprelu": "JumpReluAutoEncoder",
+    }[c.activation]
+    if kind == "JumpReluAutoEncoder":
+        assert dense.threshold is not None
+        tensors = {
+            "W_enc": dense.W_enc.T.contiguous(),
+            "b_enc": dense.bias_when_not(),
+            "W_dec": dense.W_dec,
+            "b_dec": dense.b_dec,
+            "threshold": dense.threshold,
+        }
+    else:
+        tensors = {
+            "bias" if kind == "AutoEncoder" else "b_dec": dense.b_dec,
+            "encoder.weight": dense.W_enc,
+            "encoder.bias": dense.bias_when_subtracting(),
+            "decoder.weight": dense.W_dec.T.contiguous(),
+        }
+        if kind != "AutoEncoder":
+            one = dense.one_threshold(NAME) if kind == "BatchTopKSAE" else torch.tensor(-1.0)
+            tensors |= {"k": torch.tensor(c.k, dtype=torch.int), "threshold": one}
+    trainer = {
+        "dict_class": kind,
+        "activation_dim": c.hidden_size,
+        "dict_size": c.num_features,
+        "lm_name": c.base_model,
+        "k": c.k,
+        "layer": place[0] if place else None,
+        "submodule_name": f"{place[1]}_layer_{place[0]}" if place else None,
+    }
+    told = {name: value for name, value in trainer.items() if value is not None}
+    write_checkpoint(folder, {WEIGHTS: tensors, CONFIG: {"trainer": told}})
+    return dense.notes

@@ -1,0 +1,43 @@
+"""Goodfire: one `.pt` or `.pth`, of Llama 3.1 8B and 3.3 70B.
+
+    acts = relu(encoder_linear.weight @ x + encoder_linear.bias)       encoder_linear.weight [F, d]
+    x_hat = decoder_linear.weight @ acts + decoder_linear.bias         decoder_linear.weight [d, F]
+
+Nothing is subtracted. The layer is in the name, `...-SAE-l19`; it is the block's output.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described
+from hf_switch_sae.formats.hookpoint_names import layer_in
+from hf_switch_sae.hub.source import Source
+
+NAME = "goodfire"
+
+
+def recognizes(source: Source) -> bool:
+    """By the only .pt or .pth file, with an `encoder_linear.weight` in it."""
+    files = source.weight_files(".pt", ".pth")
+    return len(files) == 1 and "encoder_linear.weight" in source.names(files[0])
+
+
+def read(source: Source, given: Given) -> Foreign:
+    """Take over one SAE; raises ConversionError for what is missing."""
+    (file,) = source.weight_files(".pt", ".pth")
+    tensors = source.tensors(file)
+    W_enc = tensors.take("encoder_linear.weight", None, None)
+    F, d = W_enc.shape
+    W_dec = tensors.take("decoder_linear.weight", d, F)
+    b_enc, b_dec = tensors.take("encoder_linear.bias", F), tensors.take("decoder_linear.bias", d)
+    tensors.finish()
+
+    def formula(x: Tensor) -> tuple[Tensor, Tensor]:
+        acts = (x @ W_enc.float().T + b_enc.float()).relu()
+        return acts, acts @ W_dec.float().T + b_dec.float()
+
+    layer = layer_in(f"{source.where}/{file}", r"-SAE-l(\d+)(?:\.pth?)?(?:/|$)")
+    place = None if layer is None else f"layers.{layer}.resid_post"
+    plain = Plain(W_enc, W_dec.T, b_enc, b_dec, "relu", subtracts=False)
+    return plain.foreign(NAME, described(source, given, NAME, place), formula)

@@ -1,0 +1,42 @@
+"""The names other projects give to places in a language model -> ours, or None if not known.
+
+Only the ends of the residual blocks have the same meaning in every architecture; a name of a part
+of a block is no module path, so it is not translated but asked for.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+def from_transformer_lens(name: object) -> str | None:
+    """`blocks.7.hook_resid_post` -> `layers.7.resid_post`; resid_pre likewise."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post)", str(name))
+    return f"layers.{match[1]}.{match[2]}" if match else None
+
+
+def to_transformer_lens(hookpoint: str | None) -> str | None:
+    """`layers.7.resid_post` -> `blocks.7.hook_resid_post`."""
+    match = re.fullmatch(r"layers\.(\d+)\.(resid_pre|resid_post)", hookpoint or "")
+    return f"blocks.{match[1]}.hook_{match[2]}" if match else None
+
+
+def from_module_path(name: object) -> str | None:
+    """A module, with `.input` or (by default) `.output` behind it: `model.layers.7.output`."""
+    match = re.fullmatch(r"([A-Za-z_][\w.]*?)(?:\.(input|output))?", str(name))
+    if not match:
+        return None
+    site = "resid_pre" if match[2] == "input" else "resid_post"
+    block = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", match[1])
+    return f"layers.{block[1]}.{site}" if block else f"{match[1]}.{site}"
+
+
+def from_base_module(name: str) -> str | None:
+    """sparsify's: a module of the base model, `layers.7`, `h.3` or `layers.7.mlp`."""
+    return from_module_path(name) if re.search(r"\.\d+(\.|$)|embed", name) else None
+
+
+def layer_in(address: str, pattern: str) -> int | None:
+    """The one number that `pattern` finds in an address; None if there is none, or several."""
+    found = set(re.findall(pattern, address))
+    return int(found.pop()) if len(found) == 1 else None

@@ -1,0 +1,141 @@
+"""`SwitchSAE.from_pretrained` where there is no SAE of our own, and every SAE of a release."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from hf_switch_sae.errors import ConversionError, HubError
+from hf_switch_sae.formats.checkpoint import GIVEN, Given
+from hf_switch_sae.formats.registry import other_kind, recognize
+from hf_switch_sae.hub.source import (
+    SOURCE_KEYWORDS,
+    Source,
+    check_inside,
+    listed_folders,
+    open_source,
+)
+from hf_switch_sae.sae.model import SwitchSAE
+
+_log = logging.getLogger(__name__)
+
+
+def _load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
+    """What `SwitchSAE.from_pretrained` does when there is no SAE of our own at an address.
+
+    The converted SAE is saved to a temporary folder and loaded from it, so that every argument of
+    `from_pretrained` means the same as ever; the folder goes when the SAE does.
+
+    Raises:
+        ConversionError: a known format, but it can't be taken over.
+        The error given: there is nothing that is known, or it can't be reached.
+    """
+    where = {n: kwargs[n] for n in SOURCE_KEYWORDS if kwargs.get(n) is not None}
+    check_inside(where.get("subfolder", ""), "subfolder")
+    try:
+        source = open_source(name, **where)
+    except (ConversionError, HubError):
+        raise _said_plainly(name, error) from None
+    found = recognize(source)
+    if found is None:
+        if isinstance(error, OSError):
+            raise OSError(
+                f"{error}{_hint(source, open_source(name, **where, whole=True))}"
+            ) from error
+        raise error
+    foreign = found.read(source, Given(**{n: v for n, v in kwargs.items() if n in GIVEN}))
+    _log.warning("%s is in the format of %s; converted.", source.where, found.name)
+    folder = tempfile.mkdtemp(prefix="hf-switch-sae-")
+    try:
+        foreign.build().save_pretrained(folder)
+        mine = {*SOURCE_KEYWORDS, *GIVEN, "pretrained_model_name_or_path"}
+        rest = {n: v for n, v in kwargs.items() if n not in mine}
+        result = SwitchSAE.from_pretrained(folder, **rest)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sae = result[0] if isinstance(result, tuple) else result
+    sae.config._name_or_path = name
+    weakref.finalize(sae, shutil.rmtree, folder, ignore_errors=True)
+    return result
+
+
+def _said_plainly(name: str, error: Exception) -> Exception:
+    """The error, but of a path that can't be a repository's name that there is no such folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return OSError(f"there is no folder {name}, and a repository can't be called that.")
+    return error
+
+
+def _hint(source: Source, whole: Source) -> str:
+    """What could have been asked for at an address without an SAE, as a sentence."""
+    if reason := other_kind(source):
+        return f" It looks like {reason}, which can't be taken over."
+    there = listed_folders(whole)
+    if not there:
+        return ""
+    return f" There is no SAE under subfolder={source.subfolder!r}; there are: {there}."
+
+
+def _pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
+    """Record the commit an SAE of our own was loaded at, so that everything saved carries it.
+
+    What the SAE was converted from is kept beside it, as "taken_from".
+    """
+    if Path(name).exists():
+        return
+    subfolder = kwargs.get("subfolder") or ""
+    file = f"{subfolder}/config.json" if subfolder else "config.json"
+    # transformers does not tell which commit it loaded, but the cache has it in the file's path
+    cached = try_to_load_from_cache(
+        name, file, kwargs.get("cache_dir"), kwargs.get("revision") or "main"
+    )
+    if isinstance(cached, str):
+        commit = Path(cached).parents[len(Path(file).parts) - 1].name
+        config = (result[0] if isinstance(result, tuple) else result).config
+        here = {"repo": name, "revision": commit, "path": subfolder}
+        known = {**here, "taken_from": _origin(config.source or {}, name)}
+        config.source = {key: value for key, value in known.items() if value}
+
+
+def _origin(source: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """Where an SAE loaded from repository `name` first came from; None: from there."""
+    if "taken_from" in source:
+        origin: Mapping[str, Any] | None = source["taken_from"]
+        return origin
+    return source if "format" in source or source.get("repo") != name else None
+
+
+def load_all(name: str | Path, revision: str | None = None, **options: Any) -> dict[str, SwitchSAE]:
+    """Every SAE of a release, by subfolder ("" for itself), all of one commit.
+
+    Args:
+        name: a local folder or a Hub repository, of ours or of another project.
+        revision: branch, tag or commit.
+        options: further ones of `SwitchSAE.from_pretrained`.
+
+    Raises:
+        HubError: there is no SAE, or the repository can't be read.
+    """
+    known = ("token", "cache_dir", "local_files_only")
+    where = {key: options[key] for key in known if key in options}
+    source = open_source(name, revision=revision, **where)
+    folders = source.folders()
+    if not folders:
+        raise HubError(f"there is no SAE in {name}: no weights in it.")
+    commit = {} if source.revision is None else {"revision": source.revision}
+    return {
+        folder: SwitchSAE.from_pretrained(name, subfolder=folder, **commit, **options)
+        for folder in folders
+    }

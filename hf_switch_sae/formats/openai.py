@@ -1,0 +1,77 @@
+"""OpenAI's sparse_autoencoder: `<layer>.pt`, of GPT-2 small.
+
+    pre = encoder.weight @ (x - pre_bias) + latent_bias          encoder.weight [F, d]
+    x_hat = decoder.weight @ acts + pre_bias                     decoder.weight [d, F]
+
+acts is relu(pre) (v1, v4) or the k largest of them (v5). The TopK models read (x - mean) / (std +
+1e-5) of every token in place of x, and put std * x_hat + mean out.
+
+Beware That a model normalizes is told by its activation's name alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hf_switch_sae.errors import ConversionError
+from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described, integer
+from hf_switch_sae.formats.dense import keep_topk, normed_by_hand
+from hf_switch_sae.formats.hookpoint_names import layer_in
+from hf_switch_sae.hub.source import Source
+from hf_switch_sae.hub.tensors import Tensors
+
+NAME = "openai"
+_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+
+
+def recognizes(source: Source) -> bool:
+    """By the only .pt file, with a `pre_bias` in it."""
+    files = source.weight_files(".pt")
+    return len(files) == 1 and "pre_bias" in source.names(files[0])
+
+
+def read(source: Source, given: Given) -> Foreign:
+    """Take over an autoencoder; raises ConversionError for another activation, or what lacks."""
+    (file,) = source.weight_files(".pt")
+    tensors = source.tensors(file)
+    rule, k = _rule(tensors.plain("activation"), tensors, source, given)
+    norm = "none" if rule == "relu" else "layer_norm"
+    W_enc = tensors.take("encoder.weight", None, None)
+    F, d = W_enc.shape
+    W_dec, b_enc = tensors.take("decoder.weight", d, F), tensors.take("latent_bias", F)
+    b_dec = tensors.take("pre_bias", d)
+    tensors.finish(_STATISTICS)
+
+    def formula(x: Tensor) -> tuple[Tensor, Tensor]:
+        h, std, mean = normed_by_hand(x, norm)
+        acts = keep_topk((h - b_dec.float()) @ W_enc.float().T + b_enc.float(), k or F)
+        return acts, (acts @ W_dec.float().T + b_dec.float()) * std + mean
+
+    layer = layer_in(file, r"^(\d+)\.pt$")
+    # its other locations (resid_delta_*, mlp_post_act, resid_post_attn) lie within a block
+    known = layer is not None and "resid_post_mlp" in source.where
+    place = f"layers.{layer}.resid_post" if known else None
+    model = "openai-community/gpt2" if "gpt2-small" in source.where else None
+    about = described(source, given, NAME, place, f"{source.where}/{file}", model)
+    plain = Plain(W_enc, W_dec.T, b_enc, b_dec, rule, subtracts=True, k=k, input_norm=norm)
+    return plain.foreign(NAME, about, formula)
+
+
+def _rule(
+    activation: Any, tensors: Tensors, source: Source, given: Given
+) -> tuple[str, int | None]:
+    state = tensors.plain("activation_state_dict") or {}
+    if not isinstance(state, dict):
+        raise ConversionError(
+            f"activation_state_dict in {source.where} is a {type(state).__name__}, not a dict."
+        )
+    if activation == "ReLU":
+        return "relu", None
+    if activation != "TopK" or state.get("postact_fn", "ReLU") != "ReLU":
+        raise ConversionError(
+            f"{source.where} has the activation {activation!r} {state or ''}; ReLU and TopK with "
+            "ReLU can be taken over."
+        )
+    return "topk", given.settle("k", integer(state.get("k"), "k", source.where), source)

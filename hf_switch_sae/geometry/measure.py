@@ -1,0 +1,347 @@
+"""An SAE's weights -> how its features lie to one another: geometry.json and a table beside it.
+
+    geometry.json       every number below, format 1
+    geometry.parquet    one row a feature: its nearest neighbor, its cosines, its place on the maps
+
+A feature's nearest neighbor is the other feature whose decoder row has the largest cosine with its
+own. It is a duplicate if that cosine is above the threshold: *within* if there is such a feature in
+its own expert, *between* if there is one in another; it can be both. Weighted, it counts as often
+as it fires, so a share is one of activations instead of one of features.
+
+The null is the same measured on as many random unit vectors of the same width, cut into as many
+experts: what is not above it is no structure.
+
+Beware A feature has num_features - features_per_expert candidates in other experts and only
+       features_per_expert - 1 in its own, so raw shares within and between are not to be compared
+       with one another but each with its null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.errors import SwitchSAEError
+from hf_switch_sae.geometry.cosines import (
+    COLUMNS,
+    ROWS,
+    nearest_by_expert,
+    random_unit_rows,
+    unit_rows,
+    unit_rows_of,
+)
+from hf_switch_sae.geometry.result import _MOST_EXPERTS_WRITTEN, Geometry
+from hf_switch_sae.geometry.tsne import FeatureMaps, draw_maps
+from hf_switch_sae.sae.model import SwitchSAE
+
+THRESHOLDS = tuple(step / 50 for step in range(51))
+"""Of the duplicates curve: 0, 0.02, ... 1."""
+_NULL_ROWS = 4096
+_BINS = 80
+_KINDS = ("any", "within", "between")
+
+
+@torch.no_grad()
+def measure_geometry(
+    sae: SwitchSAE,
+    *,
+    threshold: float = 0.9,
+    listed_pairs: int = 100,
+    maps: bool = True,
+    map_features: int = 4096,
+    perplexity: float = 50.0,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Geometry:
+    """Measure how an SAE's features lie to one another. What the figures mean: see `Geometry`.
+
+    Time grows with the square of the number of features, memory with that of features alone.
+
+    Args:
+        sae: of any number of experts; shares of activations need its statistics (`calibrate`).
+        threshold: the cosine above which two features are duplicates.
+        listed_pairs: how many pairs to list, at most.
+        maps: whether to draw t-SNE maps (needs the extra `viz`).
+        map_features: how many features to draw, at most; a seeded sample of them.
+        perplexity: of t-SNE; less where there are few features.
+        seed: of the random vectors, the sample and t-SNE.
+        device: where to compute; by default where the SAE lies.
+
+    Raises:
+        SwitchSAEError: a single feature, a threshold outside of 0 to 1, or no openTSNE.
+    """
+    config = sae.config
+    if config.num_features < 2:
+        raise SwitchSAEError("an SAE of one feature has no geometry: it has no neighbor.")
+    if not 0 < threshold < 1:
+        raise SwitchSAEError(f"threshold={threshold} is no cosine between 0 and 1.")
+    device = sae.device if device is None else device
+    encoder, decoder = sae.W_enc.flatten(0, 1), sae.W_dec.flatten(0, 1)
+    shape = (config.num_experts, config.features_per_expert)
+    drawn = None
+    if maps:  # first: it is what may be missing
+        drawn = draw_maps(encoder, decoder, shape[1], map_features, perplexity, seed)
+    columns = unit_rows_of(decoder, device)
+    found = _neighbors(columns, torch.arange(config.num_features), columns, shape, device)
+    count = min(config.num_features, _NULL_ROWS)
+    null = _null(config.num_features, config.hidden_size, count, shape, seed, device)
+    rate = sae.feature_rate.cpu() if int(sae.statistics_tokens) else None
+    alignment, router = _router_alignment(sae, encoder, device)
+    table = {
+        "expert": torch.arange(config.num_features, dtype=torch.int32) // shape[1],
+        "nearest": found.ids.to(torch.int32),
+        "cosine": found.values["any"],
+        "within": found.values["within"],
+        "between": found.values["between"],
+        "alignment": alignment,
+        "rate": torch.full((config.num_features,), torch.nan) if rate is None else rate,
+        **_places(drawn, config.num_features),
+    }
+    return Geometry(
+        sae=_about(sae),
+        seed=seed,
+        nearest=_nearest(found, null, shape),
+        duplicates=_duplicates(found, null, rate, threshold),
+        pairs=_pairs(found, unit_rows_of(encoder, device), rate, shape[1], threshold, listed_pairs),
+        similarity=_similarity(found, null, shape),
+        router=router,
+        clusters=None if drawn is None else drawn.to_dict(),
+        table=table,
+    )
+
+
+@dataclass(frozen=True)
+class _Neighbors:
+    values: dict[str, Tensor]
+    """[n] float32 of each kind, -inf where there is none."""
+    ids: Tensor
+    """[n] int64, of the nearest of all."""
+    to_experts: Tensor
+    """[E, E] float64: sum over the rows of expert a of the largest cosine in expert b."""
+    counts: Tensor
+    """[E] int64, rows of each expert."""
+
+
+def _neighbors(
+    rows: Callable[[int, int], Tensor],
+    own: Tensor,
+    columns: Callable[[int, int], Tensor],
+    shape: tuple[int, int],
+    device: torch.device | str,
+    block: int = ROWS,
+    most: int = COLUMNS,
+) -> _Neighbors:
+    """Nearest neighbors of rows; `own` [n] says which feature each is."""
+    num_experts, m = shape
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*_KINDS, "ids")}
+    sums = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+    for first in range(0, len(own), block):
+        last = min(first + block, len(own))
+        mine = own[first:last].to(device)
+        best, ids = nearest_by_expert(rows(first, last), mine, columns, num_experts, m, most)
+        expert = mine // m
+        sums.index_add_(0, expert.cpu(), best.double().cpu())
+        value, at = best.max(1)
+        parts["any"].append(value.cpu())
+        parts["ids"].append(ids.gather(1, at[:, None])[:, 0].cpu())
+        parts["within"].append(best.gather(1, expert[:, None])[:, 0].cpu())
+        parts["between"].append(best.scatter_(1, expert[:, None], -torch.inf).amax(1).cpu())
+    joined = {name: torch.cat(part) for name, part in parts.items()}
+    counts = torch.bincount(own // m, minlength=num_experts)
+    return _Neighbors({kind: joined[kind] for kind in _KINDS}, joined["ids"], sums, counts)
+
+
+def _null(
+    num_features: int,
+    hidden_size: int,
+    count: int,
+    shape: tuple[int, int],
+    seed: int,
+    device: torch.device | str,
+) -> _Neighbors:
+    """The same of `count` random rows among random ones, in place of evenly spread features."""
+    # a row of its own in place of that column: the same in distribution, and no second pass
+    own = torch.arange(count) * num_features // count
+    drawn = random_unit_rows(count, hidden_size, seed, device)(0, count)
+    columns = random_unit_rows(num_features, hidden_size, seed + 1, device)
+    most = max(ROWS * COLUMNS // count, 1)
+    return _neighbors(
+        lambda first, last: drawn[first:last], own, columns, shape, device, count, most
+    )
+
+
+def _about(sae: SwitchSAE) -> dict[str, Any]:
+    names = ("hookpoint", "hidden_size", "num_features", "num_experts", "k", "activation")
+    return {name: getattr(sae.config, name) for name in names} | {
+        "features_per_expert": sae.config.features_per_expert,
+        "statistics_tokens": int(sae.statistics_tokens),
+    }
+
+
+def _nearest(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> dict[str, Any]:
+    num_experts, m = shape
+    told: dict[str, Any] = {}
+    at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    for kind in _KINDS:
+        values = found.values[kind].double()
+        if values.isinf().any():  # one expert has no other, one feature no other in its own
+            told[kind] = None
+            continue
+        cuts = [float(_quantile(values, float(q))) for q in at]
+        told[kind] = {
+            "mean": float(values.mean()),
+            "quantiles": dict(zip(("5%", "25%", "50%", "75%", "95%"), cuts, strict=True)),
+            "null_mean": float(null.values[kind].double().mean()),
+        }
+    own = torch.arange(len(found.ids)) // m
+    told["in_own_expert"] = float((found.ids // m == own).double().mean())
+    told["chance"] = (m - 1) / (num_experts * m - 1)
+    return told
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """As torch.quantile, which takes no more than 16M values."""
+    ordered, place = values.sort().values, q * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def _duplicates(
+    found: _Neighbors, null: _Neighbors, rate: Tensor | None, threshold: float
+) -> dict[str, Any]:
+    told: dict[str, Any] = {"threshold": threshold}
+    weight = None if rate is None or not rate.any() else rate
+    curve: dict[str, Any] = {"thresholds": list(THRESHOLDS)}
+    for kind in _KINDS:
+        if found.values[kind].isinf().any():
+            told[kind] = curve[kind] = None
+            continue
+        values = found.values[kind]
+        each = [
+            {
+                "share": _share(values, at),
+                "of_activations": None if weight is None else _share(values, at, weight),
+                "null": _share(null.values[kind], at),
+            }
+            for at in (threshold, *THRESHOLDS)
+        ]
+        told[kind] = each[0]
+        curve[kind] = {name: [one[name] for one in each[1:]] for name in each[0]}
+        if weight is None:
+            curve[kind]["of_activations"] = None
+    return {**told, "null_rows": len(null.ids), "curve": curve}
+
+
+def _share(cosines: Tensor, threshold: float, weight: Tensor | None = None) -> float:
+    """Share of the cosines above a threshold, each counted by its weight; nan without any."""
+    above = cosines.double() > threshold
+    if weight is None:
+        return float(above.double().mean())
+    return float((above * weight.double()).sum() / weight.double().sum())
+
+
+def _pairs(
+    found: _Neighbors,
+    encoder: Callable[[int, int], Tensor],
+    rate: Tensor | None,
+    features_per_expert: int,
+    threshold: float,
+    most: int,
+) -> dict[str, Any]:
+    near = (found.values["any"].double() > threshold).nonzero()[:, 0]
+    both = torch.stack([near, found.ids[near]], 1).sort(1).values
+    both, which = torch.unique(both, dim=0, return_inverse=True)
+    cosine = torch.full((len(both),), -torch.inf).scatter_reduce_(
+        0, which, found.values["any"][near], "amax"
+    )
+    order = cosine.argsort(descending=True, stable=True)[:most]
+    listed = []
+    for (first, second), value in zip(both[order].tolist(), cosine[order].tolist(), strict=True):
+        rows = [encoder(feature, feature + 1)[0] for feature in (first, second)]
+        listed.append(
+            {
+                "features": [first, second],
+                "experts": [first // features_per_expert, second // features_per_expert],
+                "cosine": value,
+                "encoder_cosine": float(rows[0] @ rows[1]),
+                "rates": None if rate is None else [float(rate[first]), float(rate[second])],
+            }
+        )
+    return {"threshold": threshold, "count": len(both), "listed": listed}
+
+
+def _similarity(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for name, each in (("found", found), ("null", null)):
+        told[name] = _own_and_other(each, shape)
+    matrix = found.to_experts / found.counts[:, None]
+    experts = [[None if value == -torch.inf else value for value in row] for row in matrix.tolist()]
+    return {"experts": experts, **told["found"], "null": told["null"]}
+
+
+def _own_and_other(each: _Neighbors, shape: tuple[int, int]) -> dict[str, float | None]:
+    num_experts, m = shape
+    total = int(each.counts.sum())
+    own = each.to_experts.diagonal().sum() / total
+    rest = each.to_experts.clone().fill_diagonal_(0).sum()
+    return {
+        "own": float(own) if m > 1 else None,
+        "other": float(rest / (total * (num_experts - 1))) if num_experts > 1 else None,
+    }
+
+
+def _router_alignment(
+    sae: SwitchSAE, encoder: Tensor, device: torch.device | str
+) -> tuple[Tensor, dict[str, Any] | None]:
+    """[F] own minus others (nan of one expert), and the figures of it."""
+    count, m = sae.config.num_experts, sae.config.features_per_expert
+    if count == 1:
+        return torch.full((len(encoder),), torch.nan), None
+    router, rows = unit_rows(sae.router.weight, device), unit_rows_of(encoder, device)
+    own, others, right = [], [], []
+    for first in range(0, len(encoder), ROWS):
+        last = min(first + ROWS, len(encoder))
+        cosines = (rows(first, last) @ router.T).double()
+        expert = torch.arange(first, last, device=cosines.device)[:, None] // m
+        mine = cosines.gather(1, expert)
+        own.append(mine[:, 0].cpu())
+        others.append(((cosines.sum(1, keepdim=True) - mine) / (count - 1))[:, 0].cpu())
+        right.append((cosines.argmax(1) == expert[:, 0]).cpu())
+    mine, rest = torch.cat(own), torch.cat(others)
+    gap = mine - rest
+    edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64)
+    told = {
+        "own": float(mine.mean()),
+        "others": float(rest.mean()),
+        "difference": float(gap.mean()),
+        "own_is_nearest": float(torch.cat(right).double().mean()),
+        "chance": 1 / count,
+        "by_expert": gap.view(count, m).mean(1).tolist()
+        if count <= _MOST_EXPERTS_WRITTEN
+        else None,
+        "histogram": {
+            "edges": edges.tolist(),
+            **{
+                name: torch.histogram(values, edges).hist.long().tolist()
+                for name, values in (("own", mine), ("others", rest))
+            },
+        },
+    }
+    return gap.float(), told
+
+
+def _places(drawn: FeatureMaps | None, num_features: int) -> dict[str, Tensor]:
+    if drawn is None:
+        return {}
+    found = {}
+    for name, points in (("encoder", drawn.encoder), ("decoder", drawn.decoder)):
+        for axis, values in zip("xy", points.T, strict=True):
+            column = torch.full((num_features,), torch.nan)
+            column[drawn.features] = values.float()
+            found[f"{name}_{axis}"] = column
+    return found

@@ -1,0 +1,269 @@
+"""Where a checkpoint lies -> its files, fetched one by one as a format asks for them.
+
+A source is a local folder, a single file in one, or a place in a Hub repository at one commit,
+which is settled before the first file is fetched and is what provenance records.
+
+Beware A listing comes from strangers: a name that climbs out of its folder is refused before it
+       reaches the file system.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.file_download import repo_folder_name
+
+from hf_switch_sae.errors import ConversionError, HubError
+from hf_switch_sae.hub.errors import plain_hub_errors
+from hf_switch_sae.hub.layout import LLAMA_SCOPE_WEIGHTS, WEIGHTS
+from hf_switch_sae.hub.remote import RemoteFile
+from hf_switch_sae.hub.tensors import Tensors, read_tensors, strings_in
+
+SOURCE_KEYWORDS = (
+    "subfolder",
+    "revision",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+)
+"""Arguments that say where to look: those of `open_source`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one checkpoint.
+
+    Args:
+        name: folder or Hub repository, as the user wrote it.
+        subfolder: the folder within it, "" for itself.
+        files: names within the subfolder; one only, if a file was named.
+        revision: the commit; None for a local folder.
+        hub: keywords of `hf_hub_download`; None for a local folder.
+    """
+
+    name: str
+    subfolder: str
+    files: tuple[str, ...]
+    revision: str | None = None
+    hub: dict[str, Any] | None = None
+    _held: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def where(self) -> str:
+        """Everything the address says, for formats that keep layer or k in it."""
+        name = self.name if self.hub is not None else str(Path(self.name).absolute())
+        return "/".join(part for part in (name, self.subfolder) if part)
+
+    @property
+    def folder_name(self) -> str:
+        """The last folder of the address: with many SAEs in a repository, it names the place."""
+        return self.where.rstrip("/").rpartition("/")[2]
+
+    def path(self, file: str) -> Path:
+        """A file of the source on this machine, downloaded if need be.
+
+        Raises:
+            HubError: the download failed.
+        """
+        if self.hub is None:
+            return Path(self.name, self.subfolder, file)
+        inside = f"{self.subfolder}/{file}" if self.subfolder else file
+        with plain_hub_errors(self.name, f"download {inside} of"):
+            return Path(hf_hub_download(self.name, inside, revision=self.revision, **self.hub))
+
+    @contextmanager
+    def opened(self, file: str) -> Iterator[BinaryIO]:
+        """A file to read parts of: of one on the Hub only those bytes are asked for.
+
+        Raises:
+            HubError: it can't be read.
+        """
+        if self.hub is None or self.hub.get("local_files_only"):
+            with self.path(file).open("rb") as stream:
+                yield stream
+            return
+        inside = f"{self.subfolder}/{file}" if self.subfolder else file
+        with (
+            plain_hub_errors(self.name, f"read {inside} of"),
+            RemoteFile(self.name, inside, self.revision, self.hub.get("token")) as stream,
+        ):
+            yield cast(BinaryIO, stream)
+
+    def within(self, folder: str) -> Source:
+        """A folder of this source as a source of its own, of the same commit; lists nothing."""
+        _, files = _under(folder, list(self.files), self.name)
+        inner = "/".join(part for part in (self.subfolder, folder) if part)
+        return replace(self, subfolder=inner, files=files, _held={})
+
+    def names(self, file: str) -> frozenset[str]:
+        """Strings in a .pt file, the names of its tensors among them; reads no tensor if it can.
+
+        Raises:
+            ConversionError: it is damaged, or holds code.
+        """
+        key = f"names in {file}"
+        if key not in self._held:
+            with self.opened(file) as stream:
+                found = strings_in(stream)
+            self._held[key] = frozenset(self.tensors(file).held) if found is None else found
+        names: frozenset[str] = self._held[key]
+        return names
+
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON object; {} if there is no such file.
+
+        Raises:
+            ConversionError: it is no JSON object.
+        """
+        if file not in self.files:
+            return {}
+        if file not in self._held:
+            try:
+                value = json.loads(self.path(file).read_text(encoding="utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as err:
+                raise ConversionError(f"{file} of {self.where} is no JSON: {err}") from None
+            if not isinstance(value, dict):
+                raise ConversionError(f"{file} of {self.where} is no JSON object.")
+            self._held[file] = value
+        return dict(self._held[file])
+
+    def section(self, file: str, name: str) -> dict[str, Any]:
+        """An object within a JSON file; {} if file or object are not there.
+
+        Raises:
+            ConversionError: it is something else.
+        """
+        value = self.json(file).get(name) or {}
+        if not isinstance(value, dict):
+            raise ConversionError(f"{name!r} in {file} of {self.where} is no JSON object.")
+        return value
+
+    def tensors(self, file: str) -> Tensors:
+        """What a weights file holds; read once.
+
+        Raises:
+            ConversionError: it is not there, or is refused (see `read_tensors`).
+        """
+        if file not in self.files:
+            raise ConversionError(f"{self.where} has no file {file!r}: {', '.join(self.files)}.")
+        if file not in self._held:
+            self._held[file] = read_tensors(self.path(file))
+        return Tensors(self._held[file], f"{self.where}/{file}")
+
+    def folders(self) -> list[str]:
+        """Folders with weights in them, sorted; "" is this one."""
+        # Llama Scope's weights lie a folder below its config, which is the one to name
+        places = (f.removesuffix(LLAMA_SCOPE_WEIGHTS) for f in self.files if f.endswith(WEIGHTS))
+        return sorted({place.rpartition("/")[0] for place in places})
+
+    def weight_files(self, *suffixes: str) -> list[str]:
+        """Files right in this folder that end so."""
+        return [name for name in self.files if name.endswith(suffixes) and "/" not in name]
+
+    def provenance(self) -> dict[str, Any]:
+        """What `SwitchSAEConfig.source` records of this place."""
+        if self.hub is None:
+            return {"folder": self.folder_name}  # where it lies is nobody else's business
+        known = {"repo": self.name, "revision": self.revision, "path": self.subfolder}
+        return {key: value for key, value in known.items() if value}
+
+
+def open_source(
+    name: str | Path,
+    subfolder: str = "",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    whole: bool = False,
+) -> Source:
+    """Find the files of a checkpoint, without reading any.
+
+    Args:
+        name: a local folder or file, or a Hub repository.
+        subfolder: a folder in it, or a single file.
+        revision: branch, tag or commit of a repository; settled to its commit.
+        token, cache_dir, force_download, local_files_only: as of `hf_hub_download`.
+        whole: leave the subfolder out, to see what else there is.
+
+    Raises:
+        ConversionError: a path that climbs out of the folder, or no such folder.
+        HubError: the repository can't be listed.
+    """
+    subfolder = "" if whole else check_inside(subfolder, "subfolder")
+    local = Path(name)
+    if local.is_file():
+        return Source(str(local.parent), "", (local.name,))
+    if local.is_dir():
+        everything = [p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()]
+        return Source(str(name), *_under(subfolder, everything, str(name)))
+    if local.is_absolute() or str(name).startswith("."):
+        raise ConversionError(f"there is no folder {name}.")
+    hub = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
+    if local_files_only or constants.is_offline_mode():
+        commit, everything = _cached(str(name), revision or "main", cache_dir)
+        hub["local_files_only"] = True
+    else:
+        with plain_hub_errors(str(name), "list"):
+            info = HfApi(token=token).model_info(str(name), revision=revision)
+        commit, everything = info.sha, [file.rfilename for file in info.siblings or ()]
+    return Source(str(name), *_under(subfolder, everything, str(name)), commit, hub)
+
+
+def check_inside(path: str, what: str) -> str:
+    """The path, tidied, if it stays within the folder it is relative to.
+
+    Raises:
+        ConversionError: it climbs out.
+    """
+    pure = PurePosixPath(path.replace("\\", "/"))
+    if pure.is_absolute() or ".." in pure.parts or (pure.parts and ":" in pure.parts[0]):
+        raise ConversionError(f"{what}={path!r} climbs out of its folder, so it was refused.")
+    return "" if str(pure) == "." else str(pure)
+
+
+def _under(subfolder: str, everything: list[str], name: str) -> tuple[str, tuple[str, ...]]:
+    """(folder, files in it) for a subfolder, or for a single file named as one."""
+    for file in everything:
+        check_inside(file, f"a file of {name}")
+    if subfolder in everything:
+        folder, _, file = subfolder.rpartition("/")
+        return folder, (file,)
+    prefix = f"{subfolder}/" if subfolder else ""
+    files = [file[len(prefix) :] for file in everything if file.startswith(prefix)]
+    return subfolder, tuple(sorted(files))
+
+
+def _cached(name: str, revision: str, cache_dir: str | Path | None) -> tuple[str | None, list[str]]:
+    """The commit and the files of a repository that the cache has.
+
+    Raises:
+        HubError: it has none.
+    """
+    cache = Path(cache_dir or constants.HF_HUB_CACHE)
+    folder = cache / repo_folder_name(repo_id=name, repo_type="model")
+    ref = folder / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    if not snapshot.is_dir():
+        raise HubError(
+            f"could not list {name}: the Hub is offline, and the cache has nothing of revision "
+            f"{revision!r}. Load it once while online."
+        )
+    return commit, [
+        path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()
+    ]
+
+
+def listed_folders(source: Source, most: int = 12) -> str:
+    """The folders below a source that have weights, for an error; "" if there are none."""
+    found = [folder for folder in source.folders() if folder]
+    return ", ".join(found[:most] + ["..."] * (len(found) > most))

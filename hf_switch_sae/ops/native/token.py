@@ -1,0 +1,152 @@
+"""One token on a CPU, by the native kernels: encoded in one call and decoded in one.
+
+While a model generates, an SAE sees one token at a time. Its products take some 15 microseconds
+then, an operator of torch one or two, and to look at a tensor a tenth: what counts is how often
+that is done. So what the kernels must know of an SAE is laid out once, and at each token it is only
+asked whether that still holds. No weight is copied; the expert's rows are read where they lie.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from hf_switch_sae.ops.backends import takes
+from hf_switch_sae.ops.native import kernels as native
+from hf_switch_sae.ops.native.kernels import PLAIN
+
+_CPU = torch.device("cpu")
+_DTYPES = (torch.float32, torch.bfloat16)
+_WORTH_A_THREAD = 2**17  # weights of an expert that one token is multiplied with
+_POINTERS = (
+    *("scale", "outlier_norm", "router", "b_router"),
+    *("b_dec", "W_enc", "b_enc", "W_dec"),
+)
+Weights = tuple[Any, ...]
+"""Of an SAE, in this order: input_scale [], outlier_norm [], router.weight [E, d], b_router [d],
+all float32; b_dec [d], W_enc [E, m, d], b_enc [E, m] or None, W_dec [E, m, d]. Without a router, as
+of one expert, it is None."""
+Rules = tuple[int, bool, bool]
+"""k, subtract_b_dec, apply_router_probs."""
+
+
+class _Layout(ctypes.Structure):
+    """`Plan` of kernels.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in ("E", "m", "d", "k")),
+        *((name, ctypes.c_int) for name in ("centered", "gated", "low")),
+    ]
+
+
+class TokenPlan:
+    """How the kernels take a single token through an SAE, as long as it `holds`.
+
+    logits = router @ (scale * x - b_router)    acts = the k largest of
+    p * relu(W_enc[e] @ (x - b_dec / scale) + b_enc[e] / scale)
+    y = sum_j acts[j] * W_dec[ids[j]] + b_dec / scale
+    """
+
+    def __init__(self, weights: Weights, rules: Rules) -> None:
+        self._of = _seen(weights, rules)
+        W_enc = weights[5]
+        (E, m, d), k = W_enc.shape, rules[0]
+        self.can = self._of[-1] and _are_as_described(weights, k)
+        self._dtype, self._is_long = W_enc.dtype, m * d >= _WORTH_A_THREAD
+        self._layout = _Layout(*self._of[0], E, m, d, *rules, W_enc.dtype == torch.bfloat16)
+        self._at = ctypes.addressof(self._layout)
+        self._k, self.width, self.num_features = k, d, E * m
+        self._like: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def holds(self, weights: Weights, rules: Rules) -> bool:
+        """Whether all is where it was, and the large weights as they were."""
+        return self._of == _seen(weights, rules)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., d] of one token -> acts [..., k] in the dtype of W_enc, ids [..., k] int64.
+
+        A token whose norm is over outlier_norm has no activation.
+        """
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
+        like_acts, like_ids, _ = self._results_of(x.ndim)
+        acts, ids = torch.empty_like(like_acts), torch.empty_like(like_ids)
+        threads = torch.get_num_threads() if self._is_long else 1
+        native.encode_token(self._at, x.data_ptr(), acts.data_ptr(), ids.data_ptr(), threads)
+        return acts, ids
+
+    def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
+        """acts, ids [..., slots] of one token -> y [..., d] in the dtype of W_dec.
+
+        Raises:
+            FeatureIdError: an id of no feature.
+        """
+        if acts.dtype != self._dtype or not acts.is_contiguous():
+            acts = acts.to(self._dtype).contiguous()
+        if ids.dtype != torch.int64 or not ids.is_contiguous():
+            ids = ids.to(torch.int64).contiguous()
+        y = torch.empty_like(self._results_of(acts.ndim)[2])
+        at, slots = acts.data_ptr(), acts.numel()
+        native.decode_token(self._at, at, ids.data_ptr(), slots, self.num_features, y.data_ptr())
+        return y
+
+    def _results_of(self, ndim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What acts, ids and y are to be like: the fastest way to make one."""
+        if (like := self._like.get(ndim)) is None:
+            ones = (1,) * (ndim - 1)
+            like = self._like[ndim] = (
+                torch.empty(*ones, self._k, dtype=self._dtype),
+                torch.empty(*ones, self._k, dtype=torch.int64),
+                torch.empty(*ones, self.width, dtype=self._dtype),
+            )
+        return like
+
+
+_plans: WeakKeyDictionary[nn.Module, TokenPlan] = WeakKeyDictionary()
+
+
+def token_plan(owner: nn.Module, weights: Weights, rules: Rules) -> TokenPlan | None:
+    """The plan of an SAE's weights, which `owner` has; None if the kernels can't take them."""
+    plan = _plans.get(owner)
+    if plan is None or not plan.holds(weights, rules):
+        plan = _plans[owner] = TokenPlan(weights, rules)
+    return plan if plan.can else None
+
+
+def _seen(weights: Weights, rules: Rules) -> tuple[Any, ...]:
+    """What a plan rests on: a weight may be replaced, or get other memory, at any time."""
+    W_enc, W_dec = weights[5], weights[7]
+    places = [None if t is None else t.data_ptr() for t in weights]
+    sizes = W_enc.dtype, W_enc.shape, W_enc.stride(), W_dec.shape, W_dec.stride()
+    return places, rules, sizes, takes("native", _CPU, torch.float32)
+
+
+def _are_as_described(weights: Weights, k: int) -> bool:
+    """Whether all lies row by row in a CPU's memory, as `Weights` has it."""
+    *numbers, b_dec, W_enc, b_enc, W_dec = weights
+    (E, m, d), low = W_enc.shape, W_enc.dtype
+    shapes = ((), (), (E, d), (d,)), ((d,), (E, m, d), (E, m), (E, m, d))
+    wanted = [
+        *zip(numbers, shapes[0], (torch.float32,) * 4, strict=True),
+        *zip((b_dec, W_enc, b_enc, W_dec), shapes[1], (low,) * 4, strict=True),
+    ]
+    has_router = numbers[2] is not None and numbers[3] is not None
+    return (
+        low in _DTYPES
+        and 1 <= k <= m
+        and has_router == (E > 1)
+        and all(
+            type(t) in PLAIN
+            and t.device.type == "cpu"
+            and t.dtype == dtype
+            and t.shape == shape
+            and t.is_contiguous()
+            for t, shape, dtype in wanted
+            if t is not None
+        )
+    )

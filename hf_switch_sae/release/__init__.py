@@ -1,0 +1,1 @@
+"""A folder of SAEs <-> a repository on the Hub, with its card."""

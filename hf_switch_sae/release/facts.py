@@ -1,0 +1,147 @@
+"""Files of a release -> what its card may say: nothing is typed by hand.
+
+config.json, metrics.json, training.json, features.json     beside each SAE
+model.safetensors                                           only its statistics are read
+geometry.json, comparison.json                              beside an SAE, or over all of them
+*.png                                                       beside these, or in figures/
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hf_switch_sae.errors import SwitchSAEError
+from hf_switch_sae.hub.layout import FIGURES, read_json, saes_in
+
+CAPTIONS = {
+    "flops_fvu": "Operations per token against FVU; a step line joins those that no other of as "
+    "many active features beats",
+    "l0_fvu": "Active features per token against FVU",
+    "l0_ce_recovered": "Active features per token against cross entropy recovered",
+    "duplicates": "Share of features, and of activations, with a nearer neighbor than a cosine, "
+    "beside random vectors",
+    "similarity": "Mean largest decoder cosine from the features of one expert to those of another",
+    "alignment": "Cosines of encoder rows with the router's rows: their own expert's, and others'",
+    "maps": "t-SNE of encoder rows and of decoder rows, a color and a marker for each expert",
+    "load": "Share of each expert",
+    "density": "Histogram of features' firing rates",
+    "training": "FVU, dead features and balance of experts over training",
+}
+"""Figure -> what it shows, for those who don't see it."""
+
+_MAY_LACK = dict.fromkeys(("hookpoint", "base_model", "base_model_revision", "k", "source"))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one SAE of a release, or ("" without a config) of all of them."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Numbers only."""
+    measured_on: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    statistics: dict[str, float] = field(default_factory=dict)
+    """residual_norm, outlier_norm (left out: infinite), statistics_tokens, and of `feature_max` the
+    median and the largest; empty if not calibrated."""
+    geometry: dict[str, Any] = field(default_factory=dict)
+    comparison: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, str] = field(default_factory=dict)
+    """Name -> path within the release."""
+    described: tuple[int, str] | None = None
+    """A feature and the words that it is strongest on, for an example."""
+
+
+def facts_of(folder: Path) -> dict[str, Facts]:
+    """Subfolder -> what is known of the SAE in it.
+
+    Raises:
+        SwitchSAEError: a file that is damaged.
+    """
+    return {place: _facts(folder, place, config) for place, config in saes_in(folder).items()}
+
+
+def facts_over_all(folder: Path) -> Facts:
+    """What lies over all SAEs of a release: a comparison, and its figures."""
+    return Facts(
+        comparison=_of_format_1(folder / "comparison.json"), figures=_figures(folder, folder)
+    )
+
+
+def _facts(folder: Path, place: str, config: dict[str, Any]) -> Facts:
+    own = folder / place
+    told = read_json(own / "metrics.json")
+    held = told or config.get("metrics") or {}
+    words = read_json(own / "features.json")
+    described = [each for each in words if each.isdecimal() and words[each]]
+    several = (each for each in described if len(words[each]) > 1)
+    spoken = (each for each in several if all(map(_is_a_word, words[each])))
+    feature = next(spoken, next(iter(described), None))
+    return Facts(
+        config={**_MAY_LACK, **config},
+        metrics={
+            name: value
+            for name, value in held.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        },
+        measured_on=told.get("measured_on") or {},
+        run=read_json(own / "training.json"),
+        statistics=_statistics(own),
+        geometry=_of_format_1(own / "geometry.json"),
+        # one over all is shown once
+        comparison=_of_format_1(own / "comparison.json") if place else {},
+        figures=_figures(folder, own) if place else {},
+        described=None if feature is None else (int(feature), " ".join(words[feature])),
+    )
+
+
+def _is_a_word(text: str) -> bool:
+    """Whether it tells a reader something: no piece of a word, no sign, no number."""
+    return len(text) > 2 and text.isalpha()
+
+
+def _of_format_1(file: Path) -> dict[str, Any]:
+    held = read_json(file)
+    if held and held.get("format") != 1:
+        raise SwitchSAEError(
+            f"{file} is of format {held.get('format')!r}, not 1: write it again, or remove it."
+        )
+    return held
+
+
+def _figures(folder: Path, own: Path) -> dict[str, str]:
+    """PNG, as the Hub shows no SVG."""
+    found = {}
+    for name in CAPTIONS:
+        for file in (own / FIGURES / f"{name}.png", own / f"{name}.png"):
+            if file.is_file():
+                found[name] = file.relative_to(folder).as_posix()
+                break
+    return found
+
+
+def _statistics(own: Path) -> dict[str, float]:
+    found: dict[str, torch.Tensor] = {}
+    names = ("statistics_tokens", "residual_norm", "outlier_norm", "feature_max")
+    for file in sorted(own.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                there = set(tensors.keys())
+                found |= {name: tensors.get_tensor(name) for name in names if name in there}
+        except (SafetensorError, OSError) as err:
+            raise SwitchSAEError(f"{file} can't be read: {err}") from err
+    if set(names) - found.keys() or not int(found["statistics_tokens"]):
+        return {}
+    strengths = found.pop("feature_max").float()
+    numbers = {name: float(value) for name, value in found.items()}
+    if numbers["outlier_norm"] == float("inf"):
+        del numbers["outlier_norm"]
+    fired = strengths[strengths > 0]
+    if len(fired):
+        numbers |= {"median_max": float(fired.median()), "largest_max": float(fired.max())}
+    return numbers

@@ -1,0 +1,169 @@
+"""Releases on the Hugging Face Hub: a folder with a subfolder a hookpoint <-> a repository.
+
+    org/repo
+    ├── README.md                   the card
+    ├── recipes/<name>.json         edits
+    └── layers.15.resid_post/       one SAE: config.json, model.safetensors, metrics.json, ...
+
+A push is one commit, so a revision is a whole release. Large files are sent one by one before it:
+a push that was cut off sends only what is missing when it is run again.
+
+Beware A pull writes what was pushed and nothing else; the commit it is of lies in the client's own
+       `.cache` folder, not in the files.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+
+from hf_switch_sae.edits.recipe import Recipe
+from hf_switch_sae.errors import HubError
+from hf_switch_sae.hub.errors import plain_hub_errors
+from hf_switch_sae.hub.layout import in_checkpoint, recipe_path, saes_in
+from hf_switch_sae.hub.source import check_inside
+from hf_switch_sae.release.card import write_card
+from hf_switch_sae.sae.model import SwitchSAE
+
+_NEVER_PUSHED = {"__pycache__"}
+_PUSHED_THOUGH_HIDDEN = {".gitattributes"}
+
+
+def push(
+    release: str | Path | Mapping[str, SwitchSAE],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str = "main",
+    message: str | None = None,
+    recipes: Mapping[str, Recipe] | None = None,
+    create_card: bool = True,
+    token: str | None = None,
+) -> str:
+    """Publish a release in one commit, and its card with it.
+
+    Hidden files stay here, and nothing is deleted there. The card is written into the folder if
+    there is none; of one with marks (see `card`) the marked part is renewed, and one without is
+    left alone. The Hub checks it before anything is sent.
+
+    Args:
+        release: a folder with SAEs, or SAEs by subfolder (mostly their hookpoints).
+        repo_id: where to; created if it is not there. Without an owner: your own.
+        private: whether a new repository is private; None: as your account has it.
+        branch: which to commit to; created from main if it is not there.
+        message: of the commit.
+        recipes: further edits to publish, by name.
+        create_card: whether to write a card.
+        token: by default the one you are logged in with.
+
+    Returns:
+        The commit's id: the revision to load and to quote.
+
+    Raises:
+        HubError: the folder has no SAE, a link leads out of it, the card is not valid, or the Hub
+            refuses or can't be reached. What was sent is kept for the next try.
+    """
+    if isinstance(release, Mapping):
+        with tempfile.TemporaryDirectory() as staged:
+            save_all(release, staged)
+            options: dict[str, Any] = {"private": private, "branch": branch, "message": message}
+            options |= {"recipes": recipes, "create_card": create_card, "token": token}
+            return push(staged, repo_id, **options)
+    folder = Path(release)
+    if not saes_in(folder):
+        raise HubError(f"there is no SAE in {folder}: no config.json of one in it or below.")
+    api = HfApi(token=token)
+    repo_id = _with_owner(api, repo_id)
+    for name, recipe in (recipes or {}).items():
+        (folder / "recipes").mkdir(exist_ok=True)
+        recipe.save(folder / recipe_path(name))
+    if create_card:
+        write_card(folder, repo_id)
+    files = _files_to_push(folder)
+    with plain_hub_errors(repo_id, "push to"):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if branch != "main":
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+    if "README.md" in files:
+        _validate(files["README.md"], repo_id)
+    additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    with plain_hub_errors(repo_id, "push to"), warnings.catch_warnings():
+        # of geometry.parquet, which belongs to the SAE
+        warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
+        for addition in additions:  # each is kept by the Hub, whatever happens to the next
+            api.preupload_lfs_files(repo_id, [addition], revision=branch)
+        done = api.create_commit(
+            repo_id,
+            additions,
+            commit_message=message or f"Release {', '.join(saes_in(folder)) or 'an SAE'}",
+            revision=branch,
+        )
+    return str(done.oid)
+
+
+def save_all(saes: Mapping[str, SwitchSAE], folder: str | Path) -> None:
+    """Save SAEs side by side, each in the subfolder it is named by.
+
+    Raises:
+        ConversionError: a name that climbs out of the folder.
+    """
+    names = [check_inside(name, "the name of an SAE") for name in saes]
+    for name, sae in zip(names, saes.values(), strict=True):
+        sae.save_pretrained(Path(folder) / name)
+
+
+def push_recipe(recipe: Recipe, repo_id: str, name: str, token: str | None = None) -> str:
+    """Publish a recipe as `recipes/<name>.json`; returns the commit's id.
+
+    Raises:
+        HubError: a name that is no file name, or the Hub refuses or can't be reached.
+    """
+    path, api = recipe_path(name), HfApi(token=token)
+    repo_id = _with_owner(api, repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.json"
+        recipe.save(file)
+        with plain_hub_errors(repo_id, "push to"):
+            done = api.upload_file(
+                path_or_fileobj=file,
+                path_in_repo=path,
+                repo_id=repo_id,
+                commit_message=f"Add {path}",
+            )
+    return str(done.oid)
+
+
+def _with_owner(api: HfApi, repo_id: str) -> str:
+    """A repository's name; without an owner it is the user's own."""
+    if "/" in repo_id:
+        return repo_id
+    with plain_hub_errors(repo_id, "find out whose"):
+        return f"{api.whoami()['name']}/{repo_id}"
+
+
+def _files_to_push(folder: Path) -> dict[str, Path]:
+    """Path in the repository -> file, sorted."""
+    root, found = folder.resolve(), {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = {part for part in name.parts if part.startswith(".")} - _PUSHED_THOUGH_HIDDEN
+        if hidden or _NEVER_PUSHED & set(name.parts) or in_checkpoint(name) or not path.is_file():
+            continue
+        if root not in path.resolve().parents:
+            raise HubError(f"{path} is a link out of {folder}; put the file itself there.")
+        found[name.as_posix()] = path
+    return found
+
+
+def _validate(readme: Path, repo_id: str) -> None:
+    with plain_hub_errors(repo_id, "check the card of"):
+        try:
+            ModelCard.load(readme).validate()
+        except (ValueError, yaml.YAMLError) as err:
+            raise HubError(f"the card of {repo_id} ({readme}) is not valid: {err}") from err

@@ -1,0 +1,1 @@
+"""The Switch SAE itself: tokens -> SparseFeatures -> reconstruction, and its losses."""

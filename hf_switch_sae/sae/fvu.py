@@ -1,0 +1,170 @@
+"""What an SAE is trained on, from plain tensors to 0-d tensors with gradient.
+
+Weighted by which tokens count, never indexed by it: no shape depends on data, and nothing waits for
+the device.
+
+Beware no loss here is a mean over tokens, so the mean of the losses of two half batches is not the
+       loss of the whole. Where a batch is spread over processes or steps, each is given the sums
+       over the whole (`WholeBatch`), and its loss is its share: the shares add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_switch_sae import ops
+from hf_switch_sae.ops.precision import wide_dtype
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """What the losses of a part must know of the batch that it is a part of."""
+
+    tokens: Tensor
+    """0-d, how many tokens count."""
+    deviation: Tensor
+    """0-d, the squared deviation from the mean of the whole."""
+    chosen: Tensor | None
+    """[E], how often each expert is chosen; None with one expert."""
+
+    @classmethod
+    def of(cls, sums: Tensor, hidden_size: int) -> WholeBatch:
+        """From the `batch_sums` of all parts, added up."""
+        tokens, squares, total = sums[0], sums[1], sums[2 : 2 + hidden_size]
+        chosen = sums[2 + hidden_size :] if len(sums) > 2 + hidden_size else None
+        return cls(tokens, squares - total.square().sum() / tokens, chosen)
+
+    def to(self, dtype: torch.dtype) -> WholeBatch:
+        """The same in another dtype."""
+        chosen = None if self.chosen is None else self.chosen.to(dtype)
+        return WholeBatch(self.tokens.to(dtype), self.deviation.to(dtype), chosen)
+
+
+def batch_sums(
+    x: Tensor, counts: Tensor | None, expert_ids: Tensor | None, num_experts: int
+) -> Tensor:
+    """What adds up over the parts of a batch: tokens, their squares, their sum, experts chosen.
+
+    Args:
+        x: [n, d]. Squares are of the deviations from the part's mean first: no digits are lost.
+        counts: [n] bool, which tokens count; None for all.
+        expert_ids: [n, t]; None with one expert.
+
+    Returns:
+        [2 + d] or, with several experts, [2 + d + E], float64.
+    """
+    # in float64 the square of the mean can be taken off again without losing digits
+    widest = torch.float32 if x.device.type == "mps" else torch.float64
+    tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
+    mean = ops.column_sums(x, counts) / tokens.clamp_min(1)
+    _, squares = ops.squared_sums(x, None, mean, counts)
+    tokens, mean = tokens.to(widest), mean.to(widest)
+    head = torch.stack([tokens, squares.to(widest) + tokens * mean.square().sum()])
+    parts = [head, tokens * mean]
+    if expert_ids is not None:
+        weight = torch.ones(len(x), device=x.device) if counts is None else counts.float()
+        chosen = torch.zeros(num_experts, device=x.device)
+        chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(expert_ids.shape[1]))
+        parts.append(chosen.to(widest))
+    return torch.cat(parts)
+
+
+def fvu_of(
+    x: Tensor,
+    x_hat: Tensor,
+    counts: Tensor | None,
+    whole: WholeBatch | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Squared error over squared deviation from the mean, 0-d; nan under two tokens.
+
+    In float32, or float64 where the rows are.
+
+    Args:
+        x, x_hat: [n, d], floating; both are differentiated.
+        counts: [n] bool, which tokens count; None for all. Others may be nan or infinite.
+        whole: the batch that these are a part of, whose deviation is the one to divide by, as a
+            constant.
+        bias: [d], if it has been taken off x instead of being added to x_hat: only its gradient, as
+            a part of x_hat, is of interest.
+    """
+    # a compiler fuses the formula by itself
+    if torch.compiler.is_compiling() or ops.has_tangent(x, x_hat, bias):
+        return fvu_formula(x, x_hat, counts, whole, bias)
+    known = None if whole is None else whole.deviation
+    fvu: Tensor = _Fvu.apply(x, x_hat, counts, known, bias)  # type: ignore[no-untyped-call]
+    return fvu
+
+
+def fvu_formula(
+    x: Tensor,
+    x_hat: Tensor,
+    counts: Tensor | None,
+    whole: WholeBatch | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """What `fvu_of` computes, as it is written down."""
+    x, x_hat = (part.to(wide_dtype(x, x_hat)) for part in (x, x_hat))
+    x_hat = x_hat if bias is None else x_hat + (bias - bias.detach())
+    where = x.new_ones(len(x), 1, dtype=torch.bool) if counts is None else counts[:, None]
+    x, error, tokens = x.where(where, 0), (x - x_hat).where(where, 0), where.sum()
+    if whole is not None:
+        return error.square().sum() / whole.deviation
+    deviation = (x - x.sum(0) / tokens).where(where, 0)
+    fvu = error.square().sum() / deviation.square().sum()
+    return fvu.where(tokens > 1, torch.nan)
+
+
+class _Fvu(torch.autograd.Function):
+    """In few passes over the rows, where only x_hat needs a gradient, as in training."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_hat: Tensor,
+        counts: Tensor | None,
+        known: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        mean, tokens = None, len(x) if counts is None else counts.sum()
+        if known is None:
+            mean = ops.column_sums(x, counts) / tokens
+        error, deviation = ops.squared_sums(x, x_hat, mean, counts)
+        fvu: Tensor = error / (deviation if known is None else known)
+        if known is not None:
+            deviation = known
+        elif isinstance(tokens, Tensor):
+            fvu = fvu.where(tokens > 1, torch.nan)
+        elif tokens <= 1:
+            fvu = torch.full_like(fvu, torch.nan)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, x_hat, counts, mean, deviation, fvu)
+        return fvu
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, x_hat, counts, mean, deviation, fvu = ctx.saved_tensors
+        need_x, need_x_hat, *_, need_bias = ctx.needs_input_grad
+        scale = 2 * grad / deviation
+        d_x, d_x_hat, d_bias = None, None, None
+        if need_x_hat or need_bias:
+            d_x_hat, d_bias = ops.scaled_errors(x, x_hat, scale, counts, need_bias)
+        if need_x:
+            d_x, _ = ops.scaled_errors(x_hat, x, scale, counts, want_sums=False)
+            if mean is not None:  # whose own gradient is 0, as deviations add up to 0
+                rows = mean.expand_as(x)
+                d_x -= ops.scaled_errors(rows, x, scale * fvu, counts, want_sums=False)[0]
+        return (
+            d_x,
+            d_x_hat if need_x_hat else None,
+            None,
+            None,
+            None if d_bias is None else d_bias.to(ctx.bias_dtype),
+        )

@@ -1,0 +1,712 @@
+"""Residual stream -> SparseFeatures -> reconstruction: the Switch SAE as a `PreTrainedModel`.
+
+    logits = router.weight @ (s * x - b_router)          e = argmax,  p = softmax(logits)[e]
+    acts   = topk_k( p * relu(W_enc[e] @ (x - b_dec / s) + b_enc[e] / s) )
+    x_hat  = sum_j acts[j] * W_dec[ids[j]] + b_dec / s
+
+`s` is `input_scale`, a buffer: biases, router and thresholds live in the scaled units in which
+training is well conditioned, while `x`, `acts` and `x_hat` are in the language model's own. So an
+activation is exactly what is added along its decoder row, and no weight needs folding.
+
+With `input_norm` all of this happens to the normalized token, and what leaves is in the language
+model's units again: acts times the token's unit, x_hat times it plus what was taken away. So acts
+mean what they always do, and a reconstruction needs the token for its unit.
+
+In memory the experts lie in groups (`experts.py`); in the checkpoint `W_enc` and `W_dec` are one
+tensor each, however many groups there are.
+
+Beware transformers gives back buffers that are not persistent as uninitialised memory, so every
+buffer here is.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import initialization as init
+
+from hf_switch_sae import ops
+from hf_switch_sae.errors import AttachError, ConfigError, FeatureIdError, WidthError
+from hf_switch_sae.features import SparseFeatures, check_feature_ids
+from hf_switch_sae.lm.fingerprint import base_model_fields
+from hf_switch_sae.lm.hookpoints import resolve
+from hf_switch_sae.ops.precision import wide
+from hf_switch_sae.sae.calibration import RunningStatistics
+from hf_switch_sae.sae.config import SwitchSAEConfig
+from hf_switch_sae.sae.encoding import Encoded, Seen, _counted, _is_infinite, _mask_of, as_ordered
+from hf_switch_sae.sae.experts import (
+    ExpertGroup,
+    Experts,
+    Router,
+    normalize_rows,
+    project_rows,
+    register_checkpoint_layout,
+    row_blocks,
+)
+from hf_switch_sae.sae.fvu import WholeBatch, batch_sums, fvu_of
+from hf_switch_sae.sae.input_norm import normalized, unit_of
+from hf_switch_sae.sae.losses import (
+    balance_of,
+    count_features,
+    router_z_loss_of,
+    second_reconstruction,
+    training_losses,
+)
+from hf_switch_sae.sae.output import SwitchSAEOutput
+from hf_switch_sae.sae.single_token import plan_of
+
+_MEANS = ("router_z_loss", "router_best_expert_loss", "l1_loss", "auxk_loss")
+"""Losses that know their own part of a batch alone; the others are told of the whole."""
+_OTHER_LOSSES = ("router_aux_loss", *_MEANS, "second_expert_loss")
+"""All of `SwitchSAEOutput` but fvu; the coefficient of each is `<name>_coef` in the config."""
+
+
+class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """A sparse autoencoder with its features split over experts; the router picks each token's.
+
+    Parameters, E experts of m features over a residual stream of width d:
+        W_enc [E, m, d], W_dec [E, m, d] (one feature = one row in both), b_enc [E, m] or None,
+        b_dec [d], router.weight [E, d] and b_router [d] (with E > 1).
+    Buffers, all persistent, float32 but for the counts of tokens, which are int64:
+        input_scale [], threshold [F] (jumprelu, batch_topk), feature_max [F], feature_rate [F],
+        residual_norm [], statistics_tokens [] (how many tokens the last three were measured on;
+        0: not measured), outlier_norm [] (tokens with a larger norm, such as attention sinks, are
+        no input: they have no active feature, no part in the loss, and are not spliced),
+        num_tokens_since_fired [F] (training: tokens routed to the feature's expert since).
+
+    Args:
+        config: a SwitchSAEConfig.
+        expert_groups: G, a divisor of E or "each" for E: in how many modules the experts lie in
+            memory. Also an argument of `from_pretrained`, where an automatic `device_map` makes
+            "each" the default.
+
+    Raises:
+        ConfigError: expert_groups does not divide num_experts.
+
+    Source: Mudide et al. 2024, arXiv:2410.08201.
+    """
+
+    config_class = SwitchSAEConfig
+    config: SwitchSAEConfig
+    main_input_name = "hidden_states"
+    base_model_prefix = ""
+    input_modalities = ("residual_stream",)  # type: ignore[assignment]
+    _no_split_modules: ClassVar[list[str]] = ["ExpertGroup", "Router"]  # type: ignore[misc]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [  # type: ignore[misc]
+        "router",
+        "b_router",
+        "input_scale",
+        "threshold",
+        "feature_max",
+        "feature_rate",
+        "residual_norm",
+        "outlier_norm",
+    ]
+    input_scale: Tensor
+    threshold: Tensor
+    feature_max: Tensor
+    feature_rate: Tensor
+    residual_norm: Tensor
+    outlier_norm: Tensor
+    statistics_tokens: Tensor
+    num_tokens_since_fired: Tensor
+    # older checkpoints don't have it
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [  # type: ignore[misc]
+        "num_tokens_since_fired"
+    ]
+    # attach is a floor above and can't be imported from here, so it hands itself down
+    _open_session: ClassVar[Callable[..., Any] | None] = None
+    # likewise convert: what to do where there is no SAE of our own, and once one is loaded
+    _load_foreign: ClassVar[Callable[..., Any] | None] = None
+    _pin_revision: ClassVar[Callable[..., None] | None] = None
+
+    def __init__(self, config: SwitchSAEConfig, expert_groups: int | Literal["each"] = 1) -> None:
+        super().__init__(config)
+        groups = config.num_experts if expert_groups == "each" else expert_groups
+        if not isinstance(groups, int) or groups < 1 or config.num_experts % groups:
+            raise ConfigError(
+                f"expert_groups={groups} does not divide "
+                f"num_experts={config.num_experts}; choose one of "
+                f"{[g for g in range(1, config.num_experts + 1) if config.num_experts % g == 0]}."
+            )
+        self.experts = Experts(
+            groups,
+            config.num_experts,
+            config.features_per_expert,
+            config.hidden_size,
+            config.encoder_bias,
+        )
+        self.b_dec = nn.Parameter(torch.empty(config.hidden_size))
+        if config.num_experts > 1:
+            self.router = Router(config.num_experts, config.hidden_size)
+            self.b_router = nn.Parameter(torch.empty(config.hidden_size, dtype=torch.float32))
+        for name, shape in self._statistics_shapes(config).items():
+            dtype = torch.int64 if "tokens" in name else torch.float32
+            self.register_buffer(name, torch.empty(shape, dtype=dtype), persistent=True)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _statistics_shapes(config: SwitchSAEConfig) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_scale": (),
+            "residual_norm": (),
+            "outlier_norm": (),
+            "statistics_tokens": (),
+        }
+        for name in ("feature_max", "feature_rate", "num_tokens_since_fired"):
+            shapes[name] = (config.num_features,)
+        if config.activation in ("jumprelu", "batch_topk"):
+            shapes["threshold"] = (config.num_features,)
+        return shapes
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Encoder, router uniform within 1 / sqrt(d); decoder = encoder, unit rows; biases 0."""
+        bound = self.config.initializer_range or 1 / math.sqrt(self.config.hidden_size)
+        if isinstance(module, Router):
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, ExpertGroup):
+            init.uniform_(module.W_enc, -bound, bound)
+            init.copy_(module.W_dec, nn.functional.normalize(module.W_enc, dim=-1))
+            if module.b_enc is not None:
+                init.zeros_(module.b_enc)
+        elif isinstance(module, SwitchSAE):
+            init.zeros_(module.b_dec)
+            if self.config.num_experts > 1:
+                init.zeros_(module.b_router)
+            for name in self._statistics_shapes(self.config):
+                init.zeros_(getattr(module, name))
+            init.ones_(module.input_scale)
+            init.constant_(module.outlier_norm, math.inf)
+            if self.config.activation == "batch_topk":
+                init.constant_(module.threshold, -1.0)  # not known before training or calibrate()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SwitchSAE:
+        """As `PreTrainedModel.from_pretrained`, and `expert_groups`.
+
+        So it takes `subfolder`, `revision`, `dtype`, `device_map` and the like.
+
+        With `device_map="auto"` (or another automatic one) every expert becomes a module of its
+        own, so that the map can spread them over devices, CPU and disk; only the routed ones are
+        then brought in.
+
+        A checkpoint of another project is told by its files and converted; `config.source` says
+        from what. What its files don't tell is passed too: `k`, `layer`, `hookpoint` and what else
+        `from hf_switch_sae.formats import Given` has; `subfolder` may name a single file.
+
+        Raises:
+            OSError: there is no SAE at that address, or it can't be reached.
+            ConversionError: a checkpoint of another project that can't be taken over exactly.
+        """
+        if kwargs.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
+            kwargs.setdefault("expert_groups", "each")
+        with warnings.catch_warnings():
+            # accelerate takes our root parameters' names for modules'; they are placed all the same
+            warnings.filterwarnings(
+                "ignore", "The following device_map keys do not match", UserWarning
+            )
+            name = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+            try:
+                result = super().from_pretrained(*args, **kwargs)
+            except (OSError, ConfigError) as err:
+                if SwitchSAE._load_foreign is None:
+                    raise
+                return SwitchSAE._load_foreign(name, kwargs, err)  # type: ignore[no-any-return]
+        if SwitchSAE._pin_revision is not None:
+            SwitchSAE._pin_revision(result, name, kwargs)
+        return result
+
+    def train(self, mode: bool = True) -> SwitchSAE:
+        """As `nn.Module.train`; out of training, memory kept for gradients is given back."""
+        if not mode:
+            for group in self.experts:
+                for weight in (group.W_enc, group.W_dec):
+                    ops.release_gradient_of(weight)
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:
+        """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32,
+        or become float64."""
+        keep = ("router.", "b_router", *self._statistics_shapes(self.config))
+        named = [*self.named_parameters(), *self.named_buffers()]
+        kept = {id(tensor) for name, tensor in named if name.startswith(keep)}
+        kept |= {id(p.grad) for name, p in self.named_parameters() if name.startswith(keep)}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            lossless = torch.promote_types(moved.dtype, tensor.dtype) == moved.dtype
+            return moved if lossless or id(tensor) not in kept else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    @classmethod
+    def for_lm(cls, lm: nn.Module, at: int | str, **config: Any) -> SwitchSAE:
+        """A fresh SAE for a place in a language model: width, hookpoint, base model taken from it.
+
+        Args:
+            lm: any Hugging Face transformer, wrapped or not.
+            at: a layer, a hookpoint such as `layers.7.resid_post`, or a module path.
+            config: further fields of SwitchSAEConfig, e.g. `num_features=6144, num_experts=8`.
+
+        Raises:
+            HookpointError: there is no such place in `lm`.
+            ConfigError: fields that contradict each other.
+        """
+        place = resolve(lm, at)
+        known = {"hookpoint": place.name, **base_model_fields(lm)}
+        if place.blocks is not None and not place.blocks.decoding:  # a tower has a width of its own
+            own = getattr(getattr(place.blocks.owner, "config", None), "hidden_size", None)
+            known["hidden_size"] = own or known.get("hidden_size")
+        return cls(SwitchSAEConfig(**{**known, **config}))
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[E, m, d], encoder; with one expert group the parameter itself, else a joined copy."""
+        return self.experts.joined("W_enc")
+
+    @property
+    def W_dec(self) -> Tensor:
+        """[E, m, d], decoder, rows of length 1 after training; as for `W_enc`."""
+        return self.experts.joined("W_dec")
+
+    @property
+    def b_enc(self) -> Tensor | None:
+        """[E, m] or None, encoder bias in scaled units; as for `W_enc`."""
+        return self.experts.joined("b_enc") if self.config.encoder_bias else None
+
+    def decoder_rows(self, feature_ids: int | Sequence[int] | Tensor) -> Tensor:
+        """[len(feature_ids), hidden_size]: what each feature adds to the stream, per unit of act.
+
+        Raises:
+            FeatureIdError: an id outside 0 to num_features - 1.
+        """
+        ids = check_feature_ids(feature_ids, self.config.num_features).to(self.device)[:, None]
+        return self.experts.decode(torch.ones(ids.shape, dtype=self.dtype, device=self.device), ids)
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale every decoder row to length 1; call it after each optimizer step.
+
+        The length is measured in float32, or float64 where the rows are. Of an SAE that is sharded
+        over processes each scales the rows it holds.
+
+        Raises:
+            ConfigError: experts are offloaded, so that what is written to them would be lost; or
+                the decoder is sharded within its rows.
+        """
+        if any(group.W_dec.device.type == "meta" for group in self.experts):
+            raise ConfigError("offloaded experts can't be changed: load the SAE without offload.")
+        for group in self.experts:
+            for (rows,) in row_blocks(group.W_dec):
+                normalize_rows(rows)
+
+    @torch.no_grad()
+    def project_decoder_grad(self) -> None:
+        """Remove each decoder row's gradient along the row, so that a step keeps its length.
+
+        Raises:
+            ConfigError: the decoder is sharded within its rows.
+        """
+        for group in self.experts:
+            if group.W_dec.grad is not None:
+                for grads, rows in row_blocks(group.W_dec.grad, group.W_dec):
+                    project_rows(grads, rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go and features appear: the device of `b_dec`, wherever the experts lie."""
+        return self.b_dec.device
+
+    def encode(self, hidden_states: Tensor) -> SparseFeatures:
+        """Features of floating hidden_states [..., hidden_size]: acts and ids [..., slots].
+
+        Raises:
+            WidthError: the last dimension is not `hidden_size`.
+            ConfigError: a batch_topk SAE without a threshold, outside training.
+        """
+        if (plan := plan_of(self, self.config, hidden_states)) is not None:
+            if hidden_states.shape[-1] != plan.width:
+                self._check_width(hidden_states)
+            acts, ids = plan.encode(hidden_states.cpu())
+            return SparseFeatures(acts, ids, plan.num_features)
+        return self._features(self._encode(hidden_states), hidden_states.shape)
+
+    def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
+        """Reconstruction [..., hidden_size] of features: linear in the activations, plus `b_dec`.
+
+        In the SAE's dtype and on its device.
+
+        Args:
+            features: [...].
+            hidden_states: [..., hidden_size] the features are of, for their units; only an SAE with
+                `input_norm` needs them.
+
+        Raises:
+            ConfigError: it needs them, and they are not given.
+            FeatureIdError: features of a dictionary of another width; on a CPU also an id of no
+                feature. A GPU is not waited for to see its ids.
+        """
+        if (plan := plan_of(self, self.config, features.acts)) is not None:
+            _check_dictionary(features, plan.num_features)
+            return plan.decode(features.acts.cpu(), features.ids.cpu())
+        delta, bias = self.decode_delta(features), self._bias()
+        norm = self.config.input_norm
+        if norm != "none":
+            if hidden_states is None:
+                raise ConfigError(
+                    f"with input_norm={norm!r} a reconstruction depends on the token's own unit: "
+                    "pass the stream too, decode(features, hidden_states)."
+                )
+            bias = unit_of(hidden_states.to(delta.device), norm).back(bias)
+        return delta.add_(bias.to(delta.dtype))
+
+    def decode_delta(self, features: SparseFeatures) -> Tensor:
+        """sum_j acts[..., j] * W_dec[ids[..., j]], [..., hidden_size], without `b_dec`.
+
+        Linear in the activations, which may have any sign. In the SAE's dtype and on its device.
+
+        Raises:
+            FeatureIdError: as `decode`.
+        """
+        _check_dictionary(features, self.config.num_features)
+        acts = features.acts.to(self.b_dec.device, self.b_dec.dtype).reshape(-1, features.k)
+        ids = features.ids.to(acts.device).reshape(acts.shape)
+        return self.experts.decode(acts, ids).reshape(*features.shape, self.b_dec.shape[0])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        whole_batch: WholeBatch | None = None,
+    ) -> SwitchSAEOutput | tuple[Any, ...]:
+        """Reconstruct tokens, with the loss to train on.
+
+        Args:
+            hidden_states: [..., hidden_size], floating, in the LM's own units.
+            attention_mask: [...], nonzero for the tokens that count in the losses; all by default,
+                outliers excepted. In training a batch_topk SAE gives the others no features.
+            return_dict: False for a plain tuple.
+            whole_batch: of which batch these tokens are a part, where it is spread over processes
+                or steps: `WholeBatch.of` its parts' `batch_sums`, added up. The losses are then
+                this part's shares of those of the whole.
+
+        Raises:
+            WidthError: the last dimension is not `hidden_size`.
+            ValueError: a mask that is not of these tokens.
+        """
+        self._check_width(hidden_states)
+        mask = _mask_of(hidden_states, attention_mask)
+        if mask is not None:
+            # masked tokens may be nan, and nan times no gradient would still be nan
+            hidden_states = hidden_states.where(mask[..., None] | hidden_states.isfinite(), 0)
+        code = self._encode(hidden_states, sort=True, mask=mask)
+        counts = code.counts
+        y = self.experts.decode(code.acts, code.ids, in_order=code.order is not None)
+        fvu, reconstruction = self._error(code, y, hidden_states, whole_batch)
+        losses: dict[str, Tensor] = {}
+        if code.router is not None:
+            logits, probs, expert_ids = code.router
+            losses["router_aux_loss"] = balance_of(probs, expert_ids, counts, whole_batch)
+            if self.config.router_z_loss_coef:
+                losses["router_z_loss"] = router_z_loss_of(logits, counts)
+        y2 = None
+        if self.training:
+            if code.router is not None and self.config.second_expert_loss_coef:
+                y2 = second_reconstruction(self, code, code.router)
+            losses |= training_losses(self, code, y, y2)
+            self._follow(code)
+        if whole_batch is not None:  # these are of this part, which is a share of the whole
+            share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
+            losses |= {name: losses[name] * share for name in _MEANS if name in losses}
+        if y2 is not None:
+            losses["second_expert_loss"], _ = self._error(code, y2, hidden_states, whole_batch)
+        loss = self.config.fvu_loss_coef * fvu
+        for name, value in losses.items():
+            loss = loss + getattr(self.config, f"{name}_coef") * value
+        none = torch.zeros_like(fvu)
+        output = SwitchSAEOutput(
+            loss=loss,
+            reconstruction=reconstruction.reshape(hidden_states.shape).to(hidden_states),
+            features=self._features(code, hidden_states.shape),
+            router_logits=None if code.router is None else code.router[0],
+            fvu=fvu,
+            **{name: losses.get(name, none) for name in _OTHER_LOSSES},
+        )
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _error(
+        self, code: Encoded, y: Tensor, hidden_states: Tensor, whole: WholeBatch | None
+    ) -> tuple[Tensor, Tensor]:
+        """FVU and reconstruction [n, d], in the LM's units whatever the SAE reads."""
+        add = torch.add if code.places is None else Tensor.add_
+        reconstruction = add(as_ordered(y, code.places), code.bias.to(y.dtype))
+        if code.unit is None:
+            return fvu_of(code.z, y, code.counts_in_order, whole, code.bias), reconstruction
+        reconstruction = code.unit.back(reconstruction)
+        x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
+        return fvu_of(x, reconstruction, code.counts, whole), reconstruction
+
+    @torch.no_grad()
+    def batch_sums(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What `forward`'s losses need of a part of a batch to add up over parts.
+
+        Args:
+            hidden_states: [..., hidden_size].
+            attention_mask: [...], as `forward` gets it.
+
+        Raises:
+            WidthError, ValueError: as `forward`.
+        """
+        self._check_width(hidden_states)
+        x, expert_ids, e = self._rows_of(hidden_states), None, self.config.num_experts
+        mask = _mask_of(hidden_states, attention_mask)
+        mask = None if mask is None else mask.reshape(-1).to(self.device)
+        counts = _counted(self._outliers_among(x), mask)
+        if e > 1:
+            t, norm = self.config.num_experts_per_token, self.config.input_norm
+            seen = x if norm == "none" else normalized(x, norm)[0]
+            expert_ids = self.router(seen, self.b_router, self.input_scale, t)[2]
+        return batch_sums(x, counts, expert_ids, e)
+
+    def dead_features(self) -> Tensor:
+        """[num_features] bool: not active on the last `dead_after_tokens` tokens of their expert.
+
+        Counted in training (`num_tokens_since_fired`); of a released SAE, as training left it.
+        """
+        return self.num_tokens_since_fired >= self.config.dead_after_tokens
+
+    def is_outlier(self, hidden_states: Tensor) -> Tensor:
+        """Tokens whose norm is over `outlier_norm`: hidden_states [..., hidden_size] -> [...]."""
+        norm: Tensor = hidden_states.float().norm(dim=-1)
+        return norm > self.outlier_norm.to(hidden_states.device)
+
+    def _bias(self) -> Tensor:
+        """`b_dec` in the LM's own units, float32."""
+        return wide(self.b_dec) / self.input_scale
+
+    def _rows_of(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden_size] -> [n, hidden_size] where the SAE is."""
+        return hidden_states.reshape(-1, len(self.b_dec)).to(self.device)
+
+    def _encode(
+        self, hidden_states: Tensor, sort: bool = False, mask: Tensor | None = None
+    ) -> Encoded:
+        """The tokens' code; with `sort`, in the order of experts where each has one.
+
+        `mask` [...] bool: of which tokens batch_topk takes its activations in training.
+        """
+        self._check_width(hidden_states)
+        x, config = self._rows_of(hidden_states), self.config
+        bias, unit = self._bias(), None
+        fixed, centered = bias.detach(), config.subtract_b_dec
+        outlier = self._outliers_among(x)
+        if config.input_norm != "none":
+            x, unit = normalized(x, config.input_norm)
+        mask = None if mask is None else mask.reshape(-1).to(self.device)
+        counts = in_order = _counted(outlier, mask)
+        if outlier is not None:  # encoded as nothing: it may be infinite
+            x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
+        router, order, places, gates = None, None, None, None
+        if config.num_experts == 1:
+            expert_ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        else:
+            router = self.router(x, self.b_router, self.input_scale, config.num_experts_per_token)
+            expert_ids, gates = router[2], self._gates(router[1], router[2])
+        one_each = config.num_experts > 1 and config.num_experts_per_token == 1
+        if sort and one_each and len(self.experts) == 1 and len(x) > 1:
+            order, _ = ops.sort_by_expert(expert_ids, config.num_experts)
+            places = torch.empty_like(order)
+            places[order] = torch.arange(len(order), device=order.device)
+            # not by indexing: the gradient of that sorts what lies in order already
+            x, expert_ids = x.index_select(0, order), expert_ids.index_select(0, order)
+            gates = None if gates is None else gates.index_select(0, order)
+            in_order = None if counts is None else counts.index_select(0, order)
+        # less a constant: the bias gets its gradient by column sums, so that none of z is needed
+        ours = order is not None and centered and not x.requires_grad and x.dtype == fixed.dtype
+        z = x.sub_(fixed) if ours else x - fixed
+        x = z if centered else x
+        in_batch = config.activation == "batch_topk" and self.training
+        threshold = self._threshold_in_use()
+        acts, ids = self.experts.encode(
+            x,
+            expert_ids,
+            gates,
+            config.k if config.activation != "batch_topk" or in_batch else None,
+            threshold,
+            in_batch,
+            bias if centered else None,
+            self.input_scale,
+            in_order=order is not None,
+            counts=in_order if in_batch else None,
+        )
+        if outlier is not None:  # a bias may still have made it active
+            acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
+        seen = Seen(x, expert_ids, gates)
+        return Encoded(
+            z, bias, acts, ids, order, places, router, counts, in_order, threshold, seen, unit
+        )
+
+    def _check_width(self, hidden_states: Tensor) -> None:
+        width = self.b_dec.shape[0]
+        if hidden_states.shape[-1] != width:
+            raise WidthError(
+                f"the SAE reads a residual stream of width {width}; this one is "
+                f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
+            )
+
+    def _features(self, code: Encoded, shape: torch.Size) -> SparseFeatures:
+        """The code as the tokens came; shape [..., hidden_size] is theirs."""
+        acts, ids = as_ordered(code.acts, code.places), as_ordered(code.ids, code.places)
+        if code.unit is not None:
+            acts = (acts * code.unit.scale).to(acts.dtype)
+        return SparseFeatures(acts, ids, self.config.num_features).reshape(*shape[:-1])
+
+    def _outliers_among(self, x: Tensor) -> Tensor | None:
+        """[n] bool of x [n, d]; None where it costs nothing to see that there are none."""
+        if torch.compiler.is_compiling():
+            return self.is_outlier(x)
+        if _is_infinite(self.outlier_norm):
+            return None
+        found = self.is_outlier(x)
+        return found if x.device.type != "cpu" or found.any() else None
+
+    def _gates(self, probs: Tensor, expert_ids: Tensor) -> Tensor | None:
+        if not self.config.apply_router_probs:
+            return None
+        gates = probs.gather(1, expert_ids)
+        return gates / gates.sum(1, keepdim=True) if self.config.norm_topk_prob else gates
+
+    def _threshold_in_use(self) -> Tensor | None:
+        """[E, m] in scaled units, or None where the activation rule has none now."""
+        rule = self.config.activation
+        if rule not in ("jumprelu", "batch_topk") or (rule == "batch_topk" and self.training):
+            return None
+        if rule == "batch_topk":
+            message = (
+                "this batch_topk SAE has no threshold yet, so it can't encode outside training: "
+                "train it, or call calibrate() on batches of the residual stream."
+            )
+            known = self.threshold[0] >= 0
+            if torch.compiler.is_compiling():
+                torch._assert_async(known, message)
+            elif not known:
+                raise ConfigError(message)
+        return self.threshold.reshape(self.config.num_experts, -1)
+
+    @torch.no_grad()
+    def _follow(self, code: Encoded, weight: float = 0.01) -> None:
+        """Count which features a batch of training had; of batch_topk also move the threshold, a
+        running mean of the smallest activation kept, in scaled units."""
+        acts = code.acts
+        if not len(acts):
+            return
+        count_features(self, code)
+        if self.config.activation != "batch_topk":
+            return
+        smallest = acts.where(acts > 0, torch.inf).amin().float() * self.input_scale
+        followed = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, weight))
+        self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Measure what calibrated edits and checks rest on, and store it in the buffers.
+
+        Sets feature_max (largest activation, LM units), feature_rate (share of tokens where
+        active), residual_norm (median token norm, LM units) and statistics_tokens; for a batch_topk
+        SAE also `threshold`, so that on average k features are active. The model is changed only
+        when all batches have been read.
+
+        Args:
+            batches: residual streams [..., hidden_size] of the language model; outliers (see
+                `outlier_norm`) are left out. For a batch_topk SAE they are read twice, so all are
+                held in memory.
+
+        Raises:
+            ValueError: no tokens at all.
+            WidthError: the last dimension is not `hidden_size`.
+        """
+        found = RunningStatistics(self.config.num_features, self.device)
+        batches = (batch[~self.is_outlier(batch)] for batch in batches)
+        with self._in_mode(training=False), self._restored_on_error():
+            if self.config.activation == "batch_topk":
+                batches = list(batches)
+                self._set_threshold(batches)
+            for batch in batches:
+                found.add(self.encode(batch), batch)
+            if not found.tokens:
+                raise ValueError(
+                    "calibrate() got no tokens: give at least one batch of the residual stream."
+                )
+        self.feature_max.copy_(found.maximum)
+        self.feature_rate.copy_(found.rate())
+        self.residual_norm.copy_(found.median_norm())
+        self.statistics_tokens.fill_(found.tokens)
+
+    def _set_threshold(self, batches: Iterable[Tensor]) -> None:
+        """batch_topk: the mean of the batches' borders."""
+        borders = []
+        with self._in_mode(training=True):
+            for batch in batches:
+                acts = self._encode(batch).acts
+                if (acts > 0).any():
+                    borders.append(acts[acts > 0].amin().float() * self.input_scale)
+        if borders:
+            self.threshold.fill_(torch.stack(borders).mean())
+
+    @contextmanager
+    def _restored_on_error(self) -> Iterator[None]:
+        before = self.threshold.clone() if self.config.activation == "batch_topk" else None
+        try:
+            yield
+        except BaseException:
+            if before is not None:
+                self.threshold.copy_(before)
+            raise
+
+    @contextmanager
+    def _in_mode(self, training: bool) -> Iterator[None]:
+        """batch_topk has one rule in training and another outside: choose one for a while."""
+        was_training = self.training
+        self.train(training)
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    def attach(self, lm: nn.Module, at: int | str | None = None, **options: Any) -> Any:
+        """Attach to a running language model; returns the `Session`. Options as of `attach`.
+
+        Args:
+            lm: the transformer, wrapped or not.
+            at: layer, hookpoint or module path; the SAE's own `config.hookpoint` by default.
+
+        Raises:
+            AttachError: the SAE does not fit (width, base model, place), with `lm` untouched.
+            HookpointError: no such place.
+        """
+        if SwitchSAE._open_session is None:
+            raise AttachError("import hf_switch_sae as a whole: its attach module is not loaded.")
+        return SwitchSAE._open_session(lm, self, at=at, **options)
+
+
+def _check_dictionary(features: SparseFeatures, num_features: int) -> None:
+    if features.num_features != num_features:
+        raise FeatureIdError(
+            f"these are of a dictionary of {features.num_features} features, "
+            f"and this SAE has {num_features}: they are another SAE's."
+        )
+
+
+register_checkpoint_layout(SwitchSAEConfig.model_type)
+AutoConfig.register(SwitchSAEConfig.model_type, SwitchSAEConfig, exist_ok=True)
+AutoModel.register(SwitchSAEConfig, SwitchSAE, exist_ok=True)

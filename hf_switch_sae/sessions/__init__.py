@@ -1,0 +1,1 @@
+"""SAEs attached to a running language model: read, edit, record."""

@@ -1,0 +1,180 @@
+"""SAEs onto a running model: the only room that registers hooks and removes every trace of them.
+
+One hook a place, shared by all sessions: each tap sees the residual stream as it arrived, and what
+the taps want added is added once. So the order in which sessions were opened does not matter.
+Beside the places, the module that owns the blocks gets a hook that notes its arguments (for
+positions), and `generate` of this one model object is shadowed by a function that notes what it was
+given; both go with the last session.
+
+Beware transformers records hidden states through hooks of its own: ours are prepended, or their
+       edit would be missing there. Dynamo does not look for new hooks on code it has compiled:
+       adding one resets it. Hooks take device and dtype from the stream, never from a block's
+       weights, which may be on `meta` under accelerate.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_switch_sae.errors import AttachError, HookpointError, WidthError
+from hf_switch_sae.lm.fingerprint import check_base_model
+from hf_switch_sae.lm.hookpoints import (
+    Hookpoint,
+    resolve,
+    unwrap,
+)
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.sessions.board import _BOARD, _LOCK, _Board
+from hf_switch_sae.sessions.session import AttachedSAE, Session
+from hf_switch_sae.sessions.tap import Tap
+
+
+def attach(
+    lm: nn.Module,
+    saes: SwitchSAE | Mapping[int | str, SwitchSAE],
+    at: int | str | None = None,
+    *,
+    splice: bool = False,
+    allow_mismatch: bool = False,
+    all_threads: bool | None = None,
+) -> Session:
+    """Attach one SAE, or several at once, to a running language model.
+
+    Without edits the model computes bit for bit what it did before. Use it as a context manager, or
+    call `detach()`. Attach before `generate` is called, not from within it: a call under way is not
+    known, so `positions="generated"` and `rows=` would not apply to it.
+
+    Args:
+        lm: any Hugging Face transformer, wrapped (PEFT, DDP, torch.compile, accelerate) or not.
+        saes: an SAE, or {place: SAE}.
+        at: the place of a single SAE: layer, hookpoint or module path; its own `config.hookpoint`
+            by default.
+        splice: replace the residual stream by the SAE's reconstruction (edits still apply).
+        allow_mismatch: accept another language model than the SAE was trained on.
+        all_threads: whether the session also acts in threads without a session of their own on this
+            model; by default if it is opened in the main thread.
+
+    Raises:
+        WidthError, BaseModelError, AttachError: the SAE does not fit.
+        HookpointError: no such place, or none given.
+        EditError: two splices at one place.
+
+    All of them are raised before anything was changed.
+    """
+    root = _root_of(lm)
+    taps: dict[str, Tap] = {}
+    for sae, place in _places(root, saes, at):
+        _check_fit(root, sae, place, allow_mismatch)
+        if place.name in taps:
+            raise AttachError(
+                f"two SAEs are given for {place.name}; open a second session for the second one."
+            )
+        taps[place.name] = Tap(sae, place, splice)
+    if all_threads is None:
+        all_threads = threading.current_thread() is threading.main_thread()
+    with _LOCK:
+        board = root.__dict__.get(_BOARD) or _Board(root)
+        return board.open(lm, taps, all_threads)
+
+
+def status(lm: nn.Module) -> list[AttachedSAE]:
+    """Every SAE attached to a model, by all sessions and threads, with its live edits; or [].
+
+    Raises:
+        AttachError: `lm` is no module.
+    """
+    board = _root_of(lm).__dict__.get(_BOARD)
+    return (
+        [] if board is None else [line for session in board.sessions for line in session.status()]
+    )
+
+
+def detach(lm: nn.Module) -> int:
+    """Detach every session of a model, such as one whose variable is lost; returns how many.
+
+    Raises:
+        AttachError: `lm` is no module.
+    """
+    board = _root_of(lm).__dict__.get(_BOARD)
+    sessions = () if board is None else board.sessions
+    for session in sessions:
+        session.detach()
+    return len(sessions)
+
+
+def _root_of(lm: nn.Module) -> nn.Module:
+    if not isinstance(lm, nn.Module):
+        raise AttachError(f"a language model is a torch.nn.Module; got {lm!r}.")
+    return unwrap(lm)
+
+
+def _places(
+    root: nn.Module, saes: SwitchSAE | Mapping[int | str, SwitchSAE], at: int | str | None
+) -> list[tuple[SwitchSAE, Hookpoint]]:
+    for sae in saes.values() if isinstance(saes, Mapping) else (saes,):
+        if not isinstance(sae, SwitchSAE):
+            raise AttachError(
+                f"attach takes a SwitchSAE, or {{place: SwitchSAE}}; got {type(sae).__name__}. "
+                "Of a compiled or wrapped SAE, pass the SwitchSAE inside."
+            )
+    if isinstance(saes, Mapping):
+        if at is not None:
+            raise AttachError(
+                "with several SAEs the places are the keys of the mapping; leave `at` out."
+            )
+        if not saes:
+            raise AttachError("no SAE to attach: the mapping is empty.")
+        return [(sae, resolve(root, place)) for place, sae in saes.items()]
+    where = saes.config.hookpoint if at is None else at
+    if where is None:
+        raise HookpointError(
+            "the SAE's config names no hookpoint: pass at=, e.g. at=15 or at='model.layers.15'."
+        )
+    return [(saes, resolve(root, where))]
+
+
+def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch: bool) -> None:
+    if not sae.dtype.is_floating_point or sae.dtype.itemsize < 2:
+        raise AttachError(
+            f"the SAE's weights are {sae.dtype}; load it as float32, bfloat16 or float16."
+        )
+    if sae.b_dec.device.type == "meta":
+        raise AttachError(
+            "the SAE has no weights, it is on the meta device: load it with from_pretrained."
+        )
+    if sae.training and sae.config.activation == "batch_topk":
+        raise AttachError(
+            "a batch_topk SAE in training mode selects across the batch: call sae.eval() first."
+        )
+    wanted = sae.config.hidden_size
+    if (width := _width(place, wanted)) is not None:
+        raise WidthError(
+            f"the residual stream of {type(root).__name__} at {place.name} is {width} wide; "
+            f"the SAE reads {wanted}."
+        )
+    if not allow_mismatch:
+        check_base_model(root, sae.config.base_model, sae.config.base_model_fingerprint)
+
+
+def _width(place: Hookpoint, wanted: int) -> int | None:
+    """The width of a block's stream if it can't be `wanted`; None if it can, or a forward tells.
+
+    Blocks of one stream hold norms of its width. A stream of several lanes is wider than its config
+    says, and then so is a norm.
+    """
+    if place.blocks is None or place.module not in place.blocks.blocks:
+        return None
+    config: Any = getattr(place.blocks.owner, "config", None)
+    if place.blocks.decoding and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    width = getattr(config, "hidden_size", None)
+    parameters = place.module.named_parameters()
+    norms = {p.shape[0] for name, p in parameters if p.ndim == 1 and name.endswith("weight")}
+    return width if width in norms and wanted not in norms else None
+
+
+SwitchSAE._open_session = staticmethod(attach)

@@ -1,0 +1,74 @@
+"""Which call of generate a forward pass belongs to, and what it was given."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_switch_sae.lm.hooks import _untraced
+from hf_switch_sae.lm.positions import Call, Generation
+
+_DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
+
+
+class _Flow(threading.local):
+    """What the calls under way in this thread were given."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Call] = {}
+        self.generation: Generation | None = None
+        self.read_only = False
+
+
+class _Owner:
+    """Notes what a module that owns blocks is called with, while it runs."""
+
+    def __init__(self, module: nn.Module, flow: _Flow, is_root: bool) -> None:
+        parameters = inspect.signature(type(module).forward).parameters
+        names = [name for name in parameters if name != "self"]
+
+        @_untraced
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            flow.calls[id(module)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
+
+        @_untraced
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            call = flow.calls.pop(id(module), None)
+            if is_root and call is not None and flow.generation is not None:
+                flow.generation.seen += call.length
+
+        self._handles = (
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
+    """What `generate` was given: rows, and the prompt's columns where they can be told before."""
+    given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+    # A row of a text may have several images, or parts of them, so what is text comes first.
+    named = [given.get(name) for name in ("inputs_embeds", "input_ids", "inputs", "attention_mask")]
+    encoded = (given.get("encoder_outputs") or [None])[0]
+    candidates = (*named, encoded, *given.values())
+    tensors = [value for value in candidates if isinstance(value, Tensor) and value.ndim >= 2]
+    rows = tensors[0].shape[0] if tensors else None
+    is_pair = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
+    names = ("decoder_input_ids",) if is_pair else ("inputs_embeds", "input_ids", "inputs")
+    prompt = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
+    is_text = prompt is not None and (
+        prompt.ndim == 2 or (prompt.ndim == 3 and prompt is given.get("inputs_embeds"))
+    )
+    columns = prompt.shape[1] if is_text and prompt is not None else None
+    defaults = given.get("generation_config") or getattr(root, "generation_config", None)
+    options = (given, vars(defaults) if defaults is not None else {})
+    drafted = any(each.get(name) for each in options for name in _DRAFTS)
+    if is_pair:  # `generate` may put a start token in front, which the first forward shows
+        columns = 1 if drafted and prompt is None else None
+    return Generation(rows=rows, columns=columns, drafted=drafted)

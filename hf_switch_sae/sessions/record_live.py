@@ -1,0 +1,182 @@
+"""Features recorded while a session runs: what comes by, pass by pass -> documents in a store.
+
+How    A batch row that starts at position 0 is a new document. One that goes on, as under a KV
+       cache, is more of the document it goes on with; one that goes back (rejected drafts) replaces
+       what it had from there. So plain forwards and `generate` need no telling apart.
+Beware A document is written when its row starts another one, or at the end of the recording: what
+       a killed process had open is lost. Beam search moves texts from row to row, so it is refused
+       (by `attach`, before `generate` runs). A forward by `inputs_embeds` alone has tokens of -1.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_switch_sae.errors import StoreError
+from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.sessions.provenance import provenance_of
+from hf_switch_sae.store import FeatureStore, TokenRows
+
+
+class _Recordable(Protocol):
+    sae: SwitchSAE
+    recorder: Any
+
+
+class LiveRecorder:
+    """Puts what comes by at one hookpoint together to documents, and writes them to a store.
+
+    Args:
+        store: a store of sessions, made with `dataset=None`.
+        shard_tokens: finished documents are written when they have so many tokens together.
+        ends: (pad, eos ids): padding that `generate` puts after the end of a text is left out.
+    """
+
+    def __init__(
+        self, store: FeatureStore, shard_tokens: int, ends: tuple[int | None, set[int]]
+    ) -> None:
+        self._store, self._shard_tokens = store, shard_tokens
+        self._pad, self._eos = ends
+        self._open: dict[int, _Text] = {}
+        self._done: list[TokenRows] = []
+        self._lock = threading.Lock()
+
+    def add(self, features: SparseFeatures, position: Tensor, token: Tensor | None) -> None:
+        """Note one pass.
+
+        Args:
+            features: [B, T], none of padding.
+            position: [B, T] int64, absolute; -1 for padding.
+            token: [B, T] int64 token ids, or None if they are not known; fewer columns, if the
+                stream begins with virtual tokens.
+
+        Raises:
+            StoreError: several vectors a token, an act too large for a store, or no room.
+        """
+        at = position.cpu()
+        real = at >= 0
+        if bool(((at[:, 1:] == at[:, :-1]) & real[:, 1:]).any()):
+            raise StoreError("this stream has several vectors a token; a store has one row each.")
+        ids = _last_columns(token, at)
+        layout = self._store.provenance.layout
+        with self._lock:
+            for row in range(len(at)):
+                here = real[row]
+                if not here.any():
+                    continue
+                places = at[row][here].numpy()
+                tokens = ids[row][here].numpy()
+                some = features[row][here.to(features.device)]
+                new = TokenRows.of(some, np.zeros_like(places), places, tokens, layout)
+                self._extend(row, new)
+            if sum(map(len, self._done)) >= self._shard_tokens:
+                self._write()
+
+    def close(self) -> None:
+        """Write what is open."""
+        with self._lock:
+            for row in list(self._open):
+                self._finish(row)
+            self._write()
+
+    def _extend(self, row: int, new: TokenRows) -> None:
+        text, start = self._open.get(row), int(new.position[0])
+        if start == 0 or text is None or start > text.length:
+            self._finish(row)
+            text = self._open[row] = _Text()
+        text.add(new)
+
+    def _finish(self, row: int) -> None:
+        if (text := self._open.pop(row, None)) is not None:
+            rows = TokenRows.cat(text.parts)
+            token = rows.token
+            stop = len(token)
+            while (
+                self._pad is not None
+                and stop > 1
+                and token[stop - 1] == self._pad
+                and (token[stop - 2] == self._pad or int(token[stop - 2]) in self._eos)
+            ):
+                stop -= 1
+            self._done.append(rows.take(np.arange(stop)))
+
+    def _write(self) -> None:
+        if self._done:
+            self._store.append_documents(self._done)
+            self._done = []
+
+
+def _last_columns(token: Tensor | None, position: Tensor) -> Tensor:
+    """Token ids [B, T] of a stream that may begin with virtual tokens; -1 where not known."""
+    missing = 0 if token is None else position.shape[1] - token.shape[1]
+    if token is None or len(token) != len(position) or missing < 0:
+        return torch.full_like(position, -1)
+    return nn.functional.pad(token.cpu(), (missing, 0), value=-1)
+
+
+class _Text:
+    """One document so far."""
+
+    def __init__(self) -> None:
+        self.parts: list[TokenRows] = []
+        self.length = 0
+
+    def add(self, new: TokenRows) -> None:
+        start = int(new.position[0])
+        while self.parts and int(self.parts[-1].position[-1]) >= start:
+            last = self.parts.pop()
+            if (keep := int((last.position < start).sum())) > 0:
+                self.parts.append(last.take(np.arange(keep)))
+                break
+        self.parts.append(new)
+        self.length = int(new.position[-1]) + 1
+
+
+@contextmanager
+def recording(
+    lm: nn.Module,
+    taps: Mapping[str, _Recordable],
+    folder: Path,
+    tokenizer: Any,
+    lm_revision: str | None,
+    shard_tokens: int,
+) -> Iterator[FeatureStore | dict[str, FeatureStore]]:
+    """While open, every pass by the taps is recorded; what `Session.record` does."""
+    stores: dict[str, FeatureStore] = {}
+    for name, tap in taps.items():
+        if tap.recorder is not None:
+            raise StoreError(f"{name} is being recorded already: one recording at a time.")
+        provenance = provenance_of(lm, tap.sae, name, tokenizer=tokenizer, lm_revision=lm_revision)
+        path = folder if len(taps) == 1 else folder / name
+        stores[name] = FeatureStore.create(path, provenance)
+    recorders = {n: LiveRecorder(store, shard_tokens, _ends(lm)) for n, store in stores.items()}
+    for name, tap in taps.items():
+        tap.recorder = recorders[name]
+    try:
+        yield next(iter(stores.values())) if len(stores) == 1 else stores
+    finally:
+        for tap in taps.values():
+            tap.recorder = None
+        with ExitStack() as closing:  # one that fails does not lose what the others have open
+            for name, recorder in recorders.items():
+                closing.callback(stores[name].refresh)
+                closing.callback(recorder.close)
+
+
+def _ends(lm: nn.Module) -> tuple[int | None, set[int]]:
+    """The pad id and the end-of-text ids of a model's `generate`."""
+    config: Any = getattr(lm, "generation_config", None) or getattr(lm, "config", None)
+    eos = getattr(config, "eos_token_id", None)
+    ends = set(eos) if isinstance(eos, list) else set() if eos is None else {int(eos)}
+    pad = getattr(config, "pad_token_id", None)
+    # generate falls back on the end of text where no padding is set
+    return (next(iter(sorted(ends)), None) if pad is None else int(pad)), ends

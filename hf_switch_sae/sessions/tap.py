@@ -1,0 +1,120 @@
+"""One SAE at one place of a model: reads the stream that comes by, and says what to add to it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from hf_switch_sae.edits.deltas import PreparedEdits
+from hf_switch_sae.errors import EditError, HookpointError, NonFiniteError, WidthError
+from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.lm.hookpoints import Hookpoint
+from hf_switch_sae.lm.positions import Tokens
+from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.sessions.record_live import LiveRecorder
+
+
+class Passed:
+    """One residual stream [B, T, d] that came by, as it arrived; encoded when first asked."""
+
+    def __init__(self, sae: SwitchSAE, stream: Tensor, tokens: Tokens) -> None:
+        cut = stream.requires_grad and not torch.is_grad_enabled()
+        self.stream = (stream.detach() if cut else stream).clone()
+        self.tokens = tokens
+        self._sae = sae
+        self._features: SparseFeatures | None = None
+
+    def features(self) -> SparseFeatures:
+        """Features [B, T], none of padding; differentiable if stream and grad mode allow."""
+        live = self.stream.requires_grad and torch.is_grad_enabled()
+        found = self._features
+        if found is None or (live and not found.acts.requires_grad):
+            with torch.no_grad() if torch.is_grad_enabled() and not live else nullcontext():
+                found = self._sae.encode(self.stream)
+                if not self.tokens.all_real:
+                    acts = found.acts.where(self.tokens.real.to(found.device)[..., None], 0)
+                    found = SparseFeatures(acts, found.ids, found.num_features)
+            self._features = found
+        return found
+
+
+class Tap:
+    """One SAE at one hookpoint."""
+
+    def __init__(self, sae: SwitchSAE, place: Hookpoint, splice: bool) -> None:
+        self.sae, self.place, self.splice = sae, place, splice
+        self.width: int = sae.config.hidden_size
+        self.edits = PreparedEdits(sae, ())
+        self.last: Passed | None = None
+        self.recorder: LiveRecorder | None = None
+
+    def record_last(self, token_ids: Tensor | None) -> None:
+        """Hand the pass that just came by to the recorder, if there is one."""
+        if self.recorder is not None and self.last is not None:
+            passed = self.last
+            self.recorder.add(passed.features().detach(), passed.tokens.position, token_ids)
+
+    def pass_by(
+        self, x: Tensor, tokens: Tokens, read_only: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Note a stream x [B, T, d]; None to leave it alone, or what to change.
+
+        Returns:
+            delta [B, T, d], or as it is broadcast to that, and edited [B, T] bool, or None for all.
+        """
+        self._check(x, tokens)
+        passed = self.last = Passed(self.sae, x, tokens)
+        edits = self.edits  # looked up once, as another thread may set new ones meanwhile
+        if read_only or not (edits or self.splice):
+            return None
+        features = passed.features() if self.splice or edits.needs_features else None
+        change = edits.delta(features, tokens) if edits else None
+        if not self.splice:
+            return change
+        assert features is not None
+        inputs = tokens.real & ~self.sae.is_outlier(x)
+        spliced = self.sae.decode(features, x).float() - x.to(self.sae.device).float()
+        spliced = spliced.where(inputs.to(spliced.device)[..., None], 0)
+        if change is None:
+            return spliced, inputs
+        delta, edited = change
+        return delta.float() + spliced, None if edited is None else edited | inputs
+
+    def last_passed(self) -> Passed:
+        """The last stream, or HookpointError if there was none."""
+        if self.last is None:
+            raise HookpointError(
+                f"no forward pass has reached {self.place.name} since the SAE was attached: run "
+                "the model first (in this thread, unless the session was opened in the main one)."
+            )
+        return self.last
+
+    def _check(self, x: Tensor, tokens: Tokens) -> None:
+        if x.shape[-1] != self.width:
+            raise WidthError(
+                f"the residual stream at {self.place.name} is {x.shape[-1]} wide; "
+                f"the SAE reads {self.width}."
+            )
+        # a sum over all is one operator; it may overflow where every number is finite
+        if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
+            wrong = (~torch.isfinite(x)).any(-1) & tokens.real
+            if wrong.any():
+                row, at = (int(i) for i in wrong.nonzero()[0])
+                position = int(tokens.position[row, at])
+                raise NonFiniteError(
+                    f"the residual stream at {self.place.name} holds NaN or infinity, first in "
+                    f"row {row}, position {position}: the model's own numbers broke "
+                    "before the SAE saw them (dtype?)."
+                )
+
+
+def check_splices(taps: list[Tap], new: Tap) -> None:
+    """EditError if two SAEs would both replace one residual stream."""
+    if new.splice and any(tap.splice for tap in taps):
+        raise EditError(
+            f"{new.place.name} is spliced already: "
+            "only one SAE can replace the residual stream there."
+        )

@@ -1,0 +1,236 @@
+"""Documents as contexts: what the language model reads at once, and where to go on.
+
+Room   documents, a tokenizer -> tokens of each document between its marks -> contexts, each
+       with the cursor at which the next one begins.
+How    Packed (causal models): documents are joined and cut every `context` tokens, so a context
+       may begin and end inside a document. What is left at the end of an epoch is dropped.
+       Windows (encoders such as BERT): a document is cut, and each piece stands between [CLS] and
+       [SEP] of its own; the last may be shorter.
+Beware A token of a packed context sees the documents before its own in the same context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_switch_sae.errors import TextError
+from hf_switch_sae.text.documents import Document, Documents
+from hf_switch_sae.text.tokenizer import Tokenizer
+
+_CHARACTERS_AT_ONCE, _DOCUMENTS_AT_ONCE = 1 << 20, 256
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place between two contexts of a data set that is read again and again."""
+
+    epoch: int = 0
+    document: int = 0
+    offset: int = 0
+    """Tokens of that document, marks included, that are in contexts before."""
+    context: int = 0
+    """Contexts before, of all epochs: their number decides whose a context is."""
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON-able."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the model reads at once."""
+
+    tokens: list[int]
+    number: int
+    """Among all contexts of all epochs."""
+    end: Cursor
+    """Where the next one begins."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Token ids around a document (packed) or around a piece of one (windows)."""
+
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, boundary: str, tokenizer: Any) -> Marks:
+        """What a policy means with a tokenizer.
+
+        Args:
+            boundary: "bos", "eos", "none", a token's own text, which comes after each document, or
+                "auto": what the tokenizer itself adds; if that is nothing, its end-of-text token
+                after each document, or else its first one before it.
+            tokenizer: of transformers, or None.
+
+        Raises:
+            TextError: the tokenizer has no such token.
+        """
+        if boundary == "none" or (boundary == "auto" and tokenizer is None):
+            return cls()
+        if tokenizer is None:
+            raise TextError(f"boundary={boundary!r} needs the language model's tokenizer.")
+        bos = getattr(tokenizer, "bos_token_id", None)
+        eos = getattr(tokenizer, "eos_token_id", None)
+        if boundary == "auto":
+            if added := cls._added_by(tokenizer):
+                return added
+            boundary = "none" if bos is None else "bos"
+            boundary = boundary if eos is None else "eos"
+            if boundary == "none":
+                return cls()
+        known = {"bos": bos, "eos": eos}
+        found = known[boundary] if boundary in known else tokenizer.get_vocab().get(boundary)
+        if found is None:
+            raise TextError(
+                f"the tokenizer has no token for boundary={boundary!r}; give 'auto', 'bos', 'eos', "
+                "'none' or the text of a token it has."
+            )
+        return cls(before=(found,)) if boundary == "bos" else cls(after=(found,))
+
+    @classmethod
+    def _added_by(cls, tokenizer: Any) -> Marks | None:
+        """What it puts around a text of its own accord; None if nothing."""
+        text = "a"
+        inside = _ids(tokenizer, [text], special=False)[0]
+        whole = _ids(tokenizer, [text], special=True)[0]
+        added = len(whole) - len(inside)
+        for start in range(added + 1) if added > 0 else ():
+            if whole[start : start + len(inside)] == inside:
+                return cls(tuple(whole[:start]), tuple(whole[start + len(inside) :]))
+        return None
+
+    def around(self, tokens: list[int]) -> list[int]:
+        """Tokens between the marks; a mark that is there already is not doubled."""
+        before, after = list(self.before), list(self.after)
+        if before and tokens[: len(before)] == before:
+            before = []
+        if after and tokens[-len(after) :] == after:
+            after = []
+        return [*before, *tokens, *after]
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Cuts a data set into contexts; see the module's header.
+
+    Args:
+        documents: texts or token ids.
+        tokenizer: not needed for token ids.
+        context: tokens a context: exactly if packed, at most if not.
+        marks: around each document, or each window.
+        windows: cut each document by itself.
+    """
+
+    documents: Documents
+    tokenizer: Tokenizer | None
+    context: int
+    marks: Marks
+    windows: bool = False
+
+    def contexts(self, start: Cursor | None = None, epochs: int | None = None) -> Iterator[Context]:
+        """The contexts from a cursor on.
+
+        Args:
+            start: the beginning by default. Documents before it are not tokenized.
+            epochs: stop before this epoch, counted from 0; never by default.
+
+        Raises:
+            TextError: an epoch holds no context, a text without a tokenizer.
+        """
+        at = start or Cursor()
+        while epochs is None or at.epoch < epochs:
+            found = None
+            for found in self._epoch(at):
+                yield found
+            if found is None and (at.document, at.offset) == (0, 0):
+                raise TextError(self._why_empty())
+            count = at.context if found is None else found.end.context
+            at = Cursor(at.epoch + 1, context=count)
+
+    def _epoch(self, at: Cursor) -> Iterator[Context]:
+        return self._windows(at) if self.windows else self._packed(at)
+
+    def _packed(self, at: Cursor) -> Iterator[Context]:
+        left: list[int] = []
+        number = at.context
+        for document, tokens in self._tokenized(at.document):
+            tokens = self.marks.around(tokens) if tokens else tokens
+            left += tokens[at.offset if document == at.document else 0 :]
+            begin = 0
+            while len(left) - begin >= self.context:
+                chosen = left[begin : begin + self.context]
+                begin, number = begin + self.context, number + 1
+                # what is left is of this document: contexts are given out as soon as they are full
+                offset = len(tokens) - (len(left) - begin)
+                yield Context(chosen, number - 1, _cursor(at, document, offset, tokens, number))
+            left = left[begin:]
+
+    def _windows(self, at: Cursor) -> Iterator[Context]:
+        size = self.context - len(self.marks.before) - len(self.marks.after)
+        number = at.context
+        for document, tokens in self._tokenized(at.document):
+            first = at.offset if document == at.document else 0
+            for start in range(first, len(tokens), size):
+                number += 1
+                end = _cursor(at, document, start + size, tokens, number)
+                yield Context(self.marks.around(tokens[start : start + size]), number - 1, end)
+
+    def _tokenized(self, first: int) -> Iterator[tuple[int, list[int]]]:
+        """Numbers and tokens, without marks, of the documents from `first` on."""
+        for some in _in_chunks(each for each in self.documents if each.number >= first):
+            texts = [document.text for document in some if isinstance(document.text, str)]
+            encoded = iter(_ids(self.tokenizer, texts, special=False) if texts else [])
+            for document in some:
+                is_text = isinstance(document.text, str)
+                yield document.number, next(encoded) if is_text else list(document.text)  # type: ignore[arg-type]
+
+    def _why_empty(self) -> str:
+        documents = tokens = 0
+        for _, found in self._tokenized(0):
+            documents += 1
+            tokens += len(self.marks.around(found)) if found else 0
+        if not documents:
+            return "the data set is empty: there is no document to train on."
+        if not tokens:
+            return f"the data set's {documents} documents are all empty."
+        return (
+            f"the data set's {documents} documents have {tokens} tokens together, fewer than one "
+            f"context of {self.context}: give more text or a smaller context."
+        )
+
+
+def _cursor(at: Cursor, document: int, offset: int, tokens: list[int], number: int) -> Cursor:
+    """At an offset in a document; at the next document if this one is used up."""
+    if offset < len(tokens):
+        return Cursor(at.epoch, document, offset, number)
+    return Cursor(at.epoch, document + 1, 0, number)
+
+
+def _in_chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Some documents at a time: tokenizers are much faster on many than on one."""
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += document.size
+        if size >= _CHARACTERS_AT_ONCE or len(chunk) >= _DOCUMENTS_AT_ONCE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _ids(tokenizer: Tokenizer | None, texts: Sequence[str], special: bool) -> list[list[int]]:
+    if tokenizer is None:
+        raise TextError("these documents are texts, so the language model's tokenizer is needed.")
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=special,
+        return_attention_mask=False,
+        verbose=False,  # documents are longer than the model's context, and are cut here
+    )["input_ids"]
+    return [list(ids) for ids in found]

@@ -1,0 +1,126 @@
+"""Where a fresh SAE begins, from some rows: scale, biases, router, features, what is no input.
+
+Beware Experts of a router that starts at random all see the same tokens, and learn the same
+       features. With clusters of the data to start from they differ from the first step on.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from hf_switch_sae.errors import NonFiniteError
+from hf_switch_sae.sae.model import SwitchSAE
+
+_ROUNDS = 25  # of k-means
+_ROUTER_GAIN = 4.0  # logits of a typical token are within this
+
+
+def is_fresh(sae: SwitchSAE) -> bool:
+    """Whether an SAE has never been fitted to anything: its biases are 0, its scale is 1."""
+    biases = [sae.b_dec] + ([sae.b_router] if sae.config.num_experts > 1 else [])
+    untouched = not any(bool(bias.detach().any()) for bias in biases)
+    return untouched and float(sae.input_scale) == 1.0 and int(sae.statistics_tokens) == 0
+
+
+@torch.no_grad()
+def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: str) -> None:
+    """Fit a fresh SAE's scale, biases, router and features to rows [n, d], in the LM's own units.
+
+    Args:
+        sae: changed in place.
+        rows: outliers among them are left out.
+        outlier_norm: becomes the SAE's; None: no token is an outlier.
+        how: "data", "geometric_median" or "none".
+
+    Raises:
+        NonFiniteError: a row is NaN or infinite, or all are the same.
+    """
+    sae.outlier_norm.fill_(math.inf if outlier_norm is None else outlier_norm)
+    if how == "none":
+        return
+    rows = rows.to(sae.device).float()
+    rows = rows[~sae.is_outlier(rows)]
+    mean_square = float(rows.square().sum(-1).mean())
+    if not math.isfinite(mean_square) or mean_square == 0:
+        raise NonFiniteError(
+            f"the mean square of the {len(rows):,} rows to start from is {mean_square}: they hold "
+            "nothing, NaN or infinity. Check the language model and the text."
+        )
+    if how == "data":
+        sae.input_scale.fill_(math.sqrt(rows.shape[1] / mean_square))
+        center = rows.mean(0)
+    else:
+        center = geometric_median(rows)
+    center = center * sae.input_scale
+    sae.b_dec.copy_(center)
+    if sae.config.num_experts > 1:
+        sae.b_router.copy_(center)  # a copy: tied biases would be stepped twice
+    if how == "data":
+        _start_at_data(rows * sae.input_scale - center, sae)
+
+
+def _start_at_data(centered: Tensor, sae: SwitchSAE) -> None:
+    """The router towards the clusters of rows [n, d], then features at rows of their expert."""
+    if 1 < sae.config.num_experts <= len(centered):
+        directions = directions_of(centered, sae.config.num_experts)
+        sae.router.weight.copy_(directions * (_ROUTER_GAIN / math.sqrt(centered.shape[1])))
+    start_features_at(centered, sae)
+
+
+@torch.no_grad()
+def start_features_at(centered: Tensor, sae: SwitchSAE, seed: int = 0) -> None:
+    """Features begin at rows that their expert is chosen for; those left over stay as they are.
+
+    A decoder row is a row of data less the mean of the expert's, at length 1, and the encoder's row
+    points the same way. No row is taken twice: features that begin equal stay equal.
+
+    Args:
+        centered: [n, d], in the SAE's scaled units and less its bias.
+        sae: changed in place; its router is where it begins.
+        seed: of which rows are taken.
+    """
+    rows = torch.unique(centered, dim=0)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    chosen = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    if sae.config.num_experts > 1:
+        chosen = (rows @ sae.router.weight.to(rows.dtype).T).argmax(1)
+    experts = ((enc, dec) for g in sae.experts for enc, dec in zip(g.W_enc, g.W_dec, strict=True))
+    for expert, (encoder, decoder) in enumerate(experts):
+        own = rows[chosen == expert]
+        own = own - own.mean(0)
+        own = normalize(own[own.norm(dim=-1) > 1e-3][: len(decoder)], dim=-1)
+        encoder[: len(own)] = (own * encoder.norm(dim=-1).mean()).to(encoder)
+        decoder[: len(own)] = own.to(decoder)
+
+
+def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-5) -> Tensor:
+    """[d], the point with the least sum of distances to rows [n, d], by Weiszfeld's iteration."""
+    found = rows.mean(0)
+    for _ in range(steps):
+        weight = 1 / (rows - found).norm(dim=-1).clamp_min(1e-12)
+        moved: Tensor = (rows * weight[:, None]).sum(0) / weight.sum()
+        if float((moved - found).norm()) < tolerance:
+            return moved
+        found = moved
+    return found
+
+
+def directions_of(rows: Tensor, count: int, seed: int = 0) -> Tensor:
+    """[count, d] of length 1: the centers of rows [n, d], n >= count, by spherical k-means.
+
+    Args:
+        rows: taken relative to the origin, so center them first; their lengths play no part.
+        count: how many centers.
+        seed: of the rows that they begin at.
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    rows = normalize(rows, dim=-1)
+    centers = rows[order[:count].to(rows.device)]
+    for _ in range(_ROUNDS):
+        sums = torch.zeros_like(centers).index_add_(0, (rows @ centers.T).argmax(1), rows)
+        centers = normalize(sums + 1e-6 * centers, dim=-1)  # an empty one stays where it is
+    return centers

@@ -1,0 +1,53 @@
+"""What an SAE came from, written beside it as training.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hf_switch_sae.activations.interface import Activations
+from hf_switch_sae.sae.model import SwitchSAE
+
+NOTES = "training.json"
+
+
+_PRIVATE = ("output_dir", "logging_dir", "hub_", "push_", "local_rank", "use_cpu", "disable_tqdm")
+
+
+_FOLLOWS = {"accelerator_config", "report_to", "run_name", "debug", "resume_from_checkpoint"}
+
+
+def write_notes(
+    folder: Path, sae: SwitchSAE, activations: Activations, run: dict[str, Any]
+) -> None:
+    """Write what an SAE came from beside it."""
+    notes = {
+        "hookpoint": sae.config.hookpoint,
+        "base_model": sae.config.base_model,
+        "policy": activations.policy,
+        **run,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    text = json.dumps(notes, indent=2, default=str) + "\n"
+    (folder / NOTES).write_text(text, encoding="utf-8")
+
+
+def arguments_of(args: Any) -> dict[str, Any]:
+    """Those of a run that differ from their defaults, without folders, hosts and tokens."""
+    # a second instance, for its defaults, would reset the accelerator
+    default = {
+        each.name: each.default_factory() if callable(each.default_factory) else each.default
+        for each in fields(args)
+        if each.init
+    }
+    return {
+        name: value
+        for name, value in args.to_dict().items()
+        if name in default and value != default[name] and name not in _FOLLOWS
+        if not name.startswith(_PRIVATE)
+    }

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, SAEs, stores, a Hub on loopback."""
