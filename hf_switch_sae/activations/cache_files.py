@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hf_switch_sae.errors import BaseModelError, StoreError
+from hf_switch_sae.lm.config import config_of, name_without_path
 from hf_switch_sae.lm.fingerprint import check_base_model, fingerprint
 from hf_switch_sae.lm.hookpoints import unwrap
 from hf_switch_sae.text.contexts import Cursor
@@ -135,9 +136,8 @@ def check_lm(folder: Path, noted: dict[str, Any], lm: nn.Module, revision: str |
 def lm_notes(lm: nn.Module, revision: str | None) -> dict[str, Any]:
     """What a cache notes of a language model, JSON-able."""
     root = unwrap(lm)
-    name = str(getattr(getattr(root, "config", None), "_name_or_path", "") or "")
     return {
-        "name": Path(name).name if Path(name).exists() else name,
+        "name": name_without_path(getattr(config_of(root), "_name_or_path", "")),
         "revision": revision,
         "dtype": str(getattr(root, "dtype", "")).removeprefix("torch."),
         "fingerprint": fingerprint(root),

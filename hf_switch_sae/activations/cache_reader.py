@@ -16,6 +16,7 @@ from hf_switch_sae.activations.shuffle import default_buffer_bytes
 from hf_switch_sae.activations.stored import StoredActivations
 from hf_switch_sae.errors import HookpointError, StoreError
 from hf_switch_sae.lm.hookpoints import resolve
+from hf_switch_sae.lm.names import hookpoint_of
 
 
 class CachedActivations(StoredActivations):
@@ -107,7 +108,7 @@ class CachedActivations(StoredActivations):
             if name is None and lm is not None:
                 name = resolve(lm, at).name
             elif name is None and isinstance(at, int):
-                name = f"layers.{at}.resid_post"
+                name = hookpoint_of(at)
             if name not in there:
                 raise HookpointError(
                     f"{self.folder} has no activations of {at}; it has {', '.join(there)}."

@@ -10,7 +10,6 @@ Beware Hooks are on the model only while passes are iterated over. Attached SAEs
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,7 +22,15 @@ from torch import Tensor, nn
 
 from hf_switch_sae.activations.policy import TokenPolicy, norms
 from hf_switch_sae.activations.settings import ActivationSettings
-from hf_switch_sae.errors import AttachError, HookpointError, TextError
+from hf_switch_sae.errors import HookpointError, TextError
+from hf_switch_sae.lm.config import (
+    check_in_eval,
+    is_sequence_first,
+    longest_context,
+    text_config,
+    vocabulary_size,
+    without_cache,
+)
 from hf_switch_sae.lm.hookpoints import Hookpoint, resolve, unwrap
 from hf_switch_sae.lm.residuals import input_device, residuals
 from hf_switch_sae.text.contexts import Context, Cursor, Marks, Packer
@@ -33,7 +40,6 @@ from hf_switch_sae.text.tokenizer import tokenizer_identity
 _MEASURED_ROWS = 4000
 _TOKENS_A_PASS = {"cpu": 2048}
 _TOKENS_A_PASS_ELSEWHERE = 16384
-_SEQUENCE_FIRST = {"xlnet", "fsmt"}  # their residual stream is [seq, batch, d]
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,7 @@ class Harvest:
         self.lm, self.tokenizer = lm, tokenizer
         self.settings = settings or ActivationSettings()
         self._root = unwrap(lm)
-        if self._root.training:
-            raise AttachError("the language model is in training mode, with dropout: lm.eval().")
+        check_in_eval(self._root)
         wanted = [places] if isinstance(places, int | str) else list(places)
         self._places = [resolve(self._root, at) for at in wanted]
         self.hookpoints = tuple(dict.fromkeys(place.name for place in self._places))
@@ -100,8 +105,7 @@ class Harvest:
             self._device.type, _TOKENS_A_PASS_ELSEWHERE
         )
         self.contexts_per_pass = max(1, tokens // self.settings.context)
-        options = inspect.signature(self._root.forward).parameters
-        self._options = {"use_cache": False} if "use_cache" in options else {}
+        self._options = without_cache(self._root)
         self.hidden_size: dict[str, int] = {}
         self.dtype: dict[str, torch.dtype] = {}
         self.device: dict[str, torch.device] = {}
@@ -233,7 +237,7 @@ class Harvest:
     def _special(self, marks: Marks) -> tuple[int, ...]:
         found = set(getattr(self.tokenizer, "all_special_ids", None) or [])
         if self.tokenizer is None:
-            config = _text_config(self._root)
+            config = text_config(self._root)
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 value = getattr(config, name, None)
                 found.update(value if isinstance(value, list) else [value])
@@ -245,8 +249,7 @@ class Harvest:
             raise HookpointError("no place to read: name at least one layer or hookpoint.")
         for place in self._places:
             owner = self._root if place.blocks is None else place.blocks.owner
-            kind = getattr(getattr(owner, "config", None), "model_type", None)
-            if kind in _SEQUENCE_FIRST:
+            if is_sequence_first(owner):
                 raise HookpointError(
                     f"{type(owner).__name__} has its stream as [seq, batch, d]; training reads "
                     "[batch, seq, d] only."
@@ -270,26 +273,14 @@ class Harvest:
 
     def _check_context(self, marks: Marks, windows: bool) -> None:
         context = self.settings.context
-        longest = getattr(_text_config(self._root), "max_position_embeddings", None)
-        if isinstance(longest, int) and 0 < longest < context:
+        longest = longest_context(self._root)
+        if longest is not None and longest < context:
             raise TextError(
                 f"context={context} is more than the {longest} positions of "
                 f"{type(self._root).__name__}: give a smaller context."
             )
         if windows and context <= len(marks.before) + len(marks.after):
             raise TextError(f"context={context} has no room for a token between its marks.")
-
-
-def _text_config(root: nn.Module) -> Any:
-    config: Any = getattr(root, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def vocabulary_size(root: nn.Module) -> int | None:
-    """How many token ids a model embeds, as far as it tells."""
-    embed: Any = getattr(root, "get_input_embeddings", lambda: None)()
-    rows = getattr(embed, "num_embeddings", None) or getattr(_text_config(root), "vocab_size", None)
-    return rows if isinstance(rows, int) else None
 
 
 def _looks_both_ways(places: list[Hookpoint], tokenizer: Any) -> bool:

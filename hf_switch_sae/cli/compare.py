@@ -17,6 +17,7 @@ from hf_switch_sae.comparison.report import COMPARISON
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.hub.layout import FIGURES
 from hf_switch_sae.lm.loading import has_head, load_lm
+from hf_switch_sae.lm.names import hookpoint_of
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.text.documents import read_documents
 from hf_switch_sae.training import ActivationSettings, evaluate
@@ -110,7 +111,7 @@ def compare_saes(
         to,
         train=planned,
         saes=saes,
-        hookpoint=f"layers.{layer}.resid_post" if layer and layer.isdecimal() else layer,
+        hookpoint=hookpoint_of(layer) if layer and layer.isdecimal() else layer,
         device=device,
         command=as_typed(context, {"device", "dry_run"}),
         more=_predictions(lm, gguf_file, eval_dataset, eval_tokens, eval_context),

@@ -37,11 +37,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_switch_sae.activations.harvest import Harvest, vocabulary_size
+from hf_switch_sae.activations.harvest import Harvest
 from hf_switch_sae.activations.settings import ActivationSettings
 from hf_switch_sae.errors import ConfigError, TrainingError, WidthError
 from hf_switch_sae.evaluation.heldout import RowSums
 from hf_switch_sae.files import rounded, written_beside
+from hf_switch_sae.lm.config import vocabulary_size
 from hf_switch_sae.lm.fingerprint import check_base_model
 from hf_switch_sae.lm.hookpoints import unwrap
 from hf_switch_sae.lm.hooks import hook_residual

@@ -23,7 +23,6 @@ Limits
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.lm.names import layer_of
 from hf_switch_sae.sae.model import SwitchSAE
 
 
@@ -201,11 +201,11 @@ class SAEBenchAdapter(nn.Module):
 
 def _place(hookpoint: str | None, layer: int | None) -> tuple[int, str]:
     """Layer and TransformerLens's name of a residual stream before or after it."""
-    found = re.fullmatch(r"layers\.(\d+)\.(resid_pre|resid_post)", hookpoint or "")
+    found = layer_of(hookpoint)
     if found is None and layer is None:
         raise ConfigError(
             f"the SAE's hookpoint {hookpoint!r} tells no layer: give hook_layer, the block whose "
             "output it reads."
         )
-    site = "resid_post" if found is None else found[2]
-    return int(found[1]) if found is not None and layer is None else int(layer or 0), site
+    site = "resid_post" if found is None else found[1]
+    return found[0] if found is not None and layer is None else int(layer or 0), site

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
 from hf_switch_sae.hub.source import Source
+from hf_switch_sae.lm.names import hookpoint_of
 from hf_switch_sae.sae.config import SwitchSAEConfig
 from hf_switch_sae.sae.model import SwitchSAE
 
@@ -74,7 +75,7 @@ class Given:
                 )
             return self.hookpoint
         if self.layer is not None and found is None:
-            return f"layers.{self.layer}.resid_post"
+            return hookpoint_of(self.layer)
         if self.layer is not None and found is not None:
             self._check_layer(found, source)
         if found is not None:

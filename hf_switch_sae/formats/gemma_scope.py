@@ -24,6 +24,7 @@ from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described
 from hf_switch_sae.formats.dense import keep_above
 from hf_switch_sae.formats.hookpoint_names import from_module_path, layer_in
 from hf_switch_sae.hub.source import Source
+from hf_switch_sae.lm.names import hookpoint_of
 
 NAME = "gemma_scope"
 ONE, TWO = "params.npz", "params.safetensors"
@@ -105,7 +106,7 @@ def _place(source: Source, config: dict[str, Any]) -> str | None:
         return None
     block = f"model.layers.{layer}"
     return {
-        "res": f"layers.{layer}.resid_post",
+        "res": hookpoint_of(layer),
         "mlp": f"{block}.post_feedforward_layernorm.resid_post",
         "att": f"{block}.self_attn.o_proj.resid_pre",
     }.get(site[1] or {"resid_post": "res", "attn_out": "att", "mlp_out": "mlp"}[site[2]])

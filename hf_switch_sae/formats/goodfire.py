@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described
 from hf_switch_sae.formats.hookpoint_names import layer_in
 from hf_switch_sae.hub.source import Source
+from hf_switch_sae.lm.names import hookpoint_of
 
 NAME = "goodfire"
 
@@ -38,6 +39,6 @@ def read(source: Source, given: Given) -> Foreign:
         return acts, acts @ W_dec.float().T + b_dec.float()
 
     layer = layer_in(f"{source.where}/{file}", r"-SAE-l(\d+)(?:\.pth?)?(?:/|$)")
-    place = None if layer is None else f"layers.{layer}.resid_post"
+    place = None if layer is None else hookpoint_of(layer)
     plain = Plain(W_enc, W_dec.T, b_enc, b_dec, "relu", subtracts=False)
     return plain.foreign(NAME, described(source, given, NAME, place), formula)

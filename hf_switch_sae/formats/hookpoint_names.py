@@ -7,18 +7,21 @@ of a block is no module path, so it is not translated but asked for.
 from __future__ import annotations
 
 import re
+from typing import cast
+
+from hf_switch_sae.lm.names import Site, hookpoint_of, layer_of
 
 
 def from_transformer_lens(name: object) -> str | None:
     """`blocks.7.hook_resid_post` -> `layers.7.resid_post`; resid_pre likewise."""
     match = re.fullmatch(r"blocks\.(\d+)\.hook_(resid_pre|resid_post)", str(name))
-    return f"layers.{match[1]}.{match[2]}" if match else None
+    return hookpoint_of(match[1], cast(Site, match[2])) if match else None
 
 
 def to_transformer_lens(hookpoint: str | None) -> str | None:
     """`layers.7.resid_post` -> `blocks.7.hook_resid_post`."""
-    match = re.fullmatch(r"layers\.(\d+)\.(resid_pre|resid_post)", hookpoint or "")
-    return f"blocks.{match[1]}.hook_{match[2]}" if match else None
+    found = layer_of(hookpoint)
+    return f"blocks.{found[0]}.hook_{found[1]}" if found else None
 
 
 def from_module_path(name: object) -> str | None:
@@ -26,9 +29,9 @@ def from_module_path(name: object) -> str | None:
     match = re.fullmatch(r"([A-Za-z_][\w.]*?)(?:\.(input|output))?", str(name))
     if not match:
         return None
-    site = "resid_pre" if match[2] == "input" else "resid_post"
+    site: Site = "resid_pre" if match[2] == "input" else "resid_post"
     block = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", match[1])
-    return f"layers.{block[1]}.{site}" if block else f"{match[1]}.{site}"
+    return hookpoint_of(block[1], site) if block else f"{match[1]}.{site}"
 
 
 def from_base_module(name: str) -> str | None:

@@ -21,6 +21,7 @@ from hf_switch_sae.formats.dense import keep_topk, normed_by_hand
 from hf_switch_sae.formats.hookpoint_names import layer_in
 from hf_switch_sae.hub.source import Source
 from hf_switch_sae.hub.tensors import Tensors
+from hf_switch_sae.lm.names import hookpoint_of
 
 NAME = "openai"
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
@@ -51,8 +52,8 @@ def read(source: Source, given: Given) -> Foreign:
 
     layer = layer_in(file, r"^(\d+)\.pt$")
     # its other locations (resid_delta_*, mlp_post_act, resid_post_attn) lie within a block
-    known = layer is not None and "resid_post_mlp" in source.where
-    place = f"layers.{layer}.resid_post" if known else None
+    is_stream = "resid_post_mlp" in source.where
+    place = hookpoint_of(layer) if is_stream and layer is not None else None
     model = "openai-community/gpt2" if "gpt2-small" in source.where else None
     about = described(source, given, NAME, place, f"{source.where}/{file}", model)
     plain = Plain(W_enc, W_dec.T, b_enc, b_dec, rule, subtracts=True, k=k, input_norm=norm)

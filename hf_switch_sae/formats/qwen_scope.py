@@ -18,6 +18,7 @@ from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described
 from hf_switch_sae.formats.dense import keep_topk
 from hf_switch_sae.formats.hookpoint_names import layer_in
 from hf_switch_sae.hub.source import Source
+from hf_switch_sae.lm.names import hookpoint_of
 
 NAME = "qwen_scope"
 
@@ -57,7 +58,7 @@ def read(source: Source, given: Given) -> Foreign:
 
     layer = layer_in(files[0], r"^layer(\d+)\.sae\.pt$")
     model = re.search(r"SAE-Res-(.+?)-W\d+K", source.where)
-    place = None if layer is None else f"layers.{layer}.resid_post"
+    place = None if layer is None else hookpoint_of(layer)
     base_model = f"Qwen/{model[1]}" if model else None
     about = described(source, given, NAME, place, base_model=base_model)
     plain = Plain(W_enc, W_dec.T, b_enc, b_dec, "topk", subtracts=False, k=k)

@@ -22,6 +22,7 @@ from hf_switch_sae.formats.dense import keep_topk
 from hf_switch_sae.formats.dictionary_learning import CLASSES
 from hf_switch_sae.hub.source import Source
 from hf_switch_sae.hub.tensors import Tensors
+from hf_switch_sae.lm.names import hookpoint_of
 
 NAME = "scale_sae"
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -63,7 +64,7 @@ def read(source: Source, given: Given) -> Foreign:
         return acts, acts @ W_dec.float().reshape(E * m, d) + b_dec.float()
 
     layer = integer(trainer.get("layer"), "layer", source.where)
-    place = None if layer is None else f"layers.{layer}.resid_post"
+    place = None if layer is None else hookpoint_of(layer)
     said = trainer.get("submodule_name")
     config = {
         **{"hidden_size": d, "num_features": E * m, "num_experts": E, "k": k},

@@ -26,7 +26,7 @@ from hf_switch_sae.formats.checkpoint import Foreign, Given, described, integer
 from hf_switch_sae.formats.dense import lost_bound, write_checkpoint
 from hf_switch_sae.formats.dictionary_learning import CONFIG, WEIGHTS, place_of
 from hf_switch_sae.hub.source import Source
-from hf_switch_sae.lm.names import layer_of
+from hf_switch_sae.lm.names import hookpoint_of, layer_of
 from hf_switch_sae.sae.model import SwitchSAE
 
 NAME = "switch_sae"
@@ -79,7 +79,7 @@ def read(source: Source, given: Given) -> Foreign:
     said, layer = trainer.get("submodule_name"), trainer.get("layer")
     place = place_of(trainer)
     if place is None and said is None and isinstance(layer, int):
-        place = f"layers.{layer}.resid_post"  # what the paper's scripts hook: transformer.h[layer]
+        place = hookpoint_of(layer)  # what the paper's scripts hook: transformer.h[layer]
     config = {
         **{"hidden_size": d, "num_features": F, "num_experts": E, "k": k},
         "apply_router_probs": not heaviside,

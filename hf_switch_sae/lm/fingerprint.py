@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_switch_sae.errors import BaseModelError
+from hf_switch_sae.lm.config import config_of, text_config
 from hf_switch_sae.lm.hookpoints import unwrap
 
 _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -38,7 +39,7 @@ def fingerprint(lm: nn.Module) -> dict[str, Any]:
         spaced entries}.
     """
     model = unwrap(lm)
-    config = _text_config(model)
+    config = text_config(model)
     weights = _sampled(_readable_weights(model))
     return {
         **{name: _get(config, name) for name in _SIZES},
@@ -51,11 +52,11 @@ def fingerprint(lm: nn.Module) -> dict[str, Any]:
 
 def base_model_fields(lm: nn.Module) -> dict[str, Any]:
     """SwitchSAEConfig fields that a model determines: hidden_size, base_model, its fingerprint."""
-    print_of = fingerprint(lm)
+    known = fingerprint(lm)
     name = _name(unwrap(lm))
-    fields: dict[str, Any] = {"base_model": name or None, "base_model_fingerprint": print_of}
-    if print_of["hidden_size"] is not None:
-        fields["hidden_size"] = print_of["hidden_size"]
+    fields: dict[str, Any] = {"base_model": name or None, "base_model_fingerprint": known}
+    if known["hidden_size"] is not None:
+        fields["hidden_size"] = known["hidden_size"]
     return fields
 
 
@@ -90,12 +91,12 @@ def check_base_model(lm: nn.Module, name: str | None, expected: dict[str, Any] |
     )
 
 
-def block_path(print_of: dict[str, Any] | None, layer: int) -> str | None:
+def block_path(known: dict[str, Any] | None, layer: int) -> str | None:
     """Where a block lies in its base model, e.g. `h.8`; None if a fingerprint does not tell.
 
     Of several lists of blocks it is the one that is as long as the config says, if only one is.
     """
-    known = print_of or {}
+    known = known or {}
     number, lasts = known.get("num_hidden_layers"), dict[str, int]()
     for name in known.get("weights", {}):
         if found := re.match(r"(.+?)\.(\d+)\.", name):
@@ -106,7 +107,7 @@ def block_path(print_of: dict[str, Any] | None, layer: int) -> str | None:
 
 def _difference(model: nn.Module, expected: dict[str, Any]) -> str | None:
     """What tells model from fingerprint: "" if nothing, None if no weight could be compared."""
-    config = _text_config(model)
+    config = text_config(model)
     for size in _SIZES:
         here, there = _get(config, size), expected.get(size)
         if here is not None and there is not None and here != there:
@@ -188,11 +189,6 @@ def _sampled(weights: list[_Weight]) -> dict[str, list[float]]:
     return {weight.name: weight.entries().tolist() for weight in chosen[::step]}
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _get(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
@@ -201,10 +197,10 @@ def _get(config: Any, name: str) -> Any:
 
 
 def _is_quantized(model: nn.Module) -> bool:
-    return _get(getattr(model, "config", None), "quantization_config") is not None
+    return _get(config_of(model), "quantization_config") is not None
 
 
 def _name(model: nn.Module) -> str:
     """The Hub id a model was loaded from; "" for one built in memory or loaded from a folder."""
-    name = str(_get(getattr(model, "config", None), "_name_or_path") or "")
+    name = str(_get(config_of(model), "_name_or_path") or "")
     return "" if Path(name).exists() else name

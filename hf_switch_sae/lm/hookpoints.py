@@ -15,14 +15,13 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn, cast, get_args
+from typing import Any, NoReturn, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_switch_sae.errors import HookpointError
-
-Site = Literal["resid_pre", "resid_post"]
+from hf_switch_sae.lm.names import SITES, Site, hookpoint_of
 
 # Every name under which a config of transformers says how many blocks a stack has.
 _DEPTHS = """num_hidden_layers n_layer n_layers num_layers depth encoder_layers decoder_layers
@@ -366,14 +365,14 @@ def _hookpoint(
                 _refuse(blocks, root)
             is_default = blocks.path == _default_path(root, stacks)
             if is_default and not _has_other_layers(root, stacks):
-                name = f"layers.{layer}.{site}"
+                name = hookpoint_of(layer, site)
     return Hookpoint(name, path, module, site, layer, blocks)
 
 
 def _split_site(at: str, root: nn.Module) -> tuple[str, Site | None]:
     path, _, site = at.rpartition(".")
-    if path and site in get_args(Site):
-        return path, cast(Site, site)
+    if path and site in SITES:
+        return path, site
     if path and site.startswith("resid_"):
         raise HookpointError(
             f"no site {site!r} at {path} in {type(root).__name__}: the sites are resid_pre (what "

@@ -61,13 +61,15 @@ def hook_residual(
         HookpointError: no such place.
     """
     place = resolve(model, at)
-    _forget_compiled_code()
-    return _hook_place(place, fn, last)
+    forget_compiled_code()
+    return hook_place(place, fn, last)
 
 
-def _hook_place(
+def hook_place(
     place: Hookpoint, fn: Callable[[Tensor], Tensor | None], last: bool = False
 ) -> ResidualHandle:
+    """As `hook_residual`, at a place that is found already; compiled code is not forgotten."""
+
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = fn(read_residual_input(args, kwargs))
         return None if new is None else replace_residual_input(args, kwargs, new)
@@ -83,12 +85,12 @@ def _hook_place(
     return ResidualHandle(place.module.register_forward_hook(after, prepend=not last))
 
 
-def _forget_compiled_code() -> None:
+def forget_compiled_code() -> None:
     """Make Dynamo trace compiled code again: it does not guard on hooks, so it misses new ones."""
     if "torch._dynamo" in sys.modules and any(torch._dynamo.utils.counters["frames"].values()):
         torch.compiler.reset()
 
 
-def _untraced(fn: _Function) -> _Function:
+def untraced(fn: _Function) -> _Function:
     """`fn`, which torch.compile calls as it is."""
     return cast(_Function, torch.compiler.disable(fn))  # type: ignore[no-untyped-call]

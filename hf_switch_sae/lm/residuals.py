@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,11 @@ from transformers import CONFIG_MAPPING
 
 from hf_switch_sae.errors import AttachError, HookpointError
 from hf_switch_sae.lm.hookpoints import Hookpoint, resolve, unwrap
-from hf_switch_sae.lm.hooks import hook_residual
+from hf_switch_sae.lm.hooks import hook_residual, untraced
 
 _LOOPS = {"albert", "hrm_text"}
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _REPLICATED = {"DataParallel", "DistributedDataParallel"}
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Reached(Exception):
@@ -62,7 +60,7 @@ def partial_forward(lm: nn.Module, places: Sequence[int | str]) -> Iterator[Call
     forward = _PartialForward(lm, places)
     with ExitStack() as stack:
         for key, place in forward.places.items():
-            probe = _untraced(forward.probe(key))
+            probe = untraced(forward.probe(key))
             stack.enter_context(
                 hook_residual(forward.root, f"{place.path}.{place.site}", probe, last=True)
             )
@@ -91,7 +89,7 @@ def residuals(
         def note(stream: Tensor) -> None:
             found[name] = stream.clone()  # models add to the stream in place
 
-        return _untraced(note)
+        return untraced(note)
 
     with ExitStack() as stack:
         run = stack.enter_context(partial_forward(lm, places))
@@ -192,8 +190,3 @@ def _loops(places: list[Hookpoint]) -> bool | None:
         if kind not in CONFIG_MAPPING:
             return None
     return False
-
-
-def _untraced(fn: _Function) -> _Function:
-    """`fn`, which torch.compile calls as it is."""
-    return cast(_Function, torch.compiler.disable(fn))  # type: ignore[no-untyped-call]

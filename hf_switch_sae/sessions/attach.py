@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
 from hf_switch_sae.errors import AttachError, HookpointError, WidthError
+from hf_switch_sae.lm.config import config_of, text_config
 from hf_switch_sae.lm.fingerprint import check_base_model
 from hf_switch_sae.lm.hookpoints import (
     Hookpoint,
@@ -168,9 +168,8 @@ def _width(place: Hookpoint, wanted: int) -> int | None:
     """
     if place.blocks is None or place.module not in place.blocks.blocks:
         return None
-    config: Any = getattr(place.blocks.owner, "config", None)
-    if place.blocks.decoding and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    owner = place.blocks.owner
+    config = text_config(owner) if place.blocks.decoding else config_of(owner)
     width = getattr(config, "hidden_size", None)
     parameters = place.module.named_parameters()
     norms = {p.shape[0] for name, p in parameters if p.ndim == 1 and name.endswith("weight")}

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from hf_switch_sae.edits.conflicts import check_conflicts
 from hf_switch_sae.edits.deltas import PreparedEdits
 from hf_switch_sae.errors import AttachError, HookpointError
+from hf_switch_sae.lm.config import is_encoder_decoder, is_sequence_first
 from hf_switch_sae.lm.hookpoints import Hookpoint
-from hf_switch_sae.lm.hooks import _forget_compiled_code, _hook_place, _untraced
+from hf_switch_sae.lm.hooks import forget_compiled_code, hook_place, untraced
 from hf_switch_sae.lm.positions import Call, Tokens
 from hf_switch_sae.lm.streams import Layout
 from hf_switch_sae.sessions.calls import _Flow, _generation, _Owner
@@ -31,9 +32,6 @@ from hf_switch_sae.sessions.session import Session
 from hf_switch_sae.sessions.tap import Tap, check_splices
 
 _BOARD = "_hf_switch_sae_board"
-
-
-_SEQUENCE_FIRST = {"xlnet", "fsmt"}  # their residual stream is [seq, batch, d]
 
 
 _LOCK = threading.RLock()  # over all models: a board comes with its first session and goes after it
@@ -60,7 +58,7 @@ class _Board:
         session = _BoardSession(self, lm, taps, all_threads)
         for tap in taps.values():
             check_splices([other for _, other in self.taps_at(tap.place)], tap)
-        _forget_compiled_code()
+        forget_compiled_code()
         try:
             setattr(self.root, _BOARD, self)
             self._watch_generate()
@@ -208,13 +206,12 @@ class _Place:
         owner: Any = root if blocks is None else blocks.owner
         self._decoding = blocks is None or blocks.decoding
         self._of_text = blocks is not None and blocks.decoding
-        kind = getattr(getattr(owner, "config", None), "model_type", None)
-        self._sequence_first = kind in _SEQUENCE_FIRST
+        self._sequence_first = is_sequence_first(owner)
         self._owner, self._root = id(owner), id(root)
-        self._is_pair = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
+        self._is_pair = is_encoder_decoder(root)
         self._known: tuple[tuple[Session, ...], threading.Thread, list[Tap]] | None = None
         # Not traced: which taps there are and what they change is read anew at every call.
-        self.handle = _hook_place(place, _untraced(self.pass_by))
+        self.handle = hook_place(place, untraced(self.pass_by))
 
     def pass_by(self, stream: Tensor) -> Tensor | None:
         """Show a stream to the taps at a place; the new stream, or None if nobody changes it."""

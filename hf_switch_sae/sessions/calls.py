@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_switch_sae.lm.hooks import _untraced
+from hf_switch_sae.lm.config import is_encoder_decoder
+from hf_switch_sae.lm.hooks import untraced
 from hf_switch_sae.lm.positions import Call, Generation
 
 _DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
@@ -30,11 +31,11 @@ class _Owner:
         parameters = inspect.signature(type(module).forward).parameters
         names = [name for name in parameters if name != "self"]
 
-        @_untraced
+        @untraced
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             flow.calls[id(module)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
 
-        @_untraced
+        @untraced
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = flow.calls.pop(id(module), None)
             if is_root and call is not None and flow.generation is not None:
@@ -59,7 +60,7 @@ def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     candidates = (*named, encoded, *given.values())
     tensors = [value for value in candidates if isinstance(value, Tensor) and value.ndim >= 2]
     rows = tensors[0].shape[0] if tensors else None
-    is_pair = bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
+    is_pair = is_encoder_decoder(root)
     names = ("decoder_input_ids",) if is_pair else ("inputs_embeds", "input_ids", "inputs")
     prompt = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
     is_text = prompt is not None and (

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_switch_sae.lm.config import config_of, name_without_path
 from hf_switch_sae.lm.fingerprint import fingerprint
 from hf_switch_sae.lm.hookpoints import unwrap
 from hf_switch_sae.sae.model import SwitchSAE
@@ -65,12 +65,12 @@ def provenance_of(
         k=config.k,
         hookpoint=hookpoint,
         sae={
-            "name": _hub_name(sae.name_or_path),
+            "name": name_without_path(sae.name_or_path),
             "revision": sae_revision or _pinned(sae),
             "weights": weights_hash(sae),
         },
         lm={
-            "name": _hub_name(getattr(getattr(root, "config", None), "_name_or_path", "")),
+            "name": name_without_path(getattr(config_of(root), "_name_or_path", "")),
             "revision": lm_revision,
             "fingerprint": _sha256(json.dumps(fingerprint(root), sort_keys=True).encode()),
         },
@@ -118,12 +118,6 @@ def _tensors(sae: SwitchSAE) -> Iterator[tuple[str, Tensor]]:
     yield "outlier_norm", sae.outlier_norm
     if sae.config.activation in ("jumprelu", "batch_topk"):
         yield "threshold", sae.threshold
-
-
-def _hub_name(name: Any) -> str:
-    """A Hub id, or a folder's name without where it lies on this machine."""
-    text = str(name or "")
-    return Path(text).name if Path(text).exists() else text
 
 
 def _sha256(data: bytes) -> str:

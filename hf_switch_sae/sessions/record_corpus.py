@@ -12,7 +12,6 @@ Beware A document is never split over shards, so memory is that of the longest d
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 import time
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_switch_sae.errors import AttachError, StoreError, TextError
+from hf_switch_sae.errors import StoreError, TextError
+from hf_switch_sae.lm.config import check_in_eval, longest_context, without_cache
 from hf_switch_sae.lm.hookpoints import unwrap
 from hf_switch_sae.lm.residuals import input_device, partial_forward
 from hf_switch_sae.processes import rank_and_world
@@ -122,8 +122,7 @@ def record(
         ConfigError: a launcher's environment that can't be.
     """
     root = unwrap(lm)
-    if root.training:
-        raise AttachError("the language model is in training mode, with dropout: call lm.eval().")
+    check_in_eval(root)
     documents = read_documents(dataset, column=column, split=split, revision=revision)
     settings = _Settings(
         context,
@@ -166,12 +165,8 @@ def record(
 
 def _check(root: nn.Module, settings: _Settings) -> None:
     """TextError for lengths that can't be."""
-    config: Any = getattr(root, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    wanted = settings.context + len(settings.prefix)
-    if isinstance(longest, int) and wanted > longest > 0:
+    longest = longest_context(root)
+    if longest is not None and settings.context + len(settings.prefix) > longest:
         raise TextError(
             f"context={settings.context} and {len(settings.prefix)} tokens before it are more than "
             f"the {longest} positions of {type(root).__name__}: give a smaller context."
@@ -224,8 +219,7 @@ class _Recorder:
         self._tokenizer, self._settings, self._stores = tokenizer, settings, stores
         root = unwrap(session.lm)
         self._device = input_device(root)
-        options = inspect.signature(root.forward).parameters
-        self._options = {"use_cache": False} if "use_cache" in options else {}
+        self._options = without_cache(root)
         special = getattr(tokenizer, "all_special_ids", None) or []
         self._skipped = np.asarray(special if settings.skip_special_tokens else [], np.int64)
 
