@@ -1,49 +1,41 @@
-"""What is written stands at its place whole, or not at all: a file or a folder, renamed into it.
+"""Writing to disk so that a file or folder is there whole, or not at all.
 
-Room   place -> a path beside it, for the caller to fill -> fsync -> rename.
-Beware A process that is killed leaves what it was writing, under a hidden name (`LEFT_OVER`).
-       Nothing here reads or publishes it.
+Room   `written_beside` (a file or a folder), `written_whole` (one file, with StoreError for what
+       the disk says), `write_json`, `write_once` (the first writer wins), `locked`,
+       `remove_leftovers`.
+How    Everything is written under a hidden name beside its place, brought to the disk with fsync,
+       and renamed.
+Beware A process that is killed leaves its unfinished file behind, under a name like `LEFT_OVER`.
+       Nothing here reads or publishes those.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 
 from hf_switch_sae.errors import StoreError
 
 LEFT_OVER = re.compile(r"\.tmp-(?P<host>.*)-(?P<process>\d+)-[0-9a-f]{8}")
-"""The name of what is not yet at its place: the machine and the process that write it."""
+"""The name of an unfinished file: it says which process on which machine writes it."""
 
 
 @contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or a folder at; moved there if the block ends well.
-
-    A file that is at `path` already is replaced; a folder must not be there yet. Whatever is raised
-    within, `path` is as it was and nothing stays beside it.
-
-    Raises:
-        OSError: no room, no permission, or a folder that is there already.
-    """
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """A hidden path in the folder of `path`; whatever is there when the block ends is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         yield beside
-        for file in beside.rglob("*") if beside.is_dir() else (beside,):
-            if file.is_file():
-                _sync(file, os.O_RDWR)
-        beside.replace(path)
-        with contextlib.suppress(OSError):  # not every system lets one open a folder
-            _sync(path.parent, os.O_RDONLY)
     finally:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)
@@ -51,8 +43,28 @@ def written_beside(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder at; it is moved to `path` at the end.
+
+    A file at `path` is replaced; a folder must not be there yet. If the block raises, `path` is as
+    it was, and nothing is left beside it.
+
+    Raises:
+        OSError: no room, no permission, or a folder that is there already.
+    """
+    with scratch_beside(path) as beside:
+        yield beside
+        for file in beside.rglob("*") if beside.is_dir() else (beside,):
+            if file.is_file():
+                _sync(file, os.O_RDWR)
+        beside.replace(path)
+        with contextlib.suppress(OSError):  # not every system lets one open a folder
+            _sync(path.parent, os.O_RDONLY)
+
+
 def _sync(path: Path, how: int) -> None:
-    """Make it last through a power cut."""
+    """Bring a file to the disk, so that it survives a power cut."""
     handle = os.open(path, how)
     try:
         os.fsync(handle)
@@ -64,15 +76,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears at `path` only when the block has ended without an error.
-
-    Raises:
-        StoreError: no room on the disk, or no permission; whatever stood at `path` still does.
-    """
+def disk_errors_as_store_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError raised while `path` is written into a StoreError that says what to do."""
     try:
-        with written_beside(path) as beside, beside.open("xb") as file:
-            yield file
+        yield
     except OSError as err:
         room = "the disk is full" if err.errno in _NO_ROOM else "the file can't be written"
         raise StoreError(
@@ -81,8 +88,59 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
         ) from err
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write; it appears at `path` only if the block ends without an error.
+
+    Raises:
+        StoreError: no room on the disk, or no permission; `path` is as it was.
+    """
+    with (
+        disk_errors_as_store_errors(path),
+        written_beside(path) as beside,
+        beside.open("xb") as file,
+    ):
+        yield file
+
+
+def write_json(path: Path, content: Any, *, indent: int = 2, **how: Any) -> None:
+    """Write `content` as JSON with a newline at its end; a file at `path` is replaced.
+
+    Args:
+        path: where.
+        content: as of `json.dumps`.
+        indent: spaces a level.
+        how: other arguments of `json.dumps`.
+
+    Raises:
+        OSError: no room or no permission; `path` is as it was.
+    """
+    text = json.dumps(content, indent=indent, **how)
+    with written_beside(path) as beside:
+        beside.write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """Write a file unless there is one: of several writers at once the first wins, without a lock.
+
+    Raises:
+        OSError: no room or no permission.
+    """
+    with scratch_beside(path) as beside:
+        beside.write_bytes(data)
+        _sync(beside, os.O_RDWR)
+        # not by a rename, which would replace the first writer's file
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            with contextlib.suppress(FileExistsError), path.open("xb") as file:
+                file.write(data)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers of this machine left behind that are no longer running."""
+    """Remove the unfinished files of processes of this machine that no longer run."""
     for path in folder.glob(".tmp-*"):
         found = LEFT_OVER.fullmatch(path.name)
         if found is None or found["host"] != socket.gethostname():
@@ -105,7 +163,7 @@ def _is_running(process: int) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Hold a lock, which the system takes back from a process that is killed.
+    """Hold the lock file at `path`; the system releases it if the process is killed.
 
     Raises:
         StoreError: another process holds it, and `wait` is False.
@@ -125,6 +183,19 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         yield
 
 
-def rounded(figures: Mapping[str, float]) -> dict[str, float]:
-    """To the digits that are worth writing down."""
-    return {name: float(f"{value:.5g}") for name, value in figures.items()}
+_Value = TypeVar("_Value")
+
+
+def rounded(value: _Value) -> _Value:
+    """`value` with each float in it, at any depth, cut to the five digits worth writing down.
+
+    Everything else stays as it is, but tuples become lists, as JSON has them.
+    """
+    found: Any = value
+    if isinstance(value, float):
+        found = float(f"{value:.5g}")
+    elif isinstance(value, dict):
+        found = {name: rounded(each) for name, each in value.items()}
+    elif isinstance(value, list | tuple):
+        found = [rounded(each) for each in value]
+    return found  # type: ignore[no-any-return]

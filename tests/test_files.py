@@ -1,12 +1,14 @@
 """What is written stands at its place whole or not at all, and leaves nothing beside it."""
 
 import errno
+import json
+import os
 
 import pytest
 from helpers.saes import make
 
 from hf_switch_sae import Recipe, Steer, export, export_recipe
-from hf_switch_sae.files import LEFT_OVER, written_beside
+from hf_switch_sae.files import LEFT_OVER, rounded, write_json, write_once, written_beside
 
 
 def test_a_file_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
@@ -61,6 +63,31 @@ def test_a_folder_that_is_there_is_never_replaced(tmp_path):
         write()
     assert (tmp_path / "there" / "mine").read_text() == "mine"
     assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+
+
+def test_json_is_written_with_the_arguments_of_dumps(tmp_path):
+    write_json(tmp_path / "new" / "file.json", {"b": "é", "a": [1]}, indent=1, sort_keys=True)
+    text = (tmp_path / "new" / "file.json").read_text(encoding="utf-8")
+    assert text == json.dumps({"a": [1], "b": "é"}, indent=1) + "\n"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_first_of_several_writers_wins_and_the_others_leave_nothing(
+    tmp_path, monkeypatch, has_links
+):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    for data in (b"first", b"second"):
+        write_once(tmp_path / "file", data)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+def test_only_floats_are_rounded_however_deep_they_lie():
+    told = {"a": 1.23456789, "count": 1234567, "rows": [(0.1234567, "x", None, True)]}
+    assert rounded(told) == {"a": 1.2346, "count": 1234567, "rows": [[0.12346, "x", None, True]]}
 
 
 WRITERS = {
