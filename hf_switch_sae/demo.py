@@ -25,6 +25,7 @@ from hf_switch_sae.edits.kinds import Steer
 from hf_switch_sae.edits.recipe import Recipe
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.hub.layout import DESCRIPTIONS
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.sessions.session import Session
 
@@ -134,7 +135,7 @@ def run_demo(
 
 def _words(folder: Path) -> dict[int, str]:
     """A few words on what each feature reacts to, from `features.json` beside the weights."""
-    file = folder / "features.json"
+    file = folder / DESCRIPTIONS
     if not file.exists():
         return {}
     table = json.loads(file.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_switch_sae.errors import SwitchSAEError
+from hf_switch_sae.hub.layout import CARD
 from hf_switch_sae.release.card import is_a_persons, known_repo_id, write_card
 
 
@@ -26,7 +27,7 @@ def card(
     if not folder.is_dir():
         raise SwitchSAEError(f"there is no folder {folder}.")
     write_card(folder, repo_id or known_repo_id(folder), license_id)
-    print(folder / "README.md")
+    print(folder / CARD)
     if is_a_persons(folder):
         print(
             "left as it is: it has no marks of ours, so it is a person's. Move it away, or put "

@@ -13,9 +13,8 @@ from hf_switch_sae import plots
 from hf_switch_sae.cli.loading import load_sae, split_address
 from hf_switch_sae.cli.options import as_typed, pairs_of, split_options, typed
 from hf_switch_sae.comparison import SETS, compare, plan
-from hf_switch_sae.comparison.report import COMPARISON
 from hf_switch_sae.errors import ConfigError
-from hf_switch_sae.hub.layout import FIGURES
+from hf_switch_sae.hub.layout import COMPARISON, FIGURES
 from hf_switch_sae.lm.loading import has_head, load_lm
 from hf_switch_sae.lm.names import hookpoint_of
 from hf_switch_sae.sae.model import SwitchSAE

@@ -13,6 +13,7 @@ from hf_switch_sae.formats.conversion import EXPORTS, FORMATS
 from hf_switch_sae.formats.conversion import convert as convert_checkpoint
 from hf_switch_sae.formats.conversion import export as export_sae
 from hf_switch_sae.formats.registry import writer_of
+from hf_switch_sae.hub.layout import CONFIG, is_ours
 from hf_switch_sae.hub.source import open_source
 from hf_switch_sae.lm.loading import load_lm
 from hf_switch_sae.sae.model import SwitchSAE
@@ -76,7 +77,7 @@ def convert(
 def _load(name: str, where: dict[str, Any], given: dict[str, Any]) -> SwitchSAE:
     """An SAE of ours, or of another project with what its files don't tell."""
     known = {option: value for option, value in given.items() if value is not None}
-    if known and open_source(name, **where).json("config.json").get("model_type") == "switch_sae":
+    if known and is_ours(open_source(name, **where).json(CONFIG)):
         options = ", ".join(f"--{option.replace('_', '-')}" for option in known)
         raise typer.BadParameter(f"{name} tells all of this in its config: leave {options} out.")
     try:

@@ -9,8 +9,9 @@ import typer
 from transformers import AutoTokenizer
 
 from hf_switch_sae.errors import SwitchSAEError
+from hf_switch_sae.hub.layout import CONFIG, DESCRIPTIONS
 from hf_switch_sae.store import FeatureStore
-from hf_switch_sae.store.descriptions import DESCRIPTIONS, describe, write_descriptions
+from hf_switch_sae.store.descriptions import describe, write_descriptions
 
 
 def describe_features(
@@ -26,8 +27,8 @@ def describe_features(
     words: Annotated[int, typer.Option(min=1, help="Words kept, at most.")] = 4,
 ) -> None:
     """Write features.json beside an SAE: the words each feature is strongest on."""
-    if not (sae / "config.json").exists():
-        raise SwitchSAEError(f"there is no SAE in {sae}: no config.json.")
+    if not (sae / CONFIG).exists():
+        raise SwitchSAEError(f"there is no SAE in {sae}: no {CONFIG}.")
     opened = FeatureStore(store)
     name = tokenizer or (opened.provenance.tokenizer or {}).get("name")
     if not name:

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from hf_switch_sae.cli.loading import load_sae, split_address
 from hf_switch_sae.errors import SwitchSAEError
-from hf_switch_sae.evaluation.evaluate import METRICS, shown_digits, write_metrics
+from hf_switch_sae.evaluation.evaluate import shown_digits, write_metrics
+from hf_switch_sae.hub.layout import METRICS
 from hf_switch_sae.lm.loading import has_head, load_lm
 from hf_switch_sae.text.documents import read_documents
 from hf_switch_sae.training import ActivationSettings, evaluate

@@ -12,7 +12,7 @@ from hf_switch_sae import plots
 from hf_switch_sae.cli.loading import load_sae
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.geometry.measure import measure_geometry
-from hf_switch_sae.hub.layout import FIGURES, read_json
+from hf_switch_sae.hub.layout import FIGURES, NOTES, read_json
 
 
 def geometry(
@@ -50,7 +50,7 @@ def geometry(
             switch_sae.config.num_experts,
             folder / FIGURES,
             rate=switch_sae.feature_rate if int(switch_sae.statistics_tokens) else None,
-            run=read_json(own / "training.json"),
+            run=read_json(own / NOTES),
             tell=_tell,
         )
     print(table(found.to_dict()))

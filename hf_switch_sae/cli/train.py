@@ -15,6 +15,7 @@ from hf_switch_sae.activations.cache_files import read_manifest
 from hf_switch_sae.cli.options import pairs_of, run_arguments, short, split_options, typed
 from hf_switch_sae.errors import ConfigError, TrainingError
 from hf_switch_sae.evaluation.evaluate import write_metrics
+from hf_switch_sae.hub.layout import NOTES
 from hf_switch_sae.lm.hookpoints import resolve
 from hf_switch_sae.lm.loading import has_head, load_lm
 from hf_switch_sae.release.card import write_card
@@ -30,7 +31,6 @@ from hf_switch_sae.training import (
     evaluate,
 )
 from hf_switch_sae.training.arguments import PRESETS, SAE_PRESETS, read_options
-from hf_switch_sae.training.notes import NOTES
 
 _OWN = {"layer", "config", "preset", "cache", "eval_dataset", "column", "split", "lm_dtype"}
 _OWN |= {"device_map", "revision", "gguf_file", "cache_rows", "eval_tokens"}

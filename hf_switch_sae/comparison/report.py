@@ -22,13 +22,13 @@ from hf_switch_sae.comparison.runs import Runs, open_rows
 from hf_switch_sae.errors import ConfigError, HookpointError, TrainingError, WidthError
 from hf_switch_sae.evaluation.heldout import RowSums, measure_held_out
 from hf_switch_sae.files import written_beside
+from hf_switch_sae.hub.layout import COMPARISON, NOTES
 from hf_switch_sae.processes import alone
 from hf_switch_sae.sae.flops import flops_per_token, parameter_count
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.training import CachedActivations, SwitchSAETrainingArguments
-from hf_switch_sae.training.notes import NOTES
 
-COMPARISON, FORMAT = "comparison.json", 1
+FORMAT = 1
 _BATCH = 2048
 _PREDICTIONS = {"ce_clean", "ce_spliced", "ce_ablated", "ce_zero", "kl", "ce_tokens"}
 _PREDICTIONS |= {"ce_recovered", "ce_recovered_zero"}

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_switch_sae.comparison.plan import Planned
 from hf_switch_sae.errors import TrainingError
 from hf_switch_sae.files import written_beside
+from hf_switch_sae.hub.layout import CONFIG
 from hf_switch_sae.training import CachedActivations, SwitchSAETrainer, SwitchSAETrainingArguments
 from hf_switch_sae.training.checkpoints import checkpoints_in
 from hf_switch_sae.training.saes import check_loss
@@ -116,7 +117,7 @@ class Runs:
         """Raise TrainingError if a folder of that name is another run's."""
         note = place / RUN
         if not note.exists():
-            if (place / "config.json").exists() and not (self.folder / _RUNS / place.name).exists():
+            if (place / CONFIG).exists() and not (self.folder / _RUNS / place.name).exists():
                 raise TrainingError(
                     f"{place} holds an SAE that no comparison trained: choose another folder, or "
                     "give the run another name=..."

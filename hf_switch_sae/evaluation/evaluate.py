@@ -42,6 +42,7 @@ from hf_switch_sae.activations.settings import ActivationSettings
 from hf_switch_sae.errors import ConfigError, TrainingError, WidthError
 from hf_switch_sae.evaluation.heldout import RowSums
 from hf_switch_sae.files import rounded, written_beside
+from hf_switch_sae.hub.layout import CONFIG, METRICS
 from hf_switch_sae.lm.config import vocabulary_size
 from hf_switch_sae.lm.fingerprint import check_base_model
 from hf_switch_sae.lm.hookpoints import unwrap
@@ -50,7 +51,6 @@ from hf_switch_sae.processes import processes
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.text.contexts import Context
 
-METRICS = "metrics.json"
 _MEAN_ROWS = 16_384
 _LOGITS_A_PASS = 1 << 26  # of the vocabulary times tokens: three such are held at most
 _MEASURED = ("ce_clean", "ce_spliced", "ce_ablated", "ce_zero", "kl")
@@ -136,7 +136,7 @@ def write_metrics(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     Each file is written beside its place and renamed.
     """
     shown = shown_digits(found)
-    config_file = folder / "config.json"
+    config_file = folder / CONFIG
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["metrics"] = {
         name: value for name, value in shown.items() if name not in ("measured_on", "density")

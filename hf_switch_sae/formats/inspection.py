@@ -19,6 +19,7 @@ import torch
 
 from hf_switch_sae.errors import ConversionError
 from hf_switch_sae.formats.registry import recognize
+from hf_switch_sae.hub.layout import CONFIG, is_ours
 from hf_switch_sae.hub.source import Source, listed_folders, open_source
 
 _NUMBERS = ("input_scale", "residual_norm", "outlier_norm", "statistics_tokens")
@@ -111,8 +112,8 @@ def inspect(name: str | Path, subfolder: str = "", **where: Any) -> Inspection:
 
 def _summary(source: Source) -> SAESummary | None:
     path = source.subfolder
-    config = source.json("config.json")
-    if config.get("model_type") != "switch_sae":
+    config = source.json(CONFIG)
+    if not is_ours(config):
         found = recognize(source)
         return None if found is None else SAESummary(path, found.name)
     config.pop("base_model_fingerprint", None)

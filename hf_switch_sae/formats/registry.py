@@ -21,8 +21,8 @@ from hf_switch_sae.formats import (
 )
 from hf_switch_sae.formats import switch_sae as switch_reference
 from hf_switch_sae.formats.checkpoint import Foreign, Given
+from hf_switch_sae.hub.layout import CONFIG, is_ours
 from hf_switch_sae.hub.source import Source, listed_folders
-from hf_switch_sae.sae.config import SwitchSAEConfig
 from hf_switch_sae.sae.model import SwitchSAE
 
 # dictionary_learning is known by its file's name alone, so those who share it come before
@@ -85,7 +85,7 @@ def format_of(source: Source, name: str | None = None) -> Format:
         return found
     if what := other_kind(source):
         raise ConversionError(f"{source.where} looks like {what}; it can't be taken over.")
-    if source.json("config.json").get("model_type") == SwitchSAEConfig.model_type:
+    if is_ours(source.json(CONFIG)):
         raise ConversionError(
             f"{source.where} is no other project's: SwitchSAE.from_pretrained loads it as it is, "
             "and export() hands it on."

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.files import written_beside
-
-GEOMETRY = "geometry.json"
-
-
-TABLE = "geometry.parquet"
-
+from hf_switch_sae.hub.layout import GEOMETRY, GEOMETRY_TABLE
 
 _MOST_EXPERTS_WRITTEN = 256
 
@@ -67,7 +62,7 @@ class Geometry:
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write geometry.json and geometry.parquet; returns their paths."""
-        files = [Path(folder) / GEOMETRY, Path(folder) / TABLE]
+        files = [Path(folder) / GEOMETRY, Path(folder) / GEOMETRY_TABLE]
         columns = {name: values.cpu().numpy() for name, values in self.table.items()}
         with written_beside(files[1]) as beside:
             pyarrow.parquet.write_table(pyarrow.table(columns), beside, compression="zstd")
@@ -82,10 +77,10 @@ class Geometry:
         Raises:
             SwitchSAEError: it is not there, or of another format.
         """
-        file, table = Path(folder) / GEOMETRY, Path(folder) / TABLE
+        file, table = Path(folder) / GEOMETRY, Path(folder) / GEOMETRY_TABLE
         if not (file.exists() and table.exists()):
             raise SwitchSAEError(
-                f"there is no {GEOMETRY} with a {TABLE} in {folder}: "
+                f"there is no {GEOMETRY} with a {GEOMETRY_TABLE} in {folder}: "
                 "write them with hf-switch-sae geometry."
             )
         held = json.loads(file.read_text(encoding="utf-8"))

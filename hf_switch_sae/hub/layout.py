@@ -1,58 +1,85 @@
 """The names of a release's files, and which SAEs a folder holds.
 
-<release>
-├── README.md                       the card
-├── recipes/<name>.json             edits
-└── layers.15.resid_post/           one SAE: config.json, model.safetensors, metrics.json, ...
+    <release>
+    ├── README.md                     the card
+    ├── recipes/<name>.json           edits
+    ├── comparison.json, figures/     SAEs measured side by side
+    └── layers.15.resid_post/         one SAE
+        ├── config.json, model.safetensors
+        ├── training.json             how it was trained
+        ├── metrics.json              what it loses
+        ├── features.json             a few words on each feature
+        └── geometry.json, geometry.parquet, figures/
+
+Room   Everything that writes a release, or reads one, takes the names from here.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_switch_sae.errors import HubError, SwitchSAEError
 
-WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
-"""How files of weights end, ours and those of other projects."""
-LLAMA_SCOPE_WEIGHTS = "checkpoints/final.safetensors"
-"""Where Llama Scope's weights lie, seen from the folder that is their SAE's."""
+# over all SAEs of a release
+CARD = "README.md"
+RECIPES = "recipes"
+COMPARISON = "comparison.json"
 FIGURES = "figures"
-"""The folder that figures are drawn in."""
+
+# beside each SAE
+CONFIG = "config.json"
+NOTES = "training.json"
+METRICS = "metrics.json"
+DESCRIPTIONS = "features.json"
+GEOMETRY = "geometry.json"
+GEOMETRY_TABLE = "geometry.parquet"
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
+"""The endings of weight files, ours and those of other projects."""
+LLAMA_SCOPE_WEIGHTS = "checkpoints/final.safetensors"
+"""Where Llama Scope keeps its weights, relative to the folder of the SAE."""
+_MODEL_TYPE = "switch_sae"
+
+
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether this is the config of an SAE of ours, not of another project's."""
+    return config.get("model_type") == _MODEL_TYPE
 
 
 def recipe_path(name: str) -> str:
-    """Where a release keeps a recipe; raises HubError for what can't be a file's name."""
+    """Where a release keeps a recipe; raises HubError if the name can't be a file's name."""
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise HubError(f"{name!r} is no name for a recipe: letters, digits, '-', '_' and '.' only.")
-    return f"recipes/{name}.json"
+    return f"{RECIPES}/{name}.json"
 
 
 def saes_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """Subfolder ("" for itself) -> config, of every SAE of ours in a release, in order of path."""
+    """Subfolder ("" for the folder itself) -> config, of every SAE of ours, ordered by path."""
     found = {}
-    for file in sorted(folder.rglob("config.json")):
+    for file in sorted(folder.rglob(CONFIG)):
         if in_checkpoint(file.relative_to(folder)):
             continue
         config = read_json(file)
-        if config.get("model_type") == "switch_sae":
+        if is_ours(config):
             place = file.parent.relative_to(folder).as_posix()
             found["" if place == "." else place] = config
     return found
 
 
 def in_checkpoint(path: Path) -> bool:
-    """Whether a path within a run's folder is of a checkpoint: no part of what is released."""
+    """Whether a path within a run's folder belongs to a checkpoint, which is not released."""
     return any(re.fullmatch(r"checkpoint-\d+", part) for part in path.parts)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What is in a file; {} if it is not there, or holds no object.
+    """The object in a JSON file; {} if there is no such file, or something else in it.
 
     Raises:
-        SwitchSAEError: it is no JSON.
+        SwitchSAEError: the file is not JSON.
     """
     if not file.exists():
         return {}

@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.files import written_beside
+from hf_switch_sae.hub.layout import CARD
 from hf_switch_sae.release.facts import CAPTIONS, Facts, facts_of, facts_over_all
 
 BEGIN, END = "<!-- hf-switch-sae:begin -->", "<!-- hf-switch-sae:end -->"
@@ -81,7 +82,7 @@ def is_a_persons(folder: str | Path) -> bool:
 
 
 def _text(folder: Path) -> str:
-    readme = folder / "README.md"
+    readme = folder / CARD
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
@@ -147,7 +148,7 @@ def _has_base(each: Facts) -> bool:
 
 def write_card(folder: Path, repo_id: str, license_id: str | None = None) -> None:
     """Write or renew the README.md of a release; see `card.render_card`."""
-    card, readme = render_card(folder, repo_id, license_id), folder / "README.md"
+    card, readme = render_card(folder, repo_id, license_id), folder / CARD
     if readme.exists() and readme.read_text(encoding="utf-8") == card:
         return
     with written_beside(readme) as beside:

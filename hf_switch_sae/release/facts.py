@@ -16,7 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_switch_sae.errors import SwitchSAEError
-from hf_switch_sae.hub.layout import FIGURES, read_json, saes_in
+from hf_switch_sae.hub.layout import (
+    COMPARISON,
+    DESCRIPTIONS,
+    FIGURES,
+    GEOMETRY,
+    METRICS,
+    NOTES,
+    read_json,
+    saes_in,
+)
 
 CAPTIONS = {
     "flops_fvu": "Operations per token against FVU; a step line joins those that no other of as "
@@ -68,16 +77,14 @@ def facts_of(folder: Path) -> dict[str, Facts]:
 
 def facts_over_all(folder: Path) -> Facts:
     """What lies over all SAEs of a release: a comparison, and its figures."""
-    return Facts(
-        comparison=_of_format_1(folder / "comparison.json"), figures=_figures(folder, folder)
-    )
+    return Facts(comparison=_of_format_1(folder / COMPARISON), figures=_figures(folder, folder))
 
 
 def _facts(folder: Path, place: str, config: dict[str, Any]) -> Facts:
     own = folder / place
-    told = read_json(own / "metrics.json")
+    told = read_json(own / METRICS)
     held = told or config.get("metrics") or {}
-    words = read_json(own / "features.json")
+    words = read_json(own / DESCRIPTIONS)
     described = [each for each in words if each.isdecimal() and words[each]]
     several = (each for each in described if len(words[each]) > 1)
     spoken = (each for each in several if all(map(_is_a_word, words[each])))
@@ -90,11 +97,11 @@ def _facts(folder: Path, place: str, config: dict[str, Any]) -> Facts:
             if isinstance(value, int | float) and not isinstance(value, bool)
         },
         measured_on=told.get("measured_on") or {},
-        run=read_json(own / "training.json"),
+        run=read_json(own / NOTES),
         statistics=_statistics(own),
-        geometry=_of_format_1(own / "geometry.json"),
+        geometry=_of_format_1(own / GEOMETRY),
         # one over all is shown once
-        comparison=_of_format_1(own / "comparison.json") if place else {},
+        comparison=_of_format_1(own / COMPARISON) if place else {},
         figures=_figures(folder, own) if place else {},
         described=None if feature is None else (int(feature), " ".join(words[feature])),
     )

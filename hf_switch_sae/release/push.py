@@ -26,7 +26,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from hf_switch_sae.edits.recipe import Recipe
 from hf_switch_sae.errors import HubError
 from hf_switch_sae.hub.errors import plain_hub_errors
-from hf_switch_sae.hub.layout import in_checkpoint, recipe_path, saes_in
+from hf_switch_sae.hub.layout import CARD, RECIPES, in_checkpoint, recipe_path, saes_in
 from hf_switch_sae.hub.source import check_inside
 from hf_switch_sae.release.card import write_card
 from hf_switch_sae.sae.model import SwitchSAE
@@ -81,7 +81,7 @@ def push(
     api = HfApi(token=token)
     repo_id = _with_owner(api, repo_id)
     for name, recipe in (recipes or {}).items():
-        (folder / "recipes").mkdir(exist_ok=True)
+        (folder / RECIPES).mkdir(exist_ok=True)
         recipe.save(folder / recipe_path(name))
     if create_card:
         write_card(folder, repo_id)
@@ -90,8 +90,8 @@ def push(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-    if "README.md" in files:
-        _validate(files["README.md"], repo_id)
+    if CARD in files:
+        _validate(files[CARD], repo_id)
     additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     with plain_hub_errors(repo_id, "push to"), warnings.catch_warnings():
         # of geometry.parquet, which belongs to the SAE

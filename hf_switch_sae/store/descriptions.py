@@ -14,8 +14,6 @@ from hf_switch_sae.errors import StoreError
 from hf_switch_sae.files import written_beside
 from hf_switch_sae.store import FeatureStore
 
-DESCRIPTIONS = "features.json"
-
 
 def describe(
     store: FeatureStore, tokenizer: Any, strongest: int = 12, words: int = 4

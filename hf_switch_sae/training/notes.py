@@ -11,14 +11,10 @@ import torch
 import transformers
 
 from hf_switch_sae.activations.interface import Activations
+from hf_switch_sae.hub.layout import NOTES
 from hf_switch_sae.sae.model import SwitchSAE
 
-NOTES = "training.json"
-
-
 _PRIVATE = ("output_dir", "logging_dir", "hub_", "push_", "local_rank", "use_cpu", "disable_tqdm")
-
-
 _FOLLOWS = {"accelerator_config", "report_to", "run_name", "debug", "resume_from_checkpoint"}
 
 

@@ -23,6 +23,7 @@ from hf_switch_sae.activations.interface import Activations
 from hf_switch_sae.errors import NonFiniteError, SwitchSAEError, TrainingError
 from hf_switch_sae.evaluation.calibration import calibrate_on
 from hf_switch_sae.files import rounded
+from hf_switch_sae.hub.layout import CARD
 from hf_switch_sae.release.push import push
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.training import checkpoints, sharded
@@ -345,7 +346,7 @@ class Saving(Trainer):
         with tempfile.TemporaryDirectory() as staged:
             for name in self.saes:
                 shutil.copytree(folder / name, Path(staged) / name)
-            if (readme := folder / "README.md").exists():
+            if (readme := folder / CARD).exists():
                 shutil.copy(readme, staged)
             return self._push(Path(staged), message)
 
