@@ -1,4 +1,8 @@
-"""What a launcher (torchrun, `accelerate launch`) tells a process of the others, by environment."""
+"""Which process this is, of how many, and how tensors are summed over all of them.
+
+How    A launcher (torchrun, `accelerate launch`) sets environment variables in each process it
+       starts. torch.distributed knows the same once it has joined the processes.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,15 @@ from hf_switch_sae.errors import ConfigError
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number, from 0, and how many there are; 0 and 1 without a launcher.
+    """This process's rank, counted from 0, and the number of processes; 0 and 1 without a launcher.
+
+    Needs no process group, so it also serves work that processes share without talking.
 
     Raises:
-        ConfigError: RANK and WORLD_SIZE say what can't be.
+        ConfigError: RANK and WORLD_SIZE in the environment contradict each other.
     """
+    if _are_joined():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
     rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if not 0 <= rank < world:
         raise ConfigError(
@@ -27,12 +35,17 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def processes_here() -> int:
-    """How many there are on this machine.
+    """How many of the processes run on this machine.
 
     Raises:
-        ConfigError: LOCAL_WORLD_SIZE says what can't be.
+        ConfigError: LOCAL_WORLD_SIZE in the environment is not a number.
     """
     return max(1, _number("LOCAL_WORLD_SIZE", 1))
+
+
+def _are_joined() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _number(name: str, default: int) -> int:
@@ -44,24 +57,27 @@ def _number(name: str, default: int) -> int:
 
 
 Reduce = Callable[[Tensor], Tensor]
-"""Adds up a tensor over processes."""
+"""Sums a tensor over all processes."""
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """The `Reduce` of one process: its sums are those of all."""
+    """The `Reduce` of a single process, whose sums are already complete."""
     return tensor
 
 
 def added_up(tensor: Tensor) -> Tensor:
-    """The `Reduce` of the processes that torch.distributed joins: each of them calls it."""
+    """The `Reduce` of the processes that torch.distributed joins; all of them must call it."""
     tensor = tensor.clone()
     torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def processes(by_itself: bool) -> tuple[int, int, Reduce]:
-    """Which process this is, of how many that torch.distributed joins, and their sum."""
-    distributed = torch.distributed
-    if not by_itself and distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size(), added_up
-    return 0, 1, alone
+    """Rank, number of processes and `Reduce`, for work whose results are summed.
+
+    Args:
+        by_itself: whether this process works alone, whatever else torch.distributed joins.
+    """
+    if by_itself or not _are_joined():
+        return 0, 1, alone
+    return *rank_and_world(), added_up

@@ -1,7 +1,7 @@
 """The files of an activation cache: names, manifest, checksums.
 
-cache.json                          what the rows are of; `complete` once all are there
-<number>.safetensors                rows of every hookpoint, and their token ids
+cache.json                      what the rows are; `complete` once the harvest has ended
+rows-<number>.safetensors       rows of every hookpoint, and their token ids
 """
 
 from __future__ import annotations
@@ -22,36 +22,29 @@ from hf_switch_sae.lm.fingerprint import check_base_model, fingerprint
 from hf_switch_sae.lm.hookpoints import unwrap
 from hf_switch_sae.text.contexts import Cursor
 
-FORMAT = "hf_switch_sae activations"
-
-
-VERSION = 1
-
-
+FORMAT, VERSION = "hf_switch_sae activations", 1
 MANIFEST = "cache.json"
-
-
 TOKEN_IDS = "token_ids"
-
-
-_NOTED = ("lm", "hookpoints", "hidden_size", "dtype", "policy", "outlier_norm")
+_REQUIRED = ("lm", "hookpoints", "hidden_size", "dtype", "policy", "outlier_norm")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of rows, by its header."""
+    """A file of rows, as its header describes it."""
 
     path: Path
     rows: int
     end: Cursor
+    """Where the text of the next file begins."""
     checksums: dict[str, int]
+    """Tensor's name -> CRC-32 of its bytes."""
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Read a header.
+        """Read a file's header.
 
         Raises:
-            StoreError: the file is damaged, or none of a cache.
+            StoreError: the file is damaged, or not part of a cache.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -66,7 +59,7 @@ class Shard:
         """Every file of a cache, in order.
 
         Raises:
-            StoreError: one is damaged or missing.
+            StoreError: a file is damaged or missing.
         """
         paths = sorted(folder.glob("rows-*.safetensors"))
         for number, path in enumerate(paths):
@@ -79,7 +72,7 @@ class Shard:
 
 
 def shard_name(number: int) -> str:
-    """The name of a cache's file."""
+    """The name of a cache's file number `number`, counted from 0."""
     return f"rows-{number:08d}.safetensors"
 
 
@@ -92,10 +85,10 @@ def damaged(path: Path, why: str) -> StoreError:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What cache.json says; None if there is none.
+    """The content of cache.json; None if there is no such file.
 
     Raises:
-        StoreError: it is of another format or version, or damaged.
+        StoreError: the file is damaged, or of another format or version.
     """
     path = folder / MANIFEST
     try:
@@ -111,13 +104,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             f"{folder} is a cache of version {found.get('version')}; this package reads version "
             f"{VERSION}. Harvest it again, or use the package that made it."
         )
-    if lacking := [name for name in _NOTED if name not in found]:
+    if lacking := [name for name in _REQUIRED if name not in found]:
         raise StoreError(f"{path} is damaged: it does not say {', '.join(lacking)}.")
     return found
 
 
 def check_lm(folder: Path, noted: dict[str, Any], lm: nn.Module, revision: str | None) -> None:
-    """Raise BaseModelError unless a cache is of this model and revision, as far as is known."""
+    """Raise BaseModelError if a cache is known to be of another model or revision."""
     try:
         check_base_model(lm, noted["name"] or None, noted["fingerprint"])
     except BaseModelError as err:
@@ -134,7 +127,7 @@ def check_lm(folder: Path, noted: dict[str, Any], lm: nn.Module, revision: str |
 
 
 def lm_notes(lm: nn.Module, revision: str | None) -> dict[str, Any]:
-    """What a cache notes of a language model, JSON-able."""
+    """JSON-able: what a cache notes about its language model."""
     root = unwrap(lm)
     return {
         "name": name_without_path(getattr(config_of(root), "_name_or_path", "")),
@@ -145,6 +138,6 @@ def lm_notes(lm: nn.Module, revision: str | None) -> dict[str, Any]:
 
 
 def crc32(tensor: Tensor) -> int:
-    """Of a CPU tensor's bytes."""
+    """CRC-32 of a CPU tensor's bytes."""
     data: Any = tensor.contiguous().view(torch.uint8).numpy()
     return int(zlib.crc32(data))

@@ -1,4 +1,4 @@
-"""Residual streams that `cache_activations` harvested, read back: mapped, checked, shuffled."""
+"""Reads back what `cache_activations` has written: mapped into memory, checked, shuffled."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from hf_switch_sae.lm.names import hookpoint_of
 class CachedActivations(StoredActivations):
     """Activations from a folder that `cache_activations` has written.
 
-    Files are mapped into memory and copied a group at a time; each is checked against its
-    checksums the first time. Several runs may read one cache at once.
+    Files are mapped into memory and copied a group at a time. The first time a file is read, its
+    checksums are verified. Several runs may read one cache at once.
 
     Args:
-        folder: of the cache.
-        hookpoints: which of the cache's places, by name, or layers and module paths of `lm`; all by
-            default.
-        lm: the language model that the SAE is for: checked to be the cache's.
-        lm_revision: its commit, likewise.
-        buffer_bytes: most memory for shuffling; see `shuffle.default_buffer_bytes`.
-        seed: of the order of rows.
+        folder: the cache's folder.
+        hookpoints: which of the cache's hookpoints, by name, or as layers or module paths of `lm`;
+            all by default.
+        lm: the language model that the SAE is for, to check that the cache is of it.
+        lm_revision: its commit, to check likewise.
+        buffer_bytes: memory for shuffling, at most; see `shuffle.default_buffer_bytes`.
+        seed: decides the order of rows.
 
     Raises:
-        StoreError: no cache, an unfinished or damaged one, or one of another format.
-        BaseModelError: a cache of another language model or revision.
-        HookpointError: a place that the cache does not have.
+        StoreError: there is no cache, or it is unfinished, damaged or of another format.
+        BaseModelError: the cache is of another language model or revision.
+        HookpointError: the cache lacks a hookpoint.
     """
 
     def __init__(
@@ -61,11 +61,13 @@ class CachedActivations(StoredActivations):
                 f"{self.folder} is of revision {manifest['lm']['revision']}, not of {lm_revision}."
             )
         self.manifest = manifest
-        """What cache.json says."""
-        self.hookpoints = self._places(manifest, hookpoints, lm)
+        """The content of cache.json."""
+        self.hookpoints = self._names_of(hookpoints, lm)
         self.hidden_size = {name: manifest["hidden_size"][name] for name in self.hookpoints}
         self._shards = self._checked_shards(manifest)
         self._verified: set[int] = set()
+
+        # rows of all chosen hookpoints are held together, so the buffer is divided by their sum
         itemsize = getattr(torch, manifest["dtype"]).itemsize
         self._row_bytes = sum(self.hidden_size.values()) * itemsize
         room = buffer_bytes or default_buffer_bytes(torch.device("cpu"))
@@ -77,7 +79,7 @@ class CachedActivations(StoredActivations):
 
     @property
     def policy(self) -> dict[str, Any]:
-        """See `Activations.policy`; as it was when the cache was harvested."""
+        """See `Activations.policy`; it was noted when the cache was harvested."""
         norms = self.manifest["outlier_norm"]
         own = {name: norms[name] for name in self.hookpoints if name in norms}
         return {**self.manifest["policy"], "outlier_norm": own}
@@ -92,18 +94,16 @@ class CachedActivations(StoredActivations):
             "bytes_on_disk": sum(shard.path.stat().st_size for shard in self._shards),
         }
 
-    def _places(
-        self,
-        manifest: Mapping[str, Any],
-        wanted: int | str | Sequence[int | str] | None,
-        lm: nn.Module | None,
+    def _names_of(
+        self, wanted: int | str | Sequence[int | str] | None, lm: nn.Module | None
     ) -> tuple[str, ...]:
-        there = tuple(manifest["hookpoints"])
+        """The names, as the cache has them, of the hookpoints that are asked for."""
+        there = tuple(self.manifest["hookpoints"])
         if wanted is None:
             return there
-        places = [wanted] if isinstance(wanted, int | str) else wanted
         names = []
-        for at in places:
+        for at in [wanted] if isinstance(wanted, int | str) else wanted:
+            # a name is taken as it is; a layer or module path needs the model to be resolved
             name = at if at in there else None
             if name is None and lm is not None:
                 name = resolve(lm, at).name
@@ -123,6 +123,7 @@ class CachedActivations(StoredActivations):
                 f"{self.folder} is unfinished: its harvest was stopped. Run the same harvest again "
                 "and it goes on, or with a max_rows of what is there."
             )
+        # files beyond those that `complete` counts are of a harvest that went on and was stopped
         shards = Shard.all_in(self.folder)
         rows = sum(shard.rows for shard in shards)
         if len(shards) < complete["shards"] or rows < complete["rows"]:
@@ -150,6 +151,7 @@ class CachedActivations(StoredActivations):
                 with safe_open(shard.path, "pt") as file:
                     for name, whole in found.items():
                         part = whole[at : at + shard.rows]
+                        # the checksum is taken of the copy: what is trained on is what is checked
                         part.copy_(file.get_tensor(name))
                         if piece not in self._verified and crc32(part) != shard.checksums[name]:
                             raise damaged(shard.path, f"the checksum of {name} is wrong")

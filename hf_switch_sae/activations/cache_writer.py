@@ -1,12 +1,12 @@
 """Residual streams on disk: harvested once, read by many runs.
 
-Room   LM, places, text -> a folder -> `cached.CachedActivations`.
-Format cache.json: what the rows are, and once the harvest is done how many.
-       rows-00000000.safetensors, ...: in the order of the text. A tensor [rows, d] named after each
-       hookpoint, `token_ids` [rows] int32; in the metadata the cursor at which the next file's
-       text begins, and the CRC-32 of each tensor's bytes.
-How    A file is written beside its place and renamed, and knows where its text ends. So the files
-       are all that a resume needs: only the one at hand is lost, and nothing is there twice.
+Room   LM, hookpoints, text -> a folder -> `cache_reader.CachedActivations`.
+Format cache.json: what the rows are and, once the harvest has ended, how many.
+       rows-00000000.safetensors, ...: in the order of the text. Each has a tensor [rows, d] named
+       after each hookpoint, and `token_ids` [rows] int32. Its metadata has the cursor at which the
+       next file's text begins, and the CRC-32 of each tensor's bytes.
+How    A file appears only once it is complete, and knows where its text ends. So a resume needs
+       nothing but the files: it loses only the rows not yet written, and writes none twice.
 """
 
 from __future__ import annotations
@@ -40,14 +40,20 @@ from hf_switch_sae.activations.cache_files import (
 from hf_switch_sae.activations.harvest import Harvest, Pass
 from hf_switch_sae.activations.settings import ActivationSettings
 from hf_switch_sae.errors import StoreError
-from hf_switch_sae.files import locked, remove_leftovers, written_whole
+from hf_switch_sae.files import (
+    disk_errors_as_store_errors,
+    locked,
+    remove_leftovers,
+    write_json,
+    written_whole,
+)
 from hf_switch_sae.text.contexts import Cursor
 from hf_switch_sae.text.documents import read_documents
 
 
 def cache_activations(
     lm: nn.Module,
-    places: int | str | Sequence[int | str],
+    hookpoints: int | str | Sequence[int | str],
     dataset: Any,
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
@@ -62,37 +68,38 @@ def cache_activations(
     max_bytes: int | None = None,
     progress: bool | None = None,
 ) -> Path:
-    """Harvest a data set's residual streams into a folder; goes on where it was.
+    """Harvest a data set's residual streams into a folder, or continue such a harvest.
 
-    Interrupted or killed, the same call goes on with the very next row, and so does one with
+    After an interruption the same call continues with the very next row. So does a call with
     larger limits.
 
     Args:
         lm: in eval mode; see `LiveActivations`.
-        places: layers, hookpoints or module paths; all are read in one pass.
-        dataset: what `text.read_documents` takes.
-        folder: new, or of a cache of the same.
+        hookpoints: layers, hookpoints or module paths; one pass reads them all.
+        dataset: anything that `text.read_documents` takes.
+        folder: a new folder, or a cache that was begun with the same arguments.
         tokenizer: the model's; not needed for documents of token ids.
-        settings: how text becomes rows; `dtype` is "bfloat16" here unless given.
-        column, split, revision: of the data set.
-        lm_revision: commit the LM was loaded from, to note.
-        shard_bytes: of a file, roughly: what is lost at most by being killed.
-        max_rows: stop at the first pass of the LM with which there are so many.
-        max_bytes: stop before the files take more.
-        progress: whether to show a bar on stderr; by default if that is a terminal.
+        settings: how text becomes rows; `dtype` is "bfloat16" here by default.
+        column, split, revision: of the data set, see `text.read_documents`.
+        lm_revision: the commit that the LM was loaded from, to note in the cache.
+        shard_bytes: the rough size of each file, and the most that an interruption can lose.
+        max_rows: stop after the pass of the LM that reaches so many rows.
+        max_bytes: stop before the files take more than this.
+        progress: whether to show a bar on stderr; by default only if that is a terminal.
 
     Returns:
         The folder, for `CachedActivations`.
 
     Raises:
-        AttachError, HookpointError, TextError: as of `LiveActivations`.
-        StoreError: a cache of something else, a damaged one, or no room on the disk.
+        AttachError, HookpointError, TextError: see `LiveActivations`.
+        StoreError: the cache is damaged or of something else, or the disk is full.
     """
     documents = read_documents(dataset, column=column, split=split, revision=revision)
-    harvest = Harvest(lm, places, documents, tokenizer, settings)
+    harvest = Harvest(lm, hookpoints, documents, tokenizer, settings)
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file, and a cache is a folder.")
+    # two writers would both continue at the same row
     with locked(path / ".lock", wait=False):
         remove_leftovers(path)
         writer = _Writer(harvest, path, lm_revision, shard_bytes)
@@ -109,12 +116,13 @@ class _Writer:
         self._harvest, self._folder = harvest, folder
         self._dtype: torch.dtype = getattr(torch, harvest.settings.dtype or "bfloat16")
         widths = harvest.hidden_size.values()
-        self._row_bytes: int = sum(width * self._dtype.itemsize for width in widths) + 4
+        self._row_bytes: int = sum(width * self._dtype.itemsize for width in widths) + 4  # its id
         self._shard_rows = max(1, shard_bytes // self._row_bytes)
         made = {
             "format": FORMAT,
             "version": VERSION,
             "lm": lm_notes(harvest.lm, lm_revision),
+            # through JSON, so that it compares to what was read back
             **json.loads(json.dumps(harvest.identity())),
             "tokens_per_pass": harvest.tokens_per_pass,
             "dtype": str(self._dtype).removeprefix("torch."),
@@ -129,16 +137,18 @@ class _Writer:
             check_lm(folder, found["lm"], harvest.lm, lm_revision)
             self._check_same(found, made)
             self._manifest = found
+            # all rows of a cache are chosen by the same bounds, so the first ones measured stay
             harvest.set_outlier_norm(found["outlier_norm"])
         self._shards = Shard.all_in(folder)
         self._rows = sum(shard.rows for shard in self._shards)
         self._bytes = sum(shard.path.stat().st_size for shard in self._shards)
 
     def write(self, max_rows: int | None, max_bytes: int | None, progress: bool | None) -> None:
-        """Write files until one of the limits, and note that the cache is complete."""
+        """Write files until a limit or the text's end, then note that the cache is complete."""
         start = self._shards[-1].end if self._shards else Cursor()
         harvest = self._harvest
         stop = None
+        # the bar counts rows towards the limit that comes first, if there is one
         rows_to_come = [n for n in (max_rows, max_bytes and max_bytes // self._row_bytes) if n]
         bar = _Bar(min(rows_to_come, default=None), harvest.documents.count, progress)
         with bar, closing(harvest.passes(harvest.contexts(start, epochs=1))) as passes:
@@ -146,6 +156,7 @@ class _Writer:
             held: list[Pass] = []
             count = 0
             while stop is None:
+                # limits are looked at before each pass, so a resumed harvest may be done at once
                 if max_rows is not None and self._rows + count >= max_rows:
                     stop = "max_rows"
                 elif max_bytes is not None and self._bytes_after(count) > max_bytes:
@@ -156,6 +167,7 @@ class _Writer:
                     held.append(self._kept(found))
                     count += len(found.token_ids)
                     bar.at(self._rows + count, found.end)
+                # at the end, a shorter file takes the rest
                 if count >= self._shard_rows or (stop and count):
                     self._append(held)
                     held, count = [], 0
@@ -174,17 +186,17 @@ class _Writer:
         self._save()
 
     def _kept(self, found: Pass) -> Pass:
-        """On the CPU, in the dtype of the file, so that no more than that is held."""
+        """A pass's rows on the CPU in the file's dtype, so that nothing larger is held."""
         rows = {name: rows.to("cpu", self._dtype) for name, rows in found.rows.items()}
         return Pass(rows, found.token_ids, found.end)
 
     def _bytes_after(self, count: int) -> int:
-        """Bytes of all files if the one at hand, of `count` rows, took one more pass."""
-        header = 2048 + 256 * len(self._harvest.hookpoints)
+        """Bytes of all files if the next one held `count` rows and one more pass."""
+        header = 2048 + 256 * len(self._harvest.hookpoints)  # more than it takes
         return self._bytes + header + (count + self._harvest.tokens_per_pass) * self._row_bytes
 
     def _append(self, held: list[Pass]) -> None:
-        """Write the next file."""
+        """Write the next file from the passes that are held."""
         tensors = {
             name: torch.cat([each.rows[name] for each in held]) for name in self._harvest.hookpoints
         }
@@ -203,8 +215,9 @@ class _Writer:
         self._bytes += len(data)
 
     def _save(self) -> None:
-        with written_whole(self._folder / MANIFEST) as file:
-            file.write(json.dumps(self._manifest, indent=1).encode() + b"\n")
+        path = self._folder / MANIFEST
+        with disk_errors_as_store_errors(path):
+            write_json(path, self._manifest, indent=1)
 
     def _check_empty(self) -> None:
         others = [path.name for path in self._folder.iterdir() if not path.name.startswith(".")]
@@ -230,7 +243,7 @@ class _Writer:
 
 
 class _Bar:
-    """Rows against a limit where there is one, else documents against their number."""
+    """A progress bar: rows towards a limit if there is one, else documents."""
 
     def __init__(self, rows: int | None, documents: int | None, progress: bool | None) -> None:
         disable = not (sys.stderr.isatty() if progress is None else progress)
@@ -240,13 +253,14 @@ class _Bar:
             unit="token" if self._in_rows else "doc",
             disable=disable,
         )
-        self._begin: tuple[float, int] | None = None
+        self._begin: tuple[float, int] | None = None  # when and with how many rows it began
 
     def at(self, rows: int, cursor: Cursor) -> None:
-        """Show where the harvest is."""
+        """Show how far the harvest has come."""
         now = time.monotonic()
         if self._begin is None:
             self._begin = (now, rows)
+            # what an earlier run has done counts towards the end, but not towards the speed
             self._bar.initial = rows if self._in_rows else cursor.document
         self._bar.update((rows if self._in_rows else cursor.document) - self._bar.n)
         since, before = self._begin

@@ -1,11 +1,11 @@
-"""The language model, run over contexts as far as the last place: the rows that training is on.
+"""Runs the language model over contexts, up to the last hookpoint, and keeps rows to train on.
 
-Room   LM, places, documents, tokenizer, settings -> checked, outlier norms measured -> passes of
-       the LM from a cursor on -> kept rows of every place, and their tokens.
-How    A pass takes the next contexts, always as many, so a pass from the same cursor is the same
-       numbers; of several ranks each takes every so-manieth context.
+Room   LM, hookpoints, documents, tokenizer, settings -> checked, outlier norms measured -> passes
+       of the LM from a cursor on -> kept rows of every hookpoint, and their tokens.
+How    Every pass takes the same number of contexts, so a pass from the same cursor gives the same
+       numbers. With several ranks, each takes every n-th context.
 Beware Hooks are on the model only while passes are iterated over. Attached SAEs that edit the
-       stream before a place are seen in its rows.
+       stream before a hookpoint change its rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from hf_switch_sae.lm.residuals import input_device, residuals
 from hf_switch_sae.text.contexts import Context, Cursor, Marks, Packer
 from hf_switch_sae.text.documents import read_documents
 from hf_switch_sae.text.tokenizer import tokenizer_identity
+from hf_switch_sae.text.windows import padded
 
 _MEASURED_ROWS = 4000
 _TOKENS_A_PASS = {"cpu": 2048}
@@ -47,7 +47,7 @@ class Pass:
     """What one pass of the language model gave."""
 
     rows: dict[str, Tensor]
-    """Hookpoint -> [kept, d], row i of each the same token's, in the LM's dtype."""
+    """Hookpoint -> [kept, d] in the LM's dtype; row i belongs to the same token at each."""
     token_ids: Tensor
     """[kept] int64, on the CPU."""
     end: Cursor
@@ -58,21 +58,22 @@ class Harvest:
     """Rows of a language model's residual streams over a data set; see the module's header.
 
     Args:
-        lm: in eval mode; on one device or spread by a `device_map`, quantised or not.
-        places: layers, hookpoints or module paths.
-        documents: what `text.read_documents` takes.
+        lm: in eval mode; on one device or spread by a `device_map`, quantized or not.
+        hookpoints: layers, hookpoints or module paths.
+        documents: anything that `text.read_documents` takes.
         tokenizer: the model's; not needed for documents of token ids.
         settings: how text becomes rows.
 
     Raises:
-        AttachError, HookpointError: the model is in training mode, or has no such place.
-        TextError: an empty data set, texts shorter than a context, a tokenizer of another model.
+        AttachError, HookpointError: the model is in training mode, or has no such hookpoint.
+        TextError: the data set is empty, its texts are shorter than a context, or the tokenizer
+            is another model's.
     """
 
     def __init__(
         self,
         lm: nn.Module,
-        places: int | str | Sequence[int | str],
+        hookpoints: int | str | Sequence[int | str],
         documents: Any,
         tokenizer: Any = None,
         settings: ActivationSettings | None = None,
@@ -81,26 +82,34 @@ class Harvest:
         self.settings = settings or ActivationSettings()
         self._root = unwrap(lm)
         check_in_eval(self._root)
-        wanted = [places] if isinstance(places, int | str) else list(places)
-        self._places = [resolve(self._root, at) for at in wanted]
-        self.hookpoints = tuple(dict.fromkeys(place.name for place in self._places))
-        self._check_places()
+
+        wanted = [hookpoints] if isinstance(hookpoints, int | str) else list(hookpoints)
+        self._resolved = [resolve(self._root, at) for at in wanted]
+        # two names of one hookpoint are read once
+        self.hookpoints = tuple(dict.fromkeys(each.name for each in self._resolved))
+        self._check_hookpoints()
+
         self.documents = read_documents(documents)
         self._device = input_device(self._root)
         self._vocabulary = vocabulary_size(self._root)
         self._check_tokenizer()
-        self.causal = not _looks_both_ways(self._places, tokenizer)
+
+        # a model that looks both ways would mix documents that are joined
+        self.causal = not _looks_both_ways(self._resolved, tokenizer)
         packing = self.settings.packing
         windows = packing == "windows" or (packing == "auto" and not self.causal)
         marks = Marks.of(self.settings.boundary, tokenizer)
         self._check_context(marks, windows)
         self.packer = Packer(self.documents, tokenizer, self.settings.context, marks, windows)
+
+        # the first token of a packed context is an attention sink; a window's is [CLS], special
         skip_first = self.settings.skip_first
         self.policy = TokenPolicy(
             not windows if skip_first is None else skip_first,
             self._special(marks) if self.settings.skip_special else (),
             self.settings.outlier_factor,
         )
+
         tokens = self.settings.tokens_per_pass or _TOKENS_A_PASS.get(
             self._device.type, _TOKENS_A_PASS_ELSEWHERE
         )
@@ -113,11 +122,11 @@ class Harvest:
 
     @property
     def tokens_per_pass(self) -> int:
-        """Of the language model, at most."""
+        """Tokens per pass of the language model, at most."""
         return self.contexts_per_pass * self.settings.context
 
     def _measure(self) -> None:
-        """Note the streams' widths, and the norms of outliers, on the data set's first rows."""
+        """Measure widths, and bounds on norms, on the first rows of the data set."""
         lengths: dict[str, list[Tensor]] = {name: [] for name in self.hookpoints}
         count = 0
         with closing(self.passes(self.contexts(epochs=1))) as passes:
@@ -127,6 +136,7 @@ class Harvest:
                     self.dtype[name], self.device[name] = rows.dtype, rows.device
                     lengths[name].append(norms(rows).cpu())
                 count += len(found.token_ids)
+                # widths need one kept row; medians need many
                 if count >= _MEASURED_ROWS or (count and self.settings.outlier_factor is None):
                     break
         if not count:
@@ -139,7 +149,7 @@ class Harvest:
             self.set_outlier_norm({name: factor * median for name, median in medians.items()})
 
     def set_outlier_norm(self, outlier_norm: dict[str, float]) -> None:
-        """Use norms that were measured before."""
+        """Use bounds that were measured before, instead of those measured here."""
         self.policy = replace(self.policy, outlier_norm=dict(outlier_norm))
 
     def policy_dict(self) -> dict[str, Any]:
@@ -153,9 +163,9 @@ class Harvest:
         }
 
     def identity(self) -> dict[str, Any]:
-        """JSON-able: all that decides the rows and their order in the text, the LM left out."""
+        """JSON-able: all that decides the rows and their order in the text, except the LM."""
         policy = self.policy_dict()
-        del policy["outlier_norm"]
+        del policy["outlier_norm"]  # measured here, and a resume replaces it by its own
         return {
             "hookpoints": list(self.hookpoints),
             "hidden_size": self.hidden_size,
@@ -171,10 +181,10 @@ class Harvest:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Context]:
-        """A rank's contexts from a cursor on: context number i is rank i % world_size's.
+        """A rank's contexts from a cursor on: context number i goes to rank i % world_size.
 
         Args:
-            start: the beginning by default.
+            start: where to begin; by default at the first document.
             epochs: stop before this epoch, counted from 0.
             rank, world_size: which of how many processes this is.
         """
@@ -185,23 +195,25 @@ class Harvest:
     def passes(self, contexts: Iterator[Context]) -> Generator[Pass, None, None]:
         """Passes of the language model; each takes the next contexts when it is asked for.
 
-        Close it when you stop before its end: until then its hooks are on the model.
+        Close the generator if you stop before its end: until then its hooks stay on the model.
 
         Raises:
-            TextError: token ids beyond the model's vocabulary.
-            NonFiniteError: NaN or infinity in a residual stream.
+            TextError: there are token ids beyond the model's vocabulary.
+            NonFiniteError: a residual stream holds NaN or infinity.
         """
-        with residuals(self.lm, [f"{p.path}.{p.site}" for p in self._places]) as read:
+        with residuals(self.lm, [f"{at.path}.{at.site}" for at in self._resolved]) as read:
             while some := list(islice(contexts, self.contexts_per_pass)):
                 yield self._pass(some, read)
 
     def inputs(self, contexts: list[Context]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """input_ids and attention_mask [batch, seq] on the CPU, and what the model is called with.
+        """input_ids and attention_mask [batch, seq] on the CPU, and the model's keyword arguments.
 
         Raises:
-            TextError: token ids beyond the model's vocabulary.
+            TextError: there are token ids beyond the model's vocabulary.
         """
-        ids, mask = _padded(contexts, self._pad())
+        pad = getattr(self.tokenizer, "pad_token_id", None) or 0
+        ids, mask = padded([context.tokens for context in contexts], pad)
+        # checked here, because on a GPU an index out of range breaks the whole process
         largest = int(ids.max())
         if self._vocabulary is not None and largest >= self._vocabulary:
             raise TextError(
@@ -210,6 +222,7 @@ class Harvest:
                 "another model's."
             )
         inputs: dict[str, Any] = {"input_ids": ids.to(self._device), **self._options}
+        # packed contexts are all of one length, so nothing of them is padding
         if self.packer.windows:
             inputs["attention_mask"] = mask.to(self._device)
         return ids, mask, inputs
@@ -224,18 +237,16 @@ class Harvest:
                     f"the stream at {name} is {list(stream.shape)} for {list(ids.shape)} tokens; "
                     "training needs one vector a token."
                 )
-        index = self.policy.rows(streams, self.policy.by_token(ids, mask))
+        index = self.policy.rows(streams, self.policy.allows(ids, mask))
         rows = {
             name: stream.reshape(-1, stream.shape[-1]).index_select(0, index.to(stream.device))
             for name, stream in streams.items()
         }
         return Pass(rows, ids.flatten()[index.cpu()], contexts[-1].end)
 
-    def _pad(self) -> int:
-        return getattr(self.tokenizer, "pad_token_id", None) or 0
-
     def _special(self, marks: Marks) -> tuple[int, ...]:
         found = set(getattr(self.tokenizer, "all_special_ids", None) or [])
+        # documents of token ids come without a tokenizer; the config knows some of its tokens
         if self.tokenizer is None:
             config = text_config(self._root)
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -244,11 +255,11 @@ class Harvest:
         found.update(marks.before, marks.after)
         return tuple(sorted(each for each in found if isinstance(each, int) and each >= 0))
 
-    def _check_places(self) -> None:
-        if not self._places:
+    def _check_hookpoints(self) -> None:
+        if not self._resolved:
             raise HookpointError("no place to read: name at least one layer or hookpoint.")
-        for place in self._places:
-            owner = self._root if place.blocks is None else place.blocks.owner
+        for each in self._resolved:
+            owner = self._root if each.blocks is None else each.blocks.owner
             if is_sequence_first(owner):
                 raise HookpointError(
                     f"{type(owner).__name__} has its stream as [seq, batch, d]; training reads "
@@ -265,6 +276,7 @@ class Harvest:
                 f"the tokenizer has {size} tokens with ids up to {largest}, and {model} has "
                 f"{self._vocabulary} embeddings: it is another model's tokenizer."
             )
+        # embeddings are often padded to a round number, but not to twice the size
         if self._vocabulary > 2 * size + 1024:
             raise TextError(
                 f"the tokenizer has {size} tokens, and {model} {self._vocabulary} embeddings: it "
@@ -283,27 +295,17 @@ class Harvest:
             raise TextError(f"context={context} has no room for a token between its marks.")
 
 
-def _looks_both_ways(places: list[Hookpoint], tokenizer: Any) -> bool:
+def _looks_both_ways(hookpoints: list[Hookpoint], tokenizer: Any) -> bool:
     """Whether a token sees those after it, so that documents should not be joined."""
     flags: set[bool] = set()
-    for place in places:
-        blocks = (place.module,) if place.blocks is None else place.blocks.blocks
+    for at in hookpoints:
+        blocks = (at.module,) if at.blocks is None else at.blocks.blocks
         for block in blocks:
             found = (getattr(module, "is_causal", None) for module in block.modules())
             flags.update(flag for flag in found if isinstance(flag, bool))
     if flags:
         return True not in flags
-    # attention of its own kind, or none: only encoders' tokenizers have these
+    # no module says so (an attention of its own kind, or none), so the tokenizer decides: only
+    # those of encoders have both of these
     named = ("cls_token_id", "sep_token_id")
     return all(getattr(tokenizer, name, None) is not None for name in named)
-
-
-def _padded(contexts: list[Context], pad: int) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask [batch, seq] int64, padded at the ends."""
-    width = max(len(context.tokens) for context in contexts)
-    ids = np.full((len(contexts), width), pad, np.int64)
-    mask = np.zeros((len(contexts), width), np.int64)
-    for row, context in enumerate(contexts):
-        ids[row, : len(context.tokens)] = context.tokens
-        mask[row, : len(context.tokens)] = 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)

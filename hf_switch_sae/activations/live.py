@@ -1,11 +1,11 @@
 """Rows straight from the language model, through a shuffle buffer of bounded memory.
 
-How    The buffer is filled in generations: the rows left over from the generation before, then
-       passes of the LM until it is full; their order is drawn from the seed and the generation's
-       number, and they are handed out. Nothing else is mixed in, so a generation is known by the
-       cursor at which its text begins and by the rows carried into it.
-Beware After a resume the generation at hand is computed again before the first batch comes: exact,
-       for up to one buffer of LM time.
+How    The buffer is filled in generations: first the rows left over from the last one, then
+       passes of the LM until it is full. The seed and the generation's number decide the order in
+       which they are handed out. Nothing else is mixed in, so the cursor at which a generation's
+       text begins and the rows carried into it are all that a resume needs.
+Beware A resume computes the current generation again before its first batch. The rows are exactly
+       the same, but it takes the LM's time for up to one buffer.
 """
 
 from __future__ import annotations
@@ -23,39 +23,40 @@ from hf_switch_sae.activations.interface import Activations, check_same, check_s
 from hf_switch_sae.activations.settings import ActivationSettings
 from hf_switch_sae.activations.shuffle import default_buffer_bytes, default_buffer_rows, order_of
 from hf_switch_sae.errors import HookpointError, StoreError, TextError, TrainingError, WidthError
-from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.text.contexts import Context, Cursor
 
 
 class LiveActivations(Activations):
     """Activations of a language model over text, computed as they are used.
 
-    With several places one pass of the language model serves them all. Under several ranks each
-    reads its own share of the contexts, and how many rows it gets depends on its text: let the
-    steps, not the epochs, end such a run.
+    One pass of the language model serves several hookpoints. Each of several ranks reads its own
+    share of the contexts, and how many rows it gets depends on its text, so let steps, not
+    epochs, end such a run.
 
     Args:
-        lm: in eval mode; on one device or spread by a `device_map`, quantised or not; it may be
-            another device and dtype than the SAE's.
-        places: layers, hookpoints or module paths.
-        documents: what `text.read_documents` takes: files, a folder, a Hub id, a data set, a list.
+        lm: in eval mode; on one device or spread by a `device_map`, quantized or not. Its device
+            and dtype need not be the SAE's.
+        hookpoints: layers, hookpoints or module paths.
+        documents: anything that `text.read_documents` takes: files, a folder, a Hub id, a data
+            set, a list.
         tokenizer: the model's; not needed for documents of token ids.
         settings: how text becomes rows.
 
     Raises:
-        AttachError, HookpointError: the model is in training mode, or has no such place.
-        TextError: an empty data set, texts shorter than a context, a tokenizer of another model.
+        AttachError, HookpointError: the model is in training mode, or has no such hookpoint.
+        TextError: the data set is empty, its texts are shorter than a context, or the tokenizer
+            is another model's.
     """
 
     def __init__(
         self,
         lm: nn.Module,
-        places: int | str | Sequence[int | str],
+        hookpoints: int | str | Sequence[int | str],
         documents: Any,
         tokenizer: Any = None,
         settings: ActivationSettings | None = None,
     ) -> None:
-        self._harvest = harvest = Harvest(lm, places, documents, tokenizer, settings)
+        self._harvest = harvest = Harvest(lm, hookpoints, documents, tokenizer, settings)
         self._settings = harvest.settings
         self.hookpoints, self.hidden_size = harvest.hookpoints, harvest.hidden_size
         self.num_rows = None
@@ -66,8 +67,10 @@ class LiveActivations(Activations):
         }
         self._buffer_rows = self._rows_that_fit()
         self._share: tuple[int, int] | None = None
+        # the cursor: a generation, where its text begins, how many of its rows are handed out
         self._generation, self._start, self._done = 0, Cursor(), 0
         self._carried: dict[str, Tensor] = {}
+        # counts calls of batches() and load_state_dict(): each ends the iterators before it
         self._iteration = 0
 
     @property
@@ -109,7 +112,7 @@ class LiveActivations(Activations):
         return self._iterate(batch_rows, epochs, self._iteration)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Activations.state_dict`: some numbers, and fewer rows than a batch."""
+        """See `Activations.state_dict`: numbers, and fewer rows than a batch."""
         return {
             "identity": self._identity(),
             "outlier_norm": dict(self._harvest.policy.outlier_norm),
@@ -161,7 +164,7 @@ class LiveActivations(Activations):
         return sum(width * self._dtype[name].itemsize for name, width in self.hidden_size.items())
 
     def _rows_that_fit(self) -> int:
-        """Rows of a full buffer; a pass of the LM more has room."""
+        """Rows of a full buffer; memory for one more pass of the LM is set aside."""
         device = next(iter(self._harvest.device.values()))
         given = self._settings.buffer_bytes
         room = (given or default_buffer_bytes(device)) // self._row_bytes()
@@ -180,6 +183,7 @@ class LiveActivations(Activations):
         assert self._share is not None
         rank, world_size = self._share
         contexts = self._harvest.contexts(self._start, epochs, rank, world_size)
+        # the pass that fills the buffer may reach beyond its end
         capacity = self._buffer_rows + self._harvest.tokens_per_pass
         buffer = {
             name: torch.empty(
@@ -193,16 +197,19 @@ class LiveActivations(Activations):
         while not has_ended:
             count, end, has_ended = self._fill(buffer, contexts)
             order = order_of(count, *seed, self._generation)
+            # after a resume `_done` rows of this generation are skipped
             starts = range(self._done, count + 1, batch_rows)
             for start, stop in pairwise(starts):
                 self._check_alone(iteration)
                 index = order[start:stop]
                 batch = {name: _gather(rows, index) for name, rows in buffer.items()}
                 self._done, nothing_yet = stop, False
-                if stop == starts[-1]:  # before it is handed out: nothing of these is needed again
+                if stop == starts[-1]:
+                    # before the last batch is handed out, so that a state taken after it does not
+                    # need this generation again
                     self._next_generation(buffer, order[stop:], end)
                 yield batch
-            if len(starts) < 2:
+            if len(starts) < 2:  # not one batch: carry all rows, or the text has ended
                 self._check_alone(iteration)
                 self._next_generation(buffer, order[self._done :], end)
         if nothing_yet:
@@ -214,7 +221,7 @@ class LiveActivations(Activations):
     def _fill(
         self, buffer: dict[str, Tensor], contexts: Iterator[Context]
     ) -> tuple[int, Cursor, bool]:
-        """Rows in the buffer, the cursor after them, and whether the text has ended."""
+        """Fill the buffer; returns its rows, the cursor after them, and whether the text ended."""
         filled = 0
         for name, rows in self._carried.items():
             filled = len(rows)
@@ -247,20 +254,24 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def activations_for(
-    saes: Mapping[str, SwitchSAE],
+    readers: Mapping[str, tuple[str, int]],
     dataset: Any,
     lm: nn.Module | None,
     tokenizer: Any,
     settings: ActivationSettings | None,
 ) -> Activations:
-    """The rows of a data set, or the activations that it is; checked to fit the SAEs.
+    """Activations of a data set, or the data set itself if it is some; checked to fit the SAEs.
+
+    Args:
+        readers: name of each SAE -> (the hookpoint it reads, its hidden_size).
+        dataset: anything that `text.read_documents` takes, or `Activations`.
+        lm, tokenizer, settings: see `LiveActivations`; not used with `Activations`.
 
     Raises:
-        TrainingError: nothing to train on, or texts without a language model.
-        HookpointError, WidthError: the activations are of other places, or of another width.
+        TrainingError: there is nothing to train on, or there are texts but no language model.
+        HookpointError, WidthError: the activations lack a hookpoint, or have another width.
         TextError: see `LiveActivations`.
     """
-    places = list(dict.fromkeys(str(sae.config.hookpoint) for sae in saes.values()))
     if dataset is None:
         raise TrainingError("there is nothing to train on: give train_dataset, texts or rows.")
     if isinstance(dataset, Activations):
@@ -268,17 +279,18 @@ def activations_for(
     elif lm is None:
         raise TrainingError("texts need a language model to become rows: give lm.")
     else:
-        found = LiveActivations(lm, places, dataset, tokenizer, settings)
-    for name, sae in saes.items():
-        place = str(sae.config.hookpoint)
-        if place not in found.hookpoints:
+        hookpoints = list(dict.fromkeys(hookpoint for hookpoint, _ in readers.values()))
+        found = LiveActivations(lm, hookpoints, dataset, tokenizer, settings)
+    for name, (hookpoint, hidden_size) in readers.items():
+        if hookpoint not in found.hookpoints:
             raise HookpointError(
-                f"the SAE {name} reads {place}; the activations are of "
+                f"the SAE {name} reads {hookpoint}; the activations are of "
                 f"{', '.join(found.hookpoints)}."
             )
-        if found.hidden_size[place] != sae.config.hidden_size:
+        if found.hidden_size[hookpoint] != hidden_size:
             raise WidthError(
-                f"the SAE {name} has hidden_size={sae.config.hidden_size}, and the rows at {place} "
-                f"are {found.hidden_size[place]} wide: set hidden_size, or use SwitchSAE.for_lm."
+                f"the SAE {name} has hidden_size={hidden_size}, and the rows at {hookpoint} "
+                f"are {found.hidden_size[hookpoint]} wide: set hidden_size, or use "
+                "SwitchSAE.for_lm."
             )
     return found

@@ -1,10 +1,11 @@
-"""Which tokens an SAE is trained on: not those whose residual is of another kind than the rest.
+"""Which tokens an SAE is trained on: not those whose residual is unlike all others.
 
-    kept = not padding, not position 0, not a special token, norm <= 6 * median norm at the place
+    kept = not padding, not position 0, not a special token,
+           norm <= 6 * the median norm at the hookpoint
 
-The first position of a causal model, end-of-text tokens and the like are attention sinks: a
-hundred times as long as others, they would make up nearly all of the loss. The bound on the norm
-goes into the SAE's `outlier_norm`, so that what is left out in training is left out in use too.
+The first position of a causal model, end-of-text tokens and the like are attention sinks. Their
+residuals are a hundred times as long as others, so they would make up nearly all of the loss. The
+bound on the norm goes into the SAE's `outlier_norm`: what training leaves out, use leaves out too.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from hf_switch_sae.errors import NonFiniteError
 
 @dataclass(frozen=True)
 class TokenPolicy:
-    """Which tokens are kept; JSON-able by `to_dict`.
+    """Which tokens are kept.
 
-    Beware With several places a token is kept at all of them or at none, so that rows of one index
-    are one token's.
+    With several hookpoints a token is kept at all of them or at none, so that rows of one index
+    belong to one token.
     """
 
     skip_first: bool
@@ -31,12 +32,12 @@ class TokenPolicy:
     special_ids: tuple[int, ...]
     """Token ids to leave out."""
     outlier_factor: float | None
-    """How many times the median norm a token's may have; None: any norm."""
+    """The largest norm kept, in multiples of the median norm; None keeps any norm."""
     outlier_norm: dict[str, float] = field(default_factory=dict)
     """Hookpoint -> the largest norm kept; empty until it is measured."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As the trainer logs and saves it."""
+        """JSON-able, as the trainer logs and saves it."""
         return {
             "skip_first": self.skip_first,
             "special_ids": list(self.special_ids),
@@ -44,32 +45,33 @@ class TokenPolicy:
             "outlier_norm": dict(self.outlier_norm),
         }
 
-    def by_token(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """[batch, seq] bool: tokens that position and id let through; mask is 0 on padding."""
+    def allows(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """[batch, seq] bool: tokens that position and id allow; mask is 0 on padding."""
         kept = mask.bool()
         if self.special_ids:
             kept = kept & ~torch.isin(input_ids, torch.tensor(self.special_ids))
         if self.skip_first:
-            kept = kept.clone()
+            kept = kept.clone()  # it may still be the caller's mask
             kept[:, 0] = False
         return kept
 
-    def rows(self, streams: dict[str, Tensor], by_token: Tensor) -> Tensor:
-        """[kept] int64: index of the tokens to keep, flattened, on the first stream's device.
+    def rows(self, streams: dict[str, Tensor], allowed: Tensor) -> Tensor:
+        """[kept] int64: flat indices of the tokens to keep, on the first stream's device.
 
         Args:
             streams: hookpoint -> [batch, seq, d].
-            by_token: what `by_token` gave.
+            allowed: [batch, seq] bool, from `allows`.
 
         Raises:
             NonFiniteError: a token that would be kept is NaN or infinite.
         """
         device = next(iter(streams.values())).device
-        by_token = by_token.to(device)
-        kept, finite = by_token, torch.ones((), dtype=torch.bool, device=device)
+        allowed = allowed.to(device)
+        # one flag for all streams, looked at once: each look at a value on a GPU waits for it
+        kept, finite = allowed, torch.ones((), dtype=torch.bool, device=device)
         for name, stream in streams.items():
             norm = norms(stream).to(device)
-            finite &= (norm.isfinite() | ~by_token).all()
+            finite &= (norm.isfinite() | ~allowed).all()
             if name in self.outlier_norm:
                 kept = kept & (norm <= self.outlier_norm[name])
         if not finite:
@@ -81,6 +83,6 @@ class TokenPolicy:
 
 
 def norms(stream: Tensor) -> Tensor:
-    """[...] float32: length of each vector of [..., d]."""
+    """[...] float32: the length of each vector in [..., d]."""
     length: Tensor = torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32)
     return length

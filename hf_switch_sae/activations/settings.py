@@ -10,30 +10,35 @@ from hf_switch_sae.errors import TextError
 
 @dataclass(frozen=True)
 class ActivationSettings:
-    """How text becomes rows; the defaults suit most models."""
+    """How text becomes rows; the defaults suit most models.
+
+    Raises:
+        TextError: a value out of its range.
+    """
 
     context: int = 256
     """Tokens the language model sees at once."""
     packing: Literal["auto", "packed", "windows"] = "auto"
-    """Join documents and cut every `context` tokens, or cut each document by itself; by default
-    the latter for models that look both ways."""
+    """"packed" joins documents and cuts every `context` tokens, "windows" cuts each document by
+    itself, "auto" packs for causal models and takes windows for those that look both ways."""
     boundary: str = "auto"
-    """Between documents: "bos", "eos", "none", a token's text, or what the tokenizer itself adds;
-    see `packing.Marks`."""
+    """What stands between documents: "bos", "eos", "none", a token's text, or "auto": what the
+    tokenizer itself adds; see `contexts.Marks`."""
     skip_first: bool | None = None
-    """Leave out the first token of a context; by default if documents are packed."""
+    """Leave out the first token of each context; by default only if documents are packed."""
     skip_special: bool = True
     """Leave out special tokens; the language model sees them."""
     outlier_factor: float | None = 6.0
-    """Leave out tokens whose norm is over so many times the median."""
+    """Leave out tokens whose norm exceeds the median norm times this; None keeps them."""
     tokens_per_pass: int | None = None
-    """Of the language model; by default 2,048 on a CPU, else 16,384."""
+    """Tokens per pass of the language model; by default 2,048 on a CPU, else 16,384."""
     buffer_bytes: int | None = None
-    """Most memory for shuffling; by default see `shuffle.default_buffer_bytes`."""
+    """Memory for shuffling, at most; for the default see `shuffle.default_buffer_bytes`."""
     dtype: str | None = None
-    """In which rows are kept: "float32", "bfloat16"; by default the residual stream's own."""
+    """The dtype that rows are kept in: "float32", "bfloat16" or "float16"; by default the residual
+    stream's own."""
     seed: int = 0
-    """Of the order of rows."""
+    """Decides the order of rows."""
 
     def __post_init__(self) -> None:
         for name in ("context", "tokens_per_pass", "buffer_bytes"):

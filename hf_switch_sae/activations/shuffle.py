@@ -1,4 +1,4 @@
-"""The order of rows: from a seed alone, the same wherever and whenever it is asked for."""
+"""The order of rows: it depends on a seed alone, so it is the same on every machine and resume."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ _ROWS_ON_CPU, _ROWS_ELSEWHERE = 1 << 16, 1 << 19
 
 
 def order_of(rows: int, *seed: int) -> Tensor:
-    """[rows] int64: a permutation that depends on `seed` (numbers >= 0) and nothing else."""
+    """[rows] int64: a permutation that depends only on `rows` and `seed` (numbers >= 0)."""
+    # NumPy mixes several numbers into one well-spread state; torch takes 63 bits of it
     state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0])
     generator = torch.Generator().manual_seed(state & (2**63 - 1))
     return torch.randperm(rows, generator=generator)
 
 
 def default_buffer_bytes(device: torch.device) -> int:
-    """An eighth of the device's free memory, as a power of two, and at most 2 GiB.
+    """An eighth of the device's free memory, rounded down to a power of two, at most 2 GiB.
 
-    Of several processes on a machine each takes its share.
+    Several processes on one machine divide the main memory among them.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -34,5 +35,5 @@ def default_buffer_bytes(device: torch.device) -> int:
 
 
 def default_buffer_rows(device: torch.device) -> int:
-    """Rows that are computed before the first batch comes, unless bytes are given."""
+    """The most rows to compute before the first batch, unless `buffer_bytes` is given."""
     return _ROWS_ON_CPU if device.type == "cpu" else _ROWS_ELSEWHERE

@@ -1,9 +1,9 @@
-"""Rows that are there already, in memory or on disk, shuffled exactly.
+"""Rows that already exist, in memory or on disk, shuffled exactly.
 
-How    Rows lie in pieces (files, or one tensor). Each epoch the pieces are put in a new order and
-       taken in groups that fit the buffer; within a group all rows are permuted. If everything
-       fits, that is one permutation of all rows. A place in that endless sequence of rows is a
-       single number, the cursor, whatever the batch size and however many ranks share it.
+How    Rows lie in pieces (files, or one tensor). Each epoch puts the pieces in a new order and
+       takes them in groups that fit the buffer; within a group all rows are permuted. If everything
+       fits, that is one permutation of all rows. The cursor is a single number, the position in
+       this endless sequence of rows, whatever the batch size and however many ranks share it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_switch_sae.activations.interface import Activations, check_same, check_s
 from hf_switch_sae.activations.shuffle import order_of
 from hf_switch_sae.errors import StoreError
 
-_PIECES, _ROWS, _SAMPLE = 0, 1, 2  # what a seed is for
+_PIECES, _ROWS, _SAMPLE = 0, 1, 2  # mixed into the seed: each purpose gets an order of its own
 _SAMPLED_PIECES = 16
 
 
@@ -30,9 +30,9 @@ class _Plan(NamedTuple):
 
     epoch: int
     groups: list[list[int]]
-    """Pieces of each."""
+    """The pieces in each group."""
     starts: list[int]
-    """Row of the epoch at which each begins, and at which the last ends."""
+    """The epoch's row at which each group begins; one more entry, where the last group ends."""
 
 
 class _Group(NamedTuple):
@@ -50,8 +50,8 @@ class StoredActivations(Activations):
 
     Args:
         piece_rows: rows of each piece.
-        buffer_rows: rows of a group, at most; a larger piece is a group of its own.
-        seed: of the order.
+        buffer_rows: rows per group, at most; a larger piece is a group by itself.
+        seed: decides the order of rows.
     """
 
     num_rows: int
@@ -71,19 +71,21 @@ class StoredActivations(Activations):
     ) -> dict[str, Tensor]:
         """{hookpoint: [rows, d]} of some pieces, one after another.
 
-        In the first rows of `into` where `_room` gave some, else in memory of their own.
+        Written to the first rows of `into` if that is given, which comes from `_room`; otherwise to
+        memory of their own.
         """
 
     def _room(self, rows: int) -> dict[str, Tensor] | None:
-        """Memory for groups of up to so many rows, used again and again: fresh pages are slow."""
+        """Memory for groups of up to `rows` rows, used again and again: fresh pages are slow."""
         return None
 
     @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        """JSON-able: what the rows are."""
+        """JSON-able: what tells these rows from others."""
 
     def sample(self, rows: int) -> dict[str, Tensor]:
-        """Rows from all over the data, always the same; see `Activations.sample`."""
+        """Rows from all over the data, the same at every call; see `Activations.sample`."""
+        # from many pieces, even if one holds enough rows: neighbors in the text are alike
         chosen: list[int] = []
         there = 0
         for piece in order_of(len(self._piece_rows), self._seed, _SAMPLE).tolist():
@@ -95,6 +97,7 @@ class StoredActivations(Activations):
         left = rows
         for piece in chosen:
             whole = self._piece_rows[piece]
+            # each piece gives a share in proportion to its size
             some = min(left, math.ceil(rows * whole / there), whole)
             order = order_of(whole, self._seed, _SAMPLE, piece)[:some]
             for name, tensor in self._load([piece]).items():
@@ -105,8 +108,8 @@ class StoredActivations(Activations):
     def batches(
         self, batch_rows: int, rank: int = 0, world_size: int = 1, epochs: int | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """See `Activations.batches`: each rank takes its slice of one batch, so that two ranks
-        with half the batch see the rows of one."""
+        """See `Activations.batches`. Each rank takes its slice of one batch, so two ranks with half
+        the batch size see the same rows as one rank."""
         check_share(batch_rows, rank, world_size)
         step = batch_rows * world_size
         if self.num_rows * (epochs or 1) < step:
@@ -118,7 +121,7 @@ class StoredActivations(Activations):
         return self._iterate(batch_rows, rank, step, epochs, self._iteration)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Activations.state_dict`: numbers only, the same for every rank."""
+        """See `Activations.state_dict`; numbers only, the same for every rank."""
         return {
             "identity": {**self._identity(), "seed": self._seed},
             "buffer_rows": self._buffer_rows,
@@ -153,7 +156,7 @@ class StoredActivations(Activations):
                     "after them, and there is one cursor only."
                 )
             batch = self._rows_from(self._done + rank * batch_rows, batch_rows)
-            self._done += step
+            self._done += step  # before the yield: a state taken then is that of the next batch
             yield batch
         self._group = self._memory = None
 
@@ -161,7 +164,7 @@ class StoredActivations(Activations):
         return min(self.num_rows, max(self._buffer_rows, *self._piece_rows))
 
     def _rows_from(self, at: int, count: int) -> dict[str, Tensor]:
-        """Rows at to at + count - 1 of the endless sequence of epochs."""
+        """`count` rows of the endless sequence of epochs, beginning with row `at`."""
         parts: list[dict[str, Tensor]] = []
         while count:
             group, start = self._group_at(at)
@@ -176,7 +179,7 @@ class StoredActivations(Activations):
         return _joined(parts)
 
     def _group_at(self, at: int) -> tuple[_Group, int]:
-        """The group with row `at` of all epochs, and that row's place in it."""
+        """The group that holds row `at` of all epochs, and that row's index in it."""
         epoch, within = divmod(at, self.num_rows)
         plan = self._plan_of(epoch)
         number = bisect_right(plan.starts, within) - 1
@@ -184,9 +187,9 @@ class StoredActivations(Activations):
         if group is None or (group.epoch, group.number) != (epoch, number):
             pieces = plan.groups[number]
             if group is not None and group.pieces == pieces:
-                rows = group.rows
+                rows = group.rows  # a new epoch of data that fit the buffer: nothing to load
             else:
-                group = self._group = None  # two groups at once would be twice the memory
+                group = self._group = None  # two groups at once would take twice the memory
                 if self._memory is None:
                     self._memory = self._room(self._largest_group())
                 rows = self._load(pieces, self._memory)
@@ -200,6 +203,7 @@ class StoredActivations(Activations):
             return self._plan
         groups: list[list[int]] = []
         starts = [0]
+        # pieces in this epoch's order, each put into the last group if that has room
         for piece in order_of(len(self._piece_rows), self._seed, _PIECES, epoch).tolist():
             rows = self._piece_rows[piece]
             if groups and starts[-1] - starts[-2] + rows <= self._buffer_rows:
@@ -208,21 +212,22 @@ class StoredActivations(Activations):
             else:
                 groups.append([piece])
                 starts.append(starts[-1] + rows)
-        # its rows are permuted anyway: a group of all pieces then is the same in every epoch
+        # sorted, so that a group of all pieces is the same in every epoch and need not be loaded
+        # again; its rows are permuted anyway
         self._plan = _Plan(epoch, [sorted(group) for group in groups], starts)
         return self._plan
 
 
 class TensorActivations(StoredActivations):
-    """Activations that are in memory: {hookpoint: [rows, d]}, all of as many rows.
+    """Activations in memory: {hookpoint: [rows, d]}, with equally many rows at each.
 
     Args:
-        tensors: row i of each the same token's.
-        policy: which tokens they are, if known; `outlier_norm` in it goes into the SAE.
-        seed: of the order.
+        tensors: row i belongs to the same token at every hookpoint.
+        policy: which tokens they are, if known; its `outlier_norm` goes into the SAE.
+        seed: decides the order of rows.
 
     Raises:
-        StoreError: no rows, or not equally many.
+        StoreError: there are no rows, or not equally many at each hookpoint.
     """
 
     def __init__(
@@ -257,7 +262,7 @@ class TensorActivations(StoredActivations):
         return {
             "hidden_size": dict(self.hidden_size),
             "rows": self.num_rows,
-            # a few numbers tell other tensors of the same shape
+            # a few numbers tell these tensors from others of the same shape
             "some": {
                 name: [float(x) for x in tensor[[0, len(tensor) // 2, -1], 0].float()]
                 for name, tensor in self._tensors.items()

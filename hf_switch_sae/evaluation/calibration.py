@@ -42,8 +42,9 @@ def calibrate(
     Raises:
         HookpointError, WidthError, TextError: the SAE, model and text don't fit.
     """
-    activations = activations_for({"": sae}, dataset, lm, tokenizer, settings)
     place = str(sae.config.hookpoint)
+    readers = {"": (place, sae.config.hidden_size)}
+    activations = activations_for(readers, dataset, lm, tokenizer, settings)
     if torch.isinf(sae.outlier_norm):
         bound = activations.policy["outlier_norm"].get(place)
         if bound is not None:

@@ -270,9 +270,9 @@ class _Sweep:
 
         with hook_residual(lm, self.place, keep):
             clean = lm(**inputs)
-        stream, by_token = streams[self.place], policy.by_token(ids, mask)
-        index = policy.rows(streams, by_token)
-        some = stream.flatten(0, 1)[by_token.flatten().to(stream.device)]
+        stream, allowed = streams[self.place], policy.allows(ids, mask)
+        index = policy.rows(streams, allowed)
+        some = stream.flatten(0, 1)[allowed.flatten().to(stream.device)]
         for sums in self.rows.values():
             sums.add(some)
         if mean is None:

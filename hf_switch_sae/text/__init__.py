@@ -1,4 +1,4 @@
-"""Documents -> tokens, in windows for recording and in contexts for training."""
+"""Documents -> tokens: in windows for recording, in packed contexts for training."""
 
 from hf_switch_sae.text.documents import Document, Documents, read_documents
 

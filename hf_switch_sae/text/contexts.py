@@ -1,37 +1,37 @@
-"""Documents as contexts: what the language model reads at once, and where to go on.
+"""Documents -> contexts: what the language model reads at once, and where the next one begins.
 
-Room   documents, a tokenizer -> tokens of each document between its marks -> contexts, each
-       with the cursor at which the next one begins.
+Room   documents, a tokenizer -> each document's tokens between its marks -> contexts, each with
+       the cursor of the next one.
 How    Packed (causal models): documents are joined and cut every `context` tokens, so a context
        may begin and end inside a document. What is left at the end of an epoch is dropped.
-       Windows (encoders such as BERT): a document is cut, and each piece stands between [CLS] and
-       [SEP] of its own; the last may be shorter.
-Beware A token of a packed context sees the documents before its own in the same context.
+       Windows (encoders such as BERT): each document is cut by itself, and every piece gets its
+       own marks, such as [CLS] and [SEP]; the last piece may be shorter.
+Beware In a packed context a token also sees the documents that come before its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_switch_sae.errors import TextError
 from hf_switch_sae.text.documents import Document, Documents
-from hf_switch_sae.text.tokenizer import Tokenizer
+from hf_switch_sae.text.tokenizer import Tokenizer, token_ids
 
 _CHARACTERS_AT_ONCE, _DOCUMENTS_AT_ONCE = 1 << 20, 256
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place between two contexts of a data set that is read again and again."""
+    """A point between two contexts of a data set that is read again and again."""
 
     epoch: int = 0
     document: int = 0
     offset: int = 0
-    """Tokens of that document, marks included, that are in contexts before."""
+    """Tokens of that document, marks included, that earlier contexts have taken."""
     context: int = 0
-    """Contexts before, of all epochs: their number decides whose a context is."""
+    """Contexts so far, over all epochs: this number decides which rank gets the next one."""
 
     def to_dict(self) -> dict[str, int]:
         """JSON-able."""
@@ -40,31 +40,31 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Context:
-    """What the model reads at once."""
+    """Tokens that the model reads at once."""
 
     tokens: list[int]
     number: int
-    """Among all contexts of all epochs."""
+    """Its number among all contexts of all epochs."""
     end: Cursor
-    """Where the next one begins."""
+    """Where the next context begins."""
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Token ids around a document (packed) or around a piece of one (windows)."""
+    """Token ids around each document (packed) or around each piece of one (windows)."""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, boundary: str, tokenizer: Any) -> Marks:
-        """What a policy means with a tokenizer.
+        """The marks that a choice of boundary means for a tokenizer.
 
         Args:
-            boundary: "bos", "eos", "none", a token's own text, which comes after each document, or
-                "auto": what the tokenizer itself adds; if that is nothing, its end-of-text token
-                after each document, or else its first one before it.
-            tokenizer: of transformers, or None.
+            boundary: "bos" (before each document), "eos" (after it), "none", the text of a token
+                to put after it, or "auto": what the tokenizer itself adds; if it adds nothing, its
+                "eos" token, or else its "bos" token.
+            tokenizer: a tokenizer of transformers, or None.
 
         Raises:
             TextError: the tokenizer has no such token.
@@ -78,10 +78,9 @@ class Marks:
         if boundary == "auto":
             if added := cls._added_by(tokenizer):
                 return added
-            boundary = "none" if bos is None else "bos"
-            boundary = boundary if eos is None else "eos"
-            if boundary == "none":
+            if bos is None and eos is None:
                 return cls()
+            boundary = "bos" if eos is None else "eos"
         known = {"bos": bos, "eos": eos}
         found = known[boundary] if boundary in known else tokenizer.get_vocab().get(boundary)
         if found is None:
@@ -93,10 +92,11 @@ class Marks:
 
     @classmethod
     def _added_by(cls, tokenizer: Any) -> Marks | None:
-        """What it puts around a text of its own accord; None if nothing."""
+        """The marks that the tokenizer itself puts around a text; None if it puts none."""
         text = "a"
-        inside = _ids(tokenizer, [text], special=False)[0]
-        whole = _ids(tokenizer, [text], special=True)[0]
+        (inside,) = token_ids(tokenizer, [text], add_special_tokens=False)
+        (whole,) = token_ids(tokenizer, [text], add_special_tokens=True)
+        # what stands before and after the text's own tokens is what was added
         added = len(whole) - len(inside)
         for start in range(added + 1) if added > 0 else ():
             if whole[start : start + len(inside)] == inside:
@@ -104,7 +104,7 @@ class Marks:
         return None
 
     def around(self, tokens: list[int]) -> list[int]:
-        """Tokens between the marks; a mark that is there already is not doubled."""
+        """Tokens between the marks; a mark that is already there is not repeated."""
         before, after = list(self.before), list(self.after)
         if before and tokens[: len(before)] == before:
             before = []
@@ -120,8 +120,8 @@ class Packer:
     Args:
         documents: texts or token ids.
         tokenizer: not needed for token ids.
-        context: tokens a context: exactly if packed, at most if not.
-        marks: around each document, or each window.
+        context: tokens per context: exactly so many if packed, at most so many in windows.
+        marks: put around each document, or around each window.
         windows: cut each document by itself.
     """
 
@@ -132,20 +132,22 @@ class Packer:
     windows: bool = False
 
     def contexts(self, start: Cursor | None = None, epochs: int | None = None) -> Iterator[Context]:
-        """The contexts from a cursor on.
+        """The contexts that follow a cursor.
 
         Args:
-            start: the beginning by default. Documents before it are not tokenized.
+            start: where to begin; by default at the first document. Documents before it are not
+                tokenized.
             epochs: stop before this epoch, counted from 0; never by default.
 
         Raises:
-            TextError: an epoch holds no context, a text without a tokenizer.
+            TextError: an epoch holds no context, or there are texts but no tokenizer.
         """
         at = start or Cursor()
         while epochs is None or at.epoch < epochs:
             found = None
             for found in self._epoch(at):
                 yield found
+            # a resume may stand right at an epoch's end, where it is no error to find nothing
             if found is None and (at.document, at.offset) == (0, 0):
                 raise TextError(self._why_empty())
             count = at.context if found is None else found.end.context
@@ -155,7 +157,7 @@ class Packer:
         return self._windows(at) if self.windows else self._packed(at)
 
     def _packed(self, at: Cursor) -> Iterator[Context]:
-        left: list[int] = []
+        left: list[int] = []  # tokens that do not fill a context yet
         number = at.context
         for document, tokens in self._tokenized(at.document):
             tokens = self.marks.around(tokens) if tokens else tokens
@@ -164,7 +166,8 @@ class Packer:
             while len(left) - begin >= self.context:
                 chosen = left[begin : begin + self.context]
                 begin, number = begin + self.context, number + 1
-                # what is left is of this document: contexts are given out as soon as they are full
+                # contexts are given out as soon as they are full, so what is left belongs to this
+                # document, and tells how far into it the context reaches
                 offset = len(tokens) - (len(left) - begin)
                 yield Context(chosen, number - 1, _cursor(at, document, offset, tokens, number))
             left = left[begin:]
@@ -180,10 +183,10 @@ class Packer:
                 yield Context(self.marks.around(tokens[start : start + size]), number - 1, end)
 
     def _tokenized(self, first: int) -> Iterator[tuple[int, list[int]]]:
-        """Numbers and tokens, without marks, of the documents from `first` on."""
+        """Number and tokens, without marks, of each document, beginning with document `first`."""
         for some in _in_chunks(each for each in self.documents if each.number >= first):
             texts = [document.text for document in some if isinstance(document.text, str)]
-            encoded = iter(_ids(self.tokenizer, texts, special=False) if texts else [])
+            encoded = iter(token_ids(self.tokenizer, texts, False) if texts else [])
             for document in some:
                 is_text = isinstance(document.text, str)
                 yield document.number, next(encoded) if is_text else list(document.text)  # type: ignore[arg-type]
@@ -204,14 +207,14 @@ class Packer:
 
 
 def _cursor(at: Cursor, document: int, offset: int, tokens: list[int], number: int) -> Cursor:
-    """At an offset in a document; at the next document if this one is used up."""
+    """The cursor at an offset in a document, or at the next document if this one is used up."""
     if offset < len(tokens):
         return Cursor(at.epoch, document, offset, number)
     return Cursor(at.epoch, document + 1, 0, number)
 
 
 def _in_chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Some documents at a time: tokenizers are much faster on many than on one."""
+    """Several documents at a time: tokenizers are much faster on many texts than on one."""
     chunk: list[Document] = []
     size = 0
     for document in documents:
@@ -222,15 +225,3 @@ def _in_chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _ids(tokenizer: Tokenizer | None, texts: Sequence[str], special: bool) -> list[list[int]]:
-    if tokenizer is None:
-        raise TextError("these documents are texts, so the language model's tokenizer is needed.")
-    found = tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        return_attention_mask=False,
-        verbose=False,  # documents are longer than the model's context, and are cut here
-    )["input_ids"]
-    return [list(ids) for ids in found]

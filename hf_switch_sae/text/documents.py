@@ -1,11 +1,11 @@
-"""Documents in a fixed order, as tokens, in batches by length, each token knowing where it is from.
+"""Documents in a fixed order, from whatever holds text.
 
-Room   files, Hub data sets or lists -> documents numbered from 0 -> windows of at most `context`
-       tokens -> padded batches. Recording and training share it.
-Beware A document's number is its row in the data set, empty and skipped ones counted, so it never
-       changes. A text file is one document; of a very long one each `MAX_CHARACTERS`, at a line's
-       end. A window starts afresh: the model does not see the window before it. Files are known
-       by name, size, and a hash of their ends: an edit of equal size amid a large one goes unseen.
+Room   files, Hub data sets or lists -> documents numbered from 0, and a note of where they are
+       from. Recording and training share it.
+Beware A document's number is its row in the data set. Empty and skipped rows count too, so the
+       number never changes. A text file is one document; a very long one is cut at a line's end
+       into documents of `MAX_CHARACTERS`. Files are identified by name, size, and a hash of their
+       first and last MiB, so an edit in the middle of a large file that keeps its size goes unseen.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Roughly its size in characters; of token ids, 4 each."""
+        """Roughly how many characters it has; a token id counts as 4."""
         return len(self.text) if isinstance(self.text, str) else 4 * len(self.text)
 
 
@@ -44,15 +44,15 @@ class Document:
 class Documents:
     """A data set's documents, in the same order every time they are iterated over.
 
-    Built by `read_documents`; iterating starts from the beginning each time.
+    Built by `read_documents`. Each iteration starts from the beginning.
     """
 
     provenance: dict[str, Any]
-    """JSON-able: what the documents are, as a store notes it."""
+    """JSON-able: what the documents are, as a store records it."""
     read: Callable[[], Iterator[str | list[int] | None]]
-    """The rows from the first on."""
+    """Gives the rows, starting with the first."""
     count: int | None = None
-    """How many there are; None if only reading tells. For progress: it may be an estimate."""
+    """How many there are, for progress bars: maybe an estimate; None if only reading would tell."""
 
     def __iter__(self) -> Iterator[Document]:
         for number, text in enumerate(self.read()):
@@ -61,28 +61,31 @@ class Documents:
                     f"document {number} is {type(text).__name__}, not a text or a list of token "
                     "ids: name the column that holds the text."
                 )
+            # a missing text keeps its number, so that later documents keep theirs
             yield Document(number, [] if text is None else text)
 
 
 def read_documents(
     dataset: Any, *, column: str = "text", split: str = "train", revision: str | None = None
 ) -> Documents:
-    """Documents of whatever holds text.
+    """Read documents from whatever holds text.
 
     Args:
-        dataset: a file (.txt, .md, .jsonl, .parquet), a folder of such files (in order of their
-            names), several of them, the id of a Hub data set ("org/name", or "org/name:config"),
-            which is streamed, a `datasets.Dataset` or `IterableDataset`, or a list of texts or of
-            lists of token ids.
-        column: the column with the text, or with a list of token ids.
-        split: of a Hub data set.
-        revision: commit, tag or branch of a Hub data set.
+        dataset: a file (.txt, .md, .jsonl, .parquet), a folder of such files (read in order of
+            their names), several of them, the id of a Hub data set ("org/name", or
+            "org/name:config"), which is streamed, a `datasets.Dataset` or `IterableDataset`, or a
+            list of texts or of lists of token ids.
+        column: the column with the text, or with lists of token ids.
+        split: the split of a Hub data set.
+        revision: the commit, tag or branch of a Hub data set.
 
     Raises:
-        TextError: nothing there, a kind of file that can't be read, no such column or split.
+        TextError: there is nothing there, the kind of file can't be read, or there is no such
+            column or split.
     """
     if isinstance(dataset, Documents):
         return dataset
+    # a path or a Hub id; what exists here wins
     if isinstance(dataset, str | os.PathLike):
         path = Path(dataset).expanduser()
         if path.exists():
@@ -92,12 +95,14 @@ def read_documents(
         raise TextError(
             f"there is no file or folder {path}, and a Hub data set is named 'org/name'."
         )
+    # recognized by what it has, so that `datasets` need not be imported
     if hasattr(dataset, "column_names") and hasattr(dataset, "features"):
         return _of_dataset(dataset, column)
     if isinstance(dataset, dict):
         raise TextError(
             f"this is a dict of splits: pass one of them, as dataset[{next(iter(dataset), '')!r}]."
         )
+    # anything else is a list: of files, of texts or of token ids
     rows = list(dataset) if isinstance(dataset, Iterable) else None
     if rows is None:
         raise TextError(f"can't read documents from {type(dataset).__name__}.")
@@ -142,7 +147,7 @@ def _of_files(files: list[Path], column: str) -> Documents:
         if file.suffix == ".parquet":
             _check_column(file, column)
         elif file.suffix == ".jsonl":
-            next(_read_json_lines(file, column), None)  # told before anything is made of it
+            next(_read_json_lines(file, column), None)  # a wrong column fails before a long run
     provenance = {
         "kind": "files",
         "column": column,
@@ -160,7 +165,7 @@ def _of_files(files: list[Path], column: str) -> Documents:
 
 
 def _ends_hash(file: Path) -> str:
-    """SHA-256, in hex, of a file's first and last MiB: a corpus is not read twice to know it."""
+    """SHA-256, in hex, of a file's first and last MiB, so that a corpus is not read twice."""
     with file.open("rb") as data:
         digest = hashlib.sha256(data.read(_HASHED))
         data.seek(max(data.tell(), file.stat().st_size - _HASHED))
@@ -187,8 +192,8 @@ _COUNTERS = {"text": _count_pieces, "json lines": _count_lines, "parquet": _coun
 def _read_text(file: Path, _: str) -> Iterator[str]:
     with file.open(encoding="utf-8") as lines:
         try:
-            while lines_of_it := lines.readlines(MAX_CHARACTERS):
-                yield "".join(lines_of_it)
+            while some := lines.readlines(MAX_CHARACTERS):
+                yield "".join(some)
         except UnicodeDecodeError as err:
             raise TextError(f"{file} is not UTF-8 text ({err.reason} at {err.start}).") from err
 
@@ -267,6 +272,3 @@ def _of_dataset(dataset: Any, column: str, provenance: dict[str, Any] | None = N
 
     count = len(dataset) if hasattr(dataset, "__len__") else None
     return Documents({**known, "column": column}, read, count)
-
-
-# --- tokens -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Documents -> windows of at most `context` tokens -> padded batches, for recording.
 
-Beware A window starts afresh: the model does not see the window before it.
+Beware Each window starts afresh: the model does not see the window before it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_switch_sae.errors import TextError
 from hf_switch_sae.text.documents import Document
-from hf_switch_sae.text.tokenizer import Tokenizer
+from hf_switch_sae.text.tokenizer import Tokenizer, token_ids
 
 
 @dataclass(frozen=True)
@@ -23,20 +22,20 @@ class Window:
 
     document: int
     start: int
-    """Position of the first in its document."""
+    """Position of its first token in the document."""
     tokens: list[int]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of like length, padded at their ends."""
+    """Windows of similar length, padded at their ends."""
 
     inputs: dict[str, Tensor]
     """input_ids and attention_mask, [batch, seq] int64."""
     document: Tensor
-    """[batch, seq] int64: number of each token's document."""
+    """[batch, seq] int64: the number of each token's document."""
     position: Tensor
-    """[batch, seq] int64: of each token in its document; -1 for padding and prefix."""
+    """[batch, seq] int64: each token's position in its document; -1 for padding and prefix."""
 
 
 def windows_of(
@@ -49,27 +48,19 @@ def windows_of(
 
     Args:
         documents: texts, or token ids, which are taken as they are.
-        tokenizer: of transformers; not needed for token ids.
-        context: tokens a window, at least 1.
-        add_special_tokens: whether the tokenizer puts its own, such as a first one, in each text.
+        tokenizer: a tokenizer of transformers; not needed for token ids.
+        context: tokens per window, at least 1.
+        add_special_tokens: whether the tokenizer adds its own tokens, such as a first one, to
+            each text.
 
     Raises:
-        TextError: texts without a tokenizer.
+        TextError: there are texts, but no tokenizer.
     """
-    texts = [document for document in documents if isinstance(document.text, str)]
+    texts = {d.number: d.text for d in documents if isinstance(d.text, str)}
     tokens = {d.number: d.text for d in documents if not isinstance(d.text, str)}
     if texts:
-        if tokenizer is None:
-            raise TextError(
-                "these documents are texts, so the language model's tokenizer is needed."
-            )
-        encoded = tokenizer(
-            [document.text for document in texts],
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            verbose=False,  # documents are longer than the model's context, and are cut below
-        )["input_ids"]
-        tokens |= {document.number: ids for document, ids in zip(texts, encoded, strict=True)}
+        found = token_ids(tokenizer, list(texts.values()), add_special_tokens)
+        tokens |= dict(zip(texts, found, strict=True))
     return [
         Window(document.number, start, list(ids[start : start + context]))
         for document in documents
@@ -81,33 +72,45 @@ def windows_of(
 def batches_of(
     windows: Sequence[Window], tokens: int, pad: int = 0, prefix: Sequence[int] = ()
 ) -> Iterator[Batch]:
-    """Batches of windows of like length, the longest first: what is too large fails at once.
+    """Batches of windows of similar length, the longest first: what does not fit fails at once.
 
     Args:
-        windows: in any order; the batches depend on it only where windows are equally long.
-        tokens: a batch, padding included; a single window may be longer.
-        pad: token id to pad with; it is masked.
-        prefix: token ids before each window, which the model sees and nobody counts: position -1.
+        windows: in any order; only between windows of equal length does the order matter.
+        tokens: tokens per batch, padding included; a single window may be longer.
+        pad: token id to pad with; padding is masked.
+        prefix: token ids before each window. The model sees them, but they are not counted:
+            their position is -1.
     """
     order = sorted(windows, key=lambda window: -len(window.tokens))
     while order:
-        width = len(prefix) + len(order[0].tokens)
-        size = max(1, tokens // width)
-        yield _batch(order[:size], width, pad, prefix)
+        size = max(1, tokens // (len(prefix) + len(order[0].tokens)))
+        yield _batch(order[:size], pad, prefix)
         order = order[size:]
 
 
-def _batch(windows: Sequence[Window], width: int, pad: int, prefix: Sequence[int]) -> Batch:
-    ids = np.full((len(windows), width), pad, np.int64)
-    mask = np.zeros((len(windows), width), np.int64)
-    position = np.full((len(windows), width), -1, np.int64)
-    begin = len(prefix)
-    ids[:, :begin] = prefix
+def _batch(windows: Sequence[Window], pad: int, prefix: Sequence[int]) -> Batch:
+    ids, mask = padded([[*prefix, *window.tokens] for window in windows], pad)
+    position = np.full(ids.shape, -1, np.int64)
     for row, window in enumerate(windows):
-        end = begin + len(window.tokens)
-        ids[row, begin:end] = window.tokens
-        mask[row, :end] = 1
-        position[row, begin:end] = np.arange(window.start, window.start + len(window.tokens))
-    document = torch.tensor([window.document for window in windows])[:, None].expand(-1, width)
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        length = len(window.tokens)
+        own = np.arange(window.start, window.start + length)
+        position[row, len(prefix) : len(prefix) + length] = own
+    document = torch.tensor([window.document for window in windows])[:, None].expand(ids.shape)
+    inputs = {"input_ids": ids, "attention_mask": mask}
     return Batch(inputs, document, torch.from_numpy(position))
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as input_ids and attention_mask, [batch, seq] int64, padded at their ends.
+
+    Args:
+        rows: at least one.
+        pad: token id to pad with.
+    """
+    # NumPy assigns a plain list to a row; torch would build a tensor for each first
+    ids = np.full((len(rows), max(map(len, rows))), pad, np.int64)
+    mask = np.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = row
+        mask[at, : len(row)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)

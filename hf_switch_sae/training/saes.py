@@ -169,6 +169,11 @@ def build_saes(
     return saes
 
 
+def readers_of(saes: Mapping[str, SwitchSAE]) -> dict[str, tuple[str, int]]:
+    """Name of each SAE -> (the hookpoint it reads, its hidden_size); see `activations_for`."""
+    return {name: (str(s.config.hookpoint), s.config.hidden_size) for name, s in saes.items()}
+
+
 def _placed(config: SwitchSAEConfig, lm: nn.Module | None, train_dataset: Any) -> SwitchSAEConfig:
     """The config with place and language model filled in."""
     if config.hookpoint is None:

@@ -33,7 +33,7 @@ from hf_switch_sae.training.callbacks import UnitRows
 from hf_switch_sae.training.initialization import is_fresh, start_from
 from hf_switch_sae.training.loader import Stream
 from hf_switch_sae.training.monitor import Monitor, count_over_parts
-from hf_switch_sae.training.saes import Given, SAEsTogether, build_saes
+from hf_switch_sae.training.saes import Given, SAEsTogether, build_saes, readers_of
 from hf_switch_sae.training.saving import Saving
 from hf_switch_sae.training.sharded import gathered
 from hf_switch_sae.training.stepping import Stepping
@@ -100,8 +100,10 @@ class SwitchSAETrainer(Saving, Stepping):
         saes = build_saes(sae, lm, train_dataset, args.seed)
         self.saes, self.lm, self._tokenizer = saes, lm, processing_class
         given = (lm, processing_class, activation_settings)
-        self.activations = activations_for(saes, train_dataset, *given)
-        held_out = None if eval_dataset is None else activations_for(saes, eval_dataset, *given)
+        self.activations = activations_for(readers_of(saes), train_dataset, *given)
+        held_out = None
+        if eval_dataset is not None:
+            held_out = activations_for(readers_of(saes), eval_dataset, *given)
         self._end_of(args)
         together = SAEsTogether(saes, args.loss, args.load_balance_alpha)
         super().__init__(
@@ -382,7 +384,8 @@ class SwitchSAETrainer(Saving, Stepping):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(dataset, Activations):
-            dataset = activations_for(self.saes, dataset, self.lm, self._tokenizer, None)
+            readers = readers_of(self.saes)
+            dataset = activations_for(readers, dataset, self.lm, self._tokenizer, None)
         args = self.args
         share = (args.eval_batch_size, args.process_index, args.world_size)
         with gathered(self.model):

@@ -6,7 +6,6 @@ import json
 import math
 import random
 
-import activations as plain
 import datasets
 import pytest
 import torch
@@ -27,9 +26,13 @@ TOKENS = [token for document in DOCUMENTS for token in document]
 BUFFER = 200 * ROW  # 136 rows, and a pass
 
 
-def live(lm=None, places=PLACE, documents=DOCUMENTS, tok=None, **changes):
+def live(lm=None, hookpoints=PLACE, documents=DOCUMENTS, tok=None, **changes):
     return LiveActivations(
-        lm or tiny.llama(), places, documents, tok, settings(**{"buffer_bytes": BUFFER, **changes})
+        lm or tiny.llama(),
+        hookpoints,
+        documents,
+        tok,
+        settings(**{"buffer_bytes": BUFFER, **changes}),
     )
 
 
@@ -211,20 +214,20 @@ def test_a_token_that_is_an_outlier_at_one_place_is_left_out_at_all():
 
 def test_several_places_in_one_pass_are_the_single_passes_and_rows_are_aligned():
     lm = tiny.llama()
-    places = ["layers.0.resid_post", "layers.1.resid_pre", PLACE]
+    hookpoints = ["layers.0.resid_post", "layers.1.resid_pre", PLACE]
     calls = []
     handle = lm.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    together = list(live(lm, places, buffer_bytes=3 * BUFFER).batches(10, epochs=1))
+    together = list(live(lm, hookpoints, buffer_bytes=3 * BUFFER).batches(10, epochs=1))
     one_pass = len(calls)
     handle.remove()
 
-    singles = [list(live(lm, place).batches(10, epochs=1)) for place in places]
+    singles = [list(live(lm, place).batches(10, epochs=1)) for place in hookpoints]
 
     assert len(together) == len(singles[0]) > 5
     for batch, *each in zip(together, *singles, strict=True):
-        for name, single in zip(places, each, strict=True):
+        for name, single in zip(hookpoints, each, strict=True):
             assert torch.equal(batch[name], single[name])
-        assert torch.equal(batch[places[0]], batch[places[1]])  # one stream under two names
+        assert torch.equal(batch[hookpoints[0]], batch[hookpoints[1]])  # one stream under two names
     handle = lm.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     list(live(lm).batches(10, epochs=1))
     handle.remove()
@@ -431,9 +434,9 @@ def test_a_tokenizer_of_another_model_is_an_error():
 
 def test_bad_models_and_places_are_errors():
     with pytest.raises(HookpointError, match="no block 9"):
-        live(places=9)
+        live(hookpoints=9)
     with pytest.raises(HookpointError, match="no place"):
-        live(places=[])
+        live(hookpoints=[])
     with pytest.raises(AttachError, match="training mode"):
         live(tiny.llama().train())
     with pytest.raises(HookpointError, match=r"\[seq, batch, d\]"):
@@ -482,7 +485,7 @@ def test_batches_that_can_not_be_are_errors():
         ({"documents": DOCUMENTS[1:]}, "dataset"),
         ({"context": 8}, "policy"),
         ({"seed": 1}, "seed"),
-        ({"places": 1}, "hookpoints"),
+        ({"hookpoints": 1}, "hookpoints"),
         ({"tokens_per_pass": 32}, "contexts_per_pass"),
     ],
 )
@@ -509,4 +512,3 @@ def test_what_a_pass_keeps_of_tokens_is_their_ids():
     harvest = Harvest(tiny.llama(), 2, DOCUMENTS, None, settings(skip_special=False))
     tokens = [t for found in harvest.passes(harvest.contexts(epochs=1)) for t in found.token_ids]
     assert tokens == [token for context in contexts_of() for token in context[1:]]
-    assert plain.SETTINGS["context"] == CONTEXT

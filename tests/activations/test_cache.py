@@ -23,13 +23,13 @@ from hf_switch_sae.cli.app import app
 
 PLACES = ["layers.0.resid_post", "layers.2.resid_post"]
 PLACE = PLACES[1]
-ROW = 2 * 2 * tiny.DIM  # of both places, in bfloat16
+ROW = 2 * 2 * tiny.DIM  # of both hookpoints, in bfloat16
 OPTIONS = {"settings": settings(dtype="bfloat16"), "shard_bytes": 50 * ROW, "progress": False}
 
 
-def harvest(folder, lm=None, places=PLACES, documents=DOCUMENTS, **changes):
+def harvest(folder, lm=None, hookpoints=PLACES, documents=DOCUMENTS, **changes):
     return cache_activations(
-        lm or tiny.llama(), places, documents, folder, **{**OPTIONS, **changes}
+        lm or tiny.llama(), hookpoints, documents, folder, **{**OPTIONS, **changes}
     )
 
 
@@ -202,7 +202,7 @@ def test_a_full_disk_is_an_error_and_what_was_written_is_gone_on_with(
     ("changes", "error", "says"),
     [
         ({"documents": DOCUMENTS[1:]}, StoreError, "something else: dataset differ"),
-        ({"places": PLACES[:1]}, StoreError, "hookpoints, hidden_size differ"),
+        ({"hookpoints": PLACES[:1]}, StoreError, "hookpoints, hidden_size differ"),
         ({"settings": settings(dtype="float32")}, StoreError, "something else: dtype differ"),
         ({"settings": settings(context=8)}, StoreError, "something else: policy"),
         ({"lm": tiny.llama(seed=1)}, BaseModelError, "another language model"),

@@ -46,15 +46,15 @@ def caches(tmp_path_factory):
     folder, lm = tmp_path_factory.mktemp("caches"), tiny.llama()
     settings = activations.settings()
 
-    def made(name, seed, of=lm, places=(1,)):
+    def made(name, seed, of=lm, hookpoints=(1,)):
         documents = [x.tolist() for x in tiny.prompts(*[40] * 60, seed=seed)]
-        return cache_activations(of, places, documents[: 60 if name == "train" else 20],
+        return cache_activations(of, hookpoints, documents[: 60 if name == "train" else 20],
                                  folder / name, settings=settings)  # fmt: skip
 
     made("train", 1)
     made("test", 2)
-    made("elsewhere", 2, places=(2,))
-    made("both", 2, places=(1, 2))
+    made("elsewhere", 2, hookpoints=(2,))
+    made("both", 2, hookpoints=(1, 2))
     made("other_lm", 2, of=tiny.llama(seed=4))
     return folder
 

@@ -52,9 +52,9 @@ def rows(count: int = 1024, seed: int = 0, width: int = D) -> Tensor:
     return code @ directions + noise + 2
 
 
-def activations(count: int = 1024, places: tuple[str, ...] = (PLACE,)) -> TensorActivations:
-    """Rows at some places, with a bound on the norm as harvested ones have it."""
-    tensors = {place: rows(count) * (at + 1) for at, place in enumerate(places)}
+def activations(count: int = 1024, hookpoints: tuple[str, ...] = (PLACE,)) -> TensorActivations:
+    """Rows at some hookpoints, with a bound on the norm as harvested ones have it."""
+    tensors = {place: rows(count) * (at + 1) for at, place in enumerate(hookpoints)}
     bounds = {place: 6 * float(x.norm(dim=-1).median()) for place, x in tensors.items()}
     return TensorActivations(tensors, policy={"outlier_norm": bounds})
 

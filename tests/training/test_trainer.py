@@ -66,12 +66,12 @@ def test_several_saes_over_one_pass_train_as_each_would_alone(tmp_path):
     wide = SwitchSAEConfig(**{**trained.SAE, "num_features": 128, "hookpoint": OTHER})
     torch.manual_seed(1)
     saes = {"a": SwitchSAE(config), "b": SwitchSAE(wide), "c": SwitchSAE(config)}
-    data = activations(places=(PLACE, OTHER))
+    data = activations(hookpoints=(PLACE, OTHER))
     together = trainer(tmp_path, copy.deepcopy(saes), data, learning_rate=None)
     together.train()
     assert set(history(together)[-1]) >= {"a/fvu", "b/fvu", "c/fvu", "b/grad_norm", "loss"}
     for name, sae in saes.items():
-        alone = trainer(tmp_path, sae, activations(places=(PLACE, OTHER)), learning_rate=None)
+        alone = trainer(tmp_path, sae, activations(hookpoints=(PLACE, OTHER)), learning_rate=None)
         alone.train()
         theirs = together.saes[name].state_dict()
         torch.testing.assert_close(alone.sae.state_dict(), theirs, rtol=0, atol=0)
@@ -202,9 +202,9 @@ def test_more_that_does_not_fit(tmp_path):
     sae = SwitchSAE(config)
     with pytest.raises(ConfigError, match="is there twice"):
         SwitchSAETrainer({"a": sae, "b": sae}, None, args, activations())
-    places = activations(places=(PLACE, OTHER))
+    hookpoints = activations(hookpoints=(PLACE, OTHER))
     with pytest.raises(ConfigError, match="no hookpoint"):
-        SwitchSAETrainer(SwitchSAEConfig(hidden_size=16), None, args, places)
+        SwitchSAETrainer(SwitchSAEConfig(hidden_size=16), None, args, hookpoints)
     with pytest.raises(ConfigError, match="no preset 'paper'"):
         SwitchSAETrainingArguments.preset("paper")
 
