@@ -24,7 +24,7 @@ from hf_switch_sae.errors import (
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.formats.conversion import convert, export
 from hf_switch_sae.formats.inspection import inspect
-from hf_switch_sae.formats.loading import load_all
+from hf_switch_sae.formats.loading import load_all, load_foreign, pin_revision
 from hf_switch_sae.formats.steering_files import export_recipe
 from hf_switch_sae.lm.fingerprint import fingerprint
 from hf_switch_sae.lm.hookpoints import ResidualBlocks, find_residual_blocks
@@ -42,6 +42,12 @@ from hf_switch_sae.sessions.preflight import Preflight
 from hf_switch_sae.sessions.record_corpus import record
 from hf_switch_sae.sessions.session import AttachedSAE, Session
 from hf_switch_sae.store import FeatureStore
+
+# What SwitchSAE is handed from higher floors, here and nowhere else: `sae.attach(lm)` opens a
+# session, `from_pretrained` takes over foreign checkpoints and notes the commit it loaded.
+SwitchSAE._open_session = attach
+SwitchSAE._load_foreign = load_foreign
+SwitchSAE._pin_revision = pin_revision
 
 if TYPE_CHECKING:
     from hf_switch_sae.comparison import compare

@@ -17,7 +17,6 @@ from torch import nn
 from hf_switch_sae.errors import ConversionError
 from hf_switch_sae.files import written_beside
 from hf_switch_sae.formats.checkpoint import GIVEN, Foreign, Given
-from hf_switch_sae.formats.loading import _load_foreign, _pin_revision
 from hf_switch_sae.formats.parity import Parity, parity
 from hf_switch_sae.formats.registry import (
     EXPORTS,
@@ -128,7 +127,3 @@ def _read(name: str | Path, format: str | None, options: Mapping[str, Any]) -> F
     source = open_source(name, **where)
     given = Given(**{n: v for n, v in options.items() if n in GIVEN})
     return format_of(source, format).read(source, given)
-
-
-SwitchSAE._load_foreign = _load_foreign
-SwitchSAE._pin_revision = _pin_revision

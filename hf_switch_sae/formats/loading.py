@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from hf_switch_sae.errors import ConversionError, HubError
 from hf_switch_sae.formats.checkpoint import GIVEN, Given
 from hf_switch_sae.formats.registry import other_kind, recognize
+from hf_switch_sae.hub.layout import CONFIG
 from hf_switch_sae.hub.source import (
     SOURCE_KEYWORDS,
     Source,
@@ -29,7 +30,7 @@ from hf_switch_sae.sae.model import SwitchSAE
 _log = logging.getLogger(__name__)
 
 
-def _load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
+def load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
     """What `SwitchSAE.from_pretrained` does when there is no SAE of our own at an address.
 
     The converted SAE is saved to a temporary folder and loaded from it, so that every argument of
@@ -88,7 +89,7 @@ def _hint(source: Source, whole: Source) -> str:
     return f" There is no SAE under subfolder={source.subfolder!r}; there are: {there}."
 
 
-def _pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
+def pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
     """Record the commit an SAE of our own was loaded at, so that everything saved carries it.
 
     What the SAE was converted from is kept beside it, as "taken_from".
@@ -96,7 +97,7 @@ def _pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
     if Path(name).exists():
         return
     subfolder = kwargs.get("subfolder") or ""
-    file = f"{subfolder}/config.json" if subfolder else "config.json"
+    file = f"{subfolder}/{CONFIG}" if subfolder else CONFIG
     # transformers does not tell which commit it loaded, but the cache has it in the file's path
     cached = try_to_load_from_cache(
         name, file, kwargs.get("cache_dir"), kwargs.get("revision") or "main"

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from hf_switch_sae import ops
-from hf_switch_sae.errors import AttachError, ConfigError, FeatureIdError, WidthError
+from hf_switch_sae.errors import ConfigError, FeatureIdError, WidthError
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.lm.fingerprint import base_model_fields
 from hf_switch_sae.lm.hookpoints import resolve
@@ -121,11 +121,10 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [  # type: ignore[misc]
         "num_tokens_since_fired"
     ]
-    # attach is a floor above and can't be imported from here, so it hands itself down
-    _open_session: ClassVar[Callable[..., Any] | None] = None
-    # likewise convert: what to do where there is no SAE of our own, and once one is loaded
-    _load_foreign: ClassVar[Callable[..., Any] | None] = None
-    _pin_revision: ClassVar[Callable[..., None] | None] = None
+    # Sessions and foreign formats lie on higher floors. `hf_switch_sae/__init__.py` sets these:
+    _open_session: ClassVar[Callable[..., Any]]  # sessions.attach.attach
+    _load_foreign: ClassVar[Callable[..., Any]]  # formats.loading.load_foreign
+    _pin_revision: ClassVar[Callable[..., None]]  # formats.loading.pin_revision
 
     def __init__(self, config: SwitchSAEConfig, expert_groups: int | Literal["each"] = 1) -> None:
         super().__init__(config)
@@ -217,11 +216,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             try:
                 result = super().from_pretrained(*args, **kwargs)
             except (OSError, ConfigError) as err:
-                if SwitchSAE._load_foreign is None:
-                    raise
                 return SwitchSAE._load_foreign(name, kwargs, err)  # type: ignore[no-any-return]
-        if SwitchSAE._pin_revision is not None:
-            SwitchSAE._pin_revision(result, name, kwargs)
+        SwitchSAE._pin_revision(result, name, kwargs)
         return result
 
     def train(self, mode: bool = True) -> SwitchSAE:
@@ -694,8 +690,6 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             AttachError: the SAE does not fit (width, base model, place), with `lm` untouched.
             HookpointError: no such place.
         """
-        if SwitchSAE._open_session is None:
-            raise AttachError("import hf_switch_sae as a whole: its attach module is not loaded.")
         return SwitchSAE._open_session(lm, self, at=at, **options)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import overload
 
 from torch import nn
 
@@ -28,14 +29,46 @@ from hf_switch_sae.lm.hookpoints import (
     unwrap,
 )
 from hf_switch_sae.sae.model import SwitchSAE
-from hf_switch_sae.sessions.board import _BOARD, _LOCK, _Board
-from hf_switch_sae.sessions.session import AttachedSAE, Session
+from hf_switch_sae.sessions.board import LOCK, Board
+from hf_switch_sae.sessions.session import (
+    AttachedSAE,
+    Session,
+    SessionOfOne,
+    SessionOfSeveral,
+)
 from hf_switch_sae.sessions.tap import Tap
+
+ByPlace = Mapping[int, SwitchSAE] | Mapping[str, SwitchSAE] | Mapping[int | str, SwitchSAE]
+"""SAEs by layer, hookpoint or module path."""
+
+
+@overload
+def attach(
+    lm: nn.Module,
+    saes: SwitchSAE,
+    at: int | str | None = None,
+    *,
+    splice: bool = False,
+    allow_mismatch: bool = False,
+    all_threads: bool | None = None,
+) -> SessionOfOne: ...
+
+
+@overload
+def attach(
+    lm: nn.Module,
+    saes: ByPlace,
+    at: int | str | None = None,
+    *,
+    splice: bool = False,
+    allow_mismatch: bool = False,
+    all_threads: bool | None = None,
+) -> SessionOfSeveral: ...
 
 
 def attach(
     lm: nn.Module,
-    saes: SwitchSAE | Mapping[int | str, SwitchSAE],
+    saes: SwitchSAE | ByPlace,
     at: int | str | None = None,
     *,
     splice: bool = False,
@@ -76,9 +109,12 @@ def attach(
         taps[place.name] = Tap(sae, place, splice)
     if all_threads is None:
         all_threads = threading.current_thread() is threading.main_thread()
-    with _LOCK:
-        board = root.__dict__.get(_BOARD) or _Board(root)
-        return board.open(lm, taps, all_threads)
+    with LOCK:
+        board = Board.of(root) or Board(root)
+        kind = SessionOfSeveral if isinstance(saes, Mapping) else SessionOfOne
+        session = kind(board, lm, taps, all_threads)
+        board.open(session)
+    return session
 
 
 def status(lm: nn.Module) -> list[AttachedSAE]:
@@ -87,10 +123,9 @@ def status(lm: nn.Module) -> list[AttachedSAE]:
     Raises:
         AttachError: `lm` is no module.
     """
-    board = _root_of(lm).__dict__.get(_BOARD)
-    return (
-        [] if board is None else [line for session in board.sessions for line in session.status()]
-    )
+    board = Board.of(_root_of(lm))
+    sessions = () if board is None else board.sessions
+    return [line for session in sessions for line in session.status()]
 
 
 def detach(lm: nn.Module) -> int:
@@ -99,7 +134,7 @@ def detach(lm: nn.Module) -> int:
     Raises:
         AttachError: `lm` is no module.
     """
-    board = _root_of(lm).__dict__.get(_BOARD)
+    board = Board.of(_root_of(lm))
     sessions = () if board is None else board.sessions
     for session in sessions:
         session.detach()
@@ -113,7 +148,7 @@ def _root_of(lm: nn.Module) -> nn.Module:
 
 
 def _places(
-    root: nn.Module, saes: SwitchSAE | Mapping[int | str, SwitchSAE], at: int | str | None
+    root: nn.Module, saes: SwitchSAE | ByPlace, at: int | str | None
 ) -> list[tuple[SwitchSAE, Hookpoint]]:
     for sae in saes.values() if isinstance(saes, Mapping) else (saes,):
         if not isinstance(sae, SwitchSAE):
@@ -174,6 +209,3 @@ def _width(place: Hookpoint, wanted: int) -> int | None:
     parameters = place.module.named_parameters()
     norms = {p.shape[0] for name, p in parameters if p.ndim == 1 and name.endswith("weight")}
     return width if width in norms and wanted not in norms else None
-
-
-SwitchSAE._open_session = staticmethod(attach)

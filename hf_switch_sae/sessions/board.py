@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,25 +27,27 @@ from hf_switch_sae.lm.hookpoints import Hookpoint
 from hf_switch_sae.lm.hooks import forget_compiled_code, hook_place, untraced
 from hf_switch_sae.lm.positions import Call, Tokens
 from hf_switch_sae.lm.streams import Layout
-from hf_switch_sae.sessions.calls import _Flow, _generation, _Owner
-from hf_switch_sae.sessions.session import Session
+from hf_switch_sae.sessions.calls import Flow, Owner, generation_of
 from hf_switch_sae.sessions.tap import Tap, check_splices
 
-_BOARD = "_hf_switch_sae_board"
+if TYPE_CHECKING:
+    from hf_switch_sae.sessions.session import Session
+
+ATTRIBUTE = "_hf_switch_sae_board"
+"""Where the model keeps it."""
+LOCK = threading.RLock()
+"""Over all models: a board comes with its first session and goes with the last."""
 
 
-_LOCK = threading.RLock()  # over all models: a board comes with its first session and goes after it
-
-
-class _Board:
+class Board:
     """All that is attached to one model: places, sessions, and each thread's call under way."""
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.sessions: tuple[Session, ...] = ()  # replaced, as other threads may be reading it
-        self.flow = _Flow()
-        self._places: dict[tuple[int, str], _Place] = {}
-        self._owners: dict[int, _Owner] = {}
+        self.flow = Flow()
+        self._places: dict[tuple[int, str], Place] = {}
+        self._owners: dict[int, Owner] = {}
         self._generate: Any = None
 
     def __reduce__(self) -> NoReturn:
@@ -54,26 +56,53 @@ class _Board:
             "before you copy or pickle the model."
         )
 
-    def open(self, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool) -> Session:
-        session = _BoardSession(self, lm, taps, all_threads)
-        for tap in taps.values():
+    @classmethod
+    def of(cls, root: nn.Module) -> Board | None:
+        """The board of an unwrapped model; None while nothing is attached to it."""
+        return root.__dict__.get(ATTRIBUTE)
+
+    def open(self, session: Session) -> None:
+        """Hook the places of a session, and note it.
+
+        Raises:
+            EditError: two splices at one place. Nothing was changed then.
+        """
+        for tap in session.taps.values():
             check_splices([other for _, other in self.taps_at(tap.place)], tap)
         forget_compiled_code()
         try:
-            setattr(self.root, _BOARD, self)
+            setattr(self.root, ATTRIBUTE, self)
             self._watch_generate()
-            for tap in taps.values():
+            for tap in session.taps.values():
                 self._watch_place(tap.place)
             self.sessions = (*self.sessions, session)
         except BaseException:
             self._release()
             raise
-        return session
 
     def close(self, session: Session) -> None:
-        with _LOCK:
+        """Take a session off, and every hook that no other session needs."""
+        with LOCK:
             self.sessions = tuple(other for other in self.sessions if other is not session)
             self._release()
+
+    def check_with_others(self, session: Session, tap: Tap, prepared: PreparedEdits) -> None:
+        """Raise EditError if edits of a session contradict those of another one."""
+        for other_session, other in self.taps_at(tap.place):
+            together = other_session.thread is session.thread or (
+                other_session.all_threads and session.all_threads
+            )
+            if other is not tap and other.sae is tap.sae and together:
+                check_conflicts([*other.edits.edits, *prepared.edits])
+
+    @contextmanager
+    def without_edits(self) -> Iterator[None]:
+        """While open, no session edits in this thread, and none records."""
+        self.flow.read_only = True
+        try:
+            yield
+        finally:
+            self.flow.read_only = False
 
     def _release(self) -> None:
         """Remove every hook that no session needs any more."""
@@ -89,14 +118,14 @@ class _Board:
             self._owners.pop(owner).remove()
         if not self.sessions:
             self._unwatch_generate()
-            self.root.__dict__.pop(_BOARD, None)
+            self.root.__dict__.pop(ATTRIBUTE, None)
 
     def _watch_place(self, place: Hookpoint) -> None:
         if _key(place) not in self._places:
-            self._places[_key(place)] = _Place(self, place)
+            self._places[_key(place)] = Place(self, place)
         for owner in self._owners_of(place):
             if id(owner) not in self._owners:
-                self._owners[id(owner)] = _Owner(owner, self.flow, is_root=owner is self.root)
+                self._owners[id(owner)] = Owner(owner, self.flow, is_root=owner is self.root)
 
     def _owners_of(self, place: Hookpoint) -> list[nn.Module]:
         owner = self.root if place.blocks is None else place.blocks.owner
@@ -113,7 +142,7 @@ class _Board:
             if flow.generation is not None:  # a draft within this call: the user's is known already
                 return generate(*args, **kwargs)
             self._check_recording(args, kwargs)
-            flow.generation = _generation(self.root, args, kwargs)
+            flow.generation = generation_of(self.root, args, kwargs)
             try:
                 return generate(*args, **kwargs)
             finally:
@@ -166,40 +195,14 @@ def _changed(x: Tensor, changes: list[tuple[Tensor, Tensor | None]]) -> Tensor:
     return torch.where(edited[..., None], new, x)
 
 
-class _BoardSession(Session):
-    """A session that knows its neighbours."""
-
-    def __init__(
-        self, board: _Board, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool
-    ) -> None:
-        super().__init__(lm, taps, all_threads, board.close)
-        self._board = board
-
-    def check_with_others(self, tap: Tap, prepared: PreparedEdits) -> None:
-        for other_session, other in self._board.taps_at(tap.place):
-            together = other_session.thread is self.thread or (
-                other_session.all_threads and self.all_threads
-            )
-            if other is not tap and other.sae is tap.sae and together:
-                check_conflicts([*other.edits.edits, *prepared.edits])
-
-    @contextmanager
-    def without_edits(self) -> Iterator[None]:
-        self._board.flow.read_only = True
-        try:
-            yield
-        finally:
-            self._board.flow.read_only = False
-
-
-class _Place:
+class Place:
     """The one hook at a place.
 
     It runs at every token, mostly with nothing of its own in a cache: what does not change from
     call to call is looked up once.
     """
 
-    def __init__(self, board: _Board, place: Hookpoint) -> None:
+    def __init__(self, board: Board, place: Hookpoint) -> None:
         self.place = place
         self._board, self._flow = board, board.flow
         root, blocks = board.root, place.blocks

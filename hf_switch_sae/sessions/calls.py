@@ -15,7 +15,7 @@ from hf_switch_sae.lm.positions import Call, Generation
 _DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 
 
-class _Flow(threading.local):
+class Flow(threading.local):
     """What the calls under way in this thread were given."""
 
     def __init__(self) -> None:
@@ -24,10 +24,10 @@ class _Flow(threading.local):
         self.read_only = False
 
 
-class _Owner:
+class Owner:
     """Notes what a module that owns blocks is called with, while it runs."""
 
-    def __init__(self, module: nn.Module, flow: _Flow, is_root: bool) -> None:
+    def __init__(self, module: nn.Module, flow: Flow, is_root: bool) -> None:
         parameters = inspect.signature(type(module).forward).parameters
         names = [name for name in parameters if name != "self"]
 
@@ -51,7 +51,7 @@ class _Owner:
             handle.remove()
 
 
-def _generation(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
+def generation_of(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
     """What `generate` was given: rows, and the prompt's columns where they can be told before."""
     given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
     # A row of a text may have several images, or parts of them, so what is text comes first.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from hf_switch_sae.errors import HookpointError
 from hf_switch_sae.lm.hookpoints import resolve
+from hf_switch_sae.sae.fvu import fvu_of
 from hf_switch_sae.sessions.tap import Tap
 
 _OUTLIER_NORM = 6.0  # times the median: attention sinks, left out of preflight as of training
@@ -57,6 +59,38 @@ class Preflight:
         live = f"FVU {self.fvu:.3f}, L0 {self.l0:.1f} on {self.tokens} tokens"
         where = "" if self.trained_at is None else f", trained at {self.trained_at}"
         return f"{self.hookpoint}: {live}{card}: {verdict}{where}"
+
+
+def preflight_of(lm: nn.Module, tap: Tap) -> Preflight:
+    """How well an SAE reconstructs the stream that just came by, beside its card's figures.
+
+    Raises:
+        ValueError: fewer than two tokens to measure on.
+    """
+    passed = tap.last_passed()
+    x = passed.stream[passed.tokens.real].float()
+    # what the SAE takes for outliers; of one that has no bound, those far over the median norm
+    ordinary = ~tap.sae.is_outlier(x)
+    if len(x) and not math.isfinite(tap.sae.outlier_norm):
+        norms = x.norm(dim=-1)
+        ordinary = norms <= _OUTLIER_NORM * norms.median()
+    if int(ordinary.sum()) < 2:
+        raise ValueError(
+            "preflight needs at least two ordinary tokens; give it a few hundred of real text."
+        )
+    x = x[ordinary]
+    features = tap.sae.encode(x)
+    x_hat = tap.sae.decode(features, x).to(x.device).float()
+    card = tap.sae.config.metrics or {}
+    return Preflight(
+        hookpoint=tap.place.name,
+        fvu=float(fvu_of(x, x_hat, None)),
+        l0=float(features.l0()),
+        tokens=len(x),
+        card_fvu=card.get("fvu"),
+        card_l0=card.get("l0"),
+        trained_at=_trained_elsewhere(lm, tap),
+    )
 
 
 def _trained_elsewhere(lm: nn.Module, tap: Tap) -> str | None:

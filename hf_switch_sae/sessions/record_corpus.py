@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from hf_switch_sae.lm.hookpoints import unwrap
 from hf_switch_sae.lm.residuals import input_device, partial_forward
 from hf_switch_sae.processes import rank_and_world
 from hf_switch_sae.sae.model import SwitchSAE
-from hf_switch_sae.sessions.attach import attach
+from hf_switch_sae.sessions.attach import ByPlace, attach
 from hf_switch_sae.sessions.provenance import provenance_of
 from hf_switch_sae.sessions.session import Session
 from hf_switch_sae.store import FeatureStore, TokenRows
@@ -55,9 +55,26 @@ class _Settings:
     shard_tokens: int
 
 
+# options are those of the implementation
+@overload
 def record(
     lm: nn.Module,
-    saes: SwitchSAE | Mapping[int | str, SwitchSAE],
+    saes: SwitchSAE,
+    dataset: Any,
+    store: str | os.PathLike[str],
+    **options: Any,
+) -> FeatureStore: ...
+
+
+@overload
+def record(
+    lm: nn.Module, saes: ByPlace, dataset: Any, store: str | os.PathLike[str], **options: Any
+) -> dict[str, FeatureStore]: ...
+
+
+def record(  # type: ignore[misc]
+    lm: nn.Module,
+    saes: SwitchSAE | ByPlace,
     dataset: Any,
     store: str | os.PathLike[str],
     *,
@@ -91,7 +108,7 @@ def record(
         lm: the language model, in eval mode; on one device, or spread by a `device_map`.
         saes: an SAE, or {place: SAE}.
         dataset: files, a folder, a Hub data set, or texts, as `text.read_documents` takes them.
-        store: folder of the store, new or to go on with; with several SAEs each gets the subfolder
+        store: folder of the store, new or to go on with; of a mapping each SAE gets the subfolder
             of its hookpoint's name.
         tokenizer: the model's; not needed for documents of token ids.
         at: the place of a single SAE; its own `config.hookpoint` by default.
@@ -113,7 +130,7 @@ def record(
         progress: whether to show a bar on stderr; by default if that is a terminal.
 
     Returns:
-        The store, or {hookpoint: store}; call its `index()` when all processes are done.
+        The store; of a mapping {hookpoint: store}. Call its `index()` when all processes are done.
 
     Raises:
         AttachError, HookpointError: the SAE does not fit, or the model is in training mode.
@@ -152,7 +169,7 @@ def record(
                 dataset=documents.provenance,
                 text={**vars(settings), "prefix": list(settings.prefix)},
             )
-            folder = Path(store) if len(session.taps) == 1 else Path(store) / name
+            folder = Path(store) / name if isinstance(saes, Mapping) else Path(store)
             stores[name] = FeatureStore.create(folder, made)
             stores[name].remove_leftovers()
         recorder = _Recorder(session, run, tokenizer, settings, stores, share)
@@ -160,7 +177,7 @@ def record(
         recorder.record(documents, limits, progress)
     for each in stores.values():
         each.refresh()
-    return next(iter(stores.values())) if len(stores) == 1 else stores
+    return stores if isinstance(saes, Mapping) else next(iter(stores.values()))
 
 
 def _check(root: nn.Module, settings: _Settings) -> None:
@@ -192,10 +209,6 @@ class _Share:
 
     @classmethod
     def of_this_process(cls) -> _Share:
-        # the launcher's word: no process group is needed, as nothing is sent
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            return cls(distributed.get_rank(), distributed.get_world_size())
         return cls(*rank_and_world())
 
     def of(self, limit: int | None) -> float:
@@ -257,16 +270,16 @@ class _Recorder:
     def _tokens_held(self, documents: list[Document]) -> int:
         """Tokens of the first store's files that begin with one of these documents."""
         store = next(iter(self._stores.values()))
-        return store.held(documents[0].number, documents[-1].number)[0]
+        return store.tokens_and_bytes(documents[0].number, documents[-1].number)[0]
 
     def _bytes_held(self, documents: list[Document]) -> int:
         """Bytes of all stores' files that begin with one of these documents."""
         first, last = documents[0].number, documents[-1].number
-        return sum(store.held(first, last)[1] for store in self._stores.values())
+        return sum(store.tokens_and_bytes(first, last)[1] for store in self._stores.values())
 
     def _lacking(self, document: Document) -> tuple[str, ...]:
         """The stores without a document: a kill between two appends leaves them unlike."""
-        return tuple(n for n, store in self._stores.items() if not store.holds(document.number))
+        return tuple(n for n, store in self._stores.items() if not store.has_document(document.number))
 
     def _record(
         self, documents: list[Document], names: tuple[str, ...], room: float

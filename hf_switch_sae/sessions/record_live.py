@@ -145,24 +145,26 @@ class _Text:
 def recording(
     lm: nn.Module,
     taps: Mapping[str, _Recordable],
-    folder: Path,
-    tokenizer: Any,
-    lm_revision: str | None,
-    shard_tokens: int,
-) -> Iterator[FeatureStore | dict[str, FeatureStore]]:
-    """While open, every pass by the taps is recorded; what `Session.record` does."""
+    folders: Mapping[str, Path],
+    tokenizer: Any = None,
+    lm_revision: str | None = None,
+    shard_tokens: int = 1 << 17,
+) -> Iterator[dict[str, FeatureStore]]:
+    """While open, every pass by the taps is recorded, each into the store at its folder.
+
+    What `Session.record` does; options and errors are its.
+    """
     stores: dict[str, FeatureStore] = {}
     for name, tap in taps.items():
         if tap.recorder is not None:
             raise StoreError(f"{name} is being recorded already: one recording at a time.")
         provenance = provenance_of(lm, tap.sae, name, tokenizer=tokenizer, lm_revision=lm_revision)
-        path = folder if len(taps) == 1 else folder / name
-        stores[name] = FeatureStore.create(path, provenance)
+        stores[name] = FeatureStore.create(folders[name], provenance)
     recorders = {n: LiveRecorder(store, shard_tokens, _ends(lm)) for n, store in stores.items()}
     for name, tap in taps.items():
         tap.recorder = recorders[name]
     try:
-        yield next(iter(stores.values())) if len(stores) == 1 else stores
+        yield stores
     finally:
         for tap in taps.values():
             tap.recorder = None

@@ -1,26 +1,22 @@
-"""What happens to a residual stream that comes by: shown as features, changed by the live edits.
+"""A session: what `attach` returns, and what a user reads and edits through.
 
-A `Session` is what `attach` returns. It holds one `Tap` for each hookpoint; `attach` hands each tap
-the stream as it arrived, and adds up what the taps of all sessions at that place want added.
-Nothing is hooked here.
-
-Beware The stream is copied when it comes by (models add to it in place) and encoded when `features`
-       is read, so that showing costs a running `generate` next to nothing. With gradients on,
-       features are differentiable. Several threads may run one session: what a pass needs is in
-       locals, and the tap only keeps the last.
+Room   taps at hookpoints (`tap.py`) -> features of the last pass, live edits, recordings. Hooks are
+       the board's (`board.py`), which every session of a model shares.
+Beware Several threads may run one session: what a pass needs is in locals, and a tap keeps only the
+       last pass.
 """
 
 from __future__ import annotations
 
-import math
+import abc
 import os
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,10 +27,14 @@ from hf_switch_sae.edits.recipe import Recipe
 from hf_switch_sae.errors import AttachError, HookpointError
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.sae.model import SwitchSAE
-from hf_switch_sae.sessions.preflight import _OUTLIER_NORM, Preflight, _trained_elsewhere
+from hf_switch_sae.sessions.board import Board
+from hf_switch_sae.sessions.preflight import Preflight, preflight_of
 from hf_switch_sae.sessions.record_live import recording
 from hf_switch_sae.sessions.tap import Tap
 from hf_switch_sae.store import FeatureStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,11 @@ class AttachedSAE:
         return f"{self.hookpoint} ({self.path}): {self.sae}{spliced}, {changes} [{self.thread}]"
 
 
-class Session:
+class Session(abc.ABC):
     """SAEs attached to a language model, from `attach` to `detach` or the end of the `with` block.
+
+    Of one SAE (`attach(lm, sae)`) what it shows is one thing: `session.features` are features. Of a
+    mapping (`attach(lm, {7: sae})`) it is a mapping by hookpoint, however many SAEs are in it.
 
     A session acts in the thread that opened it. One opened in the main thread also acts in threads
     that have none of their own on this model (so a streaming `generate` in a worker thread is
@@ -69,20 +72,16 @@ class Session:
     """
 
     def __init__(
-        self,
-        lm: nn.Module,
-        taps: Mapping[str, Tap],
-        all_threads: bool,
-        detach: Callable[[Session], None],
-    ):
+        self, board: Board, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool
+    ) -> None:
         self.lm = lm
         self.thread = threading.current_thread()  # not its ident, which a later thread may get
         self.all_threads = all_threads
         self.attached = True
         self._taps = dict(taps)
-        self._on_detach = detach
+        self._board = board
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         if not self.attached:
             raise AttachError("this session is detached; attach again for a new one.")
         return self
@@ -110,8 +109,9 @@ class Session:
         return self._taps
 
     @property
+    @abc.abstractmethod
     def features(self) -> SparseFeatures | dict[str, SparseFeatures]:
-        """Features of the last forward pass, before edits; a dict by hookpoint if several.
+        """Features of the last forward pass, before edits; of a mapping, by hookpoint.
 
         [batch, seq] tokens with k slots each, acts in the LM's own units. Under `generate` that is
         the last step: [rows * beams, 1] with a cache. With gradients on they are differentiable,
@@ -121,15 +121,11 @@ class Session:
             HookpointError: no forward pass has come by yet.
             ConfigError: a batch_topk SAE without a threshold.
         """
-        if len(self._taps) == 1:
-            return next(iter(self._taps.values())).last_passed().features()
-        return {name: tap.last_passed().features() for name, tap in self._taps.items()}
 
     @property
+    @abc.abstractmethod
     def edits(self) -> tuple[Edit, ...] | dict[str, tuple[Edit, ...]]:
-        """The live edits; a dict by hookpoint if there are several."""
-        found = {name: tap.edits.edits for name, tap in self._taps.items()}
-        return next(iter(found.values())) if len(found) == 1 else found
+        """The live edits; of a mapping, by hookpoint."""
 
     def edit(self, *edits: Edit, at: str | None = None) -> None:
         """Make these the live edits at a hookpoint, in place of those before; none clears them.
@@ -152,11 +148,8 @@ class Session:
             )
         tap = self._tap(at)
         prepared = PreparedEdits(tap.sae, edits)
-        self.check_with_others(tap, prepared)
+        self._board.check_with_others(self, tap, prepared)
         tap.edits = prepared
-
-    def check_with_others(self, tap: Tap, prepared: PreparedEdits) -> None:
-        """EditError if the edits contradict another session's; `attach` puts the check here."""
 
     def _tap(self, at: str | None) -> Tap:
         if at is None and len(self._taps) == 1:
@@ -176,6 +169,7 @@ class Session:
         tap = self._tap(at)
         return Recipe(sae=_name(tap.sae), edits=tap.edits.edits, hookpoint=tap.place.name)
 
+    @abc.abstractmethod
     def record(
         self,
         store: str | os.PathLike[str],
@@ -183,7 +177,7 @@ class Session:
         tokenizer: Any = None,
         lm_revision: str | None = None,
         shard_tokens: int = 1 << 17,
-    ) -> AbstractContextManager[FeatureStore | dict[str, FeatureStore]]:
+    ) -> AbstractContextManager[FeatureStore] | AbstractContextManager[dict[str, FeatureStore]]:
         """Record the features of every forward pass, also within `generate`, while it is open.
 
             with session.record("folder") as store:
@@ -194,23 +188,27 @@ class Session:
         Features are those before edits. Numbers of documents go on from those in the store.
 
         Args:
-            store: folder of a store of sessions, or of a new one; with several hookpoints each gets
+            store: folder of a store of sessions, or of a new one; of a mapping each hookpoint gets
                 the store in the subfolder of its name.
             tokenizer: that made the tokens, to note in a new store.
             lm_revision: commit the language model was loaded from, to note in a new store.
             shard_tokens: finished documents are written when they have so many tokens together.
 
         Returns:
-            A context manager: of the FeatureStore, or of a dict of them by hookpoint.
+            A context manager: of the FeatureStore; of a mapping, of the stores by hookpoint.
 
         Raises:
             AttachError: the session is detached.
             StoreError: the folder is a store of something else or holds other things; within the
                 block: no room on the disk.
         """
+
+    def _recording(
+        self, folders: Mapping[str, Path], options: Mapping[str, Any]
+    ) -> AbstractContextManager[dict[str, FeatureStore]]:
         if not self.attached:
             raise AttachError("this session is detached, so nothing would come by; attach again.")
-        return recording(self.lm, self._taps, Path(store), tokenizer, lm_revision, shard_tokens)
+        return recording(self.lm, self._taps, folders, **options)
 
     def status(self) -> list[AttachedSAE]:
         """One line for each hookpoint; `status(lm)` gives those of all sessions."""
@@ -247,41 +245,71 @@ class Session:
         tap.last = None
         with self.without_edits():
             self.lm(**inputs)
-        passed = tap.last_passed()
-        x = passed.stream[passed.tokens.real].float()
-        ordinary = ~tap.sae.is_outlier(x)
-        if len(x) and not math.isfinite(tap.sae.outlier_norm):  # none recorded
-            norms = x.norm(dim=-1)
-            ordinary = norms <= _OUTLIER_NORM * norms.median()
-        if int(ordinary.sum()) < 2:
-            raise ValueError(
-                "preflight needs at least two ordinary tokens; give it a few hundred of real text."
-            )
-        x = x[ordinary]
-        features = tap.sae.encode(x)
-        error = x - tap.sae.decode(features, x).to(x.device).float()
-        fvu = error.square().sum() / (x - x.mean(0)).square().sum()
-        card = tap.sae.config.metrics or {}
-        return Preflight(
-            hookpoint=tap.place.name,
-            fvu=float(fvu),
-            l0=float(features.l0()),
-            tokens=len(x),
-            card_fvu=card.get("fvu"),
-            card_l0=card.get("l0"),
-            trained_at=_trained_elsewhere(self.lm, tap),
-        )
+        return preflight_of(self.lm, tap)
 
     def without_edits(self) -> AbstractContextManager[None]:
-        """While open, no session edits in this thread; `attach` puts the switch here."""
-        return nullcontext()
+        """While open, no session edits in this thread, and none records."""
+        return self._board.without_edits()
 
     def detach(self) -> None:
         """Remove this session's hooks: the model is what it was. Doing it twice does nothing."""
         if self.attached:
             self.attached = False
-            self._on_detach(self)
+            self._board.close(self)
+
+
+class SessionOfOne(Session):
+    """A session of one SAE; see `Session`."""
+
+    @property
+    def _only(self) -> Tap:
+        return next(iter(self._taps.values()))
+
+    @property
+    def features(self) -> SparseFeatures:
+        """[batch, seq]; see `Session.features`."""
+        return self._only.last_passed().features()
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """The live edits."""
+        return self._only.edits.edits
+
+    def record(
+        self, store: str | os.PathLike[str], **options: Any
+    ) -> AbstractContextManager[FeatureStore]:
+        """See `Session.record`."""
+        name = self._only.place.name
+        return _one_of(self._recording({name: Path(store)}, options), name)
+
+
+class SessionOfSeveral(Session):
+    """A session of the SAEs of a mapping; see `Session`."""
+
+    @property
+    def features(self) -> dict[str, SparseFeatures]:
+        """By hookpoint, [batch, seq] each; see `Session.features`."""
+        return {name: tap.last_passed().features() for name, tap in self._taps.items()}
+
+    @property
+    def edits(self) -> dict[str, tuple[Edit, ...]]:
+        """The live edits by hookpoint."""
+        return {name: tap.edits.edits for name, tap in self._taps.items()}
+
+    def record(
+        self, store: str | os.PathLike[str], **options: Any
+    ) -> AbstractContextManager[dict[str, FeatureStore]]:
+        """See `Session.record`."""
+        return self._recording({name: Path(store) / name for name in self._taps}, options)
 
 
 def _name(sae: SwitchSAE) -> str:
     return sae.name_or_path or f"SwitchSAE({sae.config.num_features} features)"
+
+
+@contextmanager
+def _one_of(
+    stores: AbstractContextManager[dict[str, FeatureStore]], name: str
+) -> Iterator[FeatureStore]:
+    with stores as found:
+        yield found[name]

@@ -1,4 +1,9 @@
-"""One SAE at one place of a model: reads the stream that comes by, and says what to add to it."""
+"""One SAE at one place of a model: reads the stream that comes by, and says what to add to it.
+
+Beware The stream is copied when it comes by (models add to it in place) and encoded when `features`
+       is read, so that showing costs a running `generate` next to nothing. With gradients on,
+       features are differentiable.
+"""
 
 from __future__ import annotations
 
