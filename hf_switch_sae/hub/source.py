@@ -16,13 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, HfFileSystem, constants, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 
 from hf_switch_sae.errors import ConversionError, HubError
 from hf_switch_sae.hub.errors import plain_hub_errors
 from hf_switch_sae.hub.layout import LLAMA_SCOPE_WEIGHTS, WEIGHTS
-from hf_switch_sae.hub.remote import RemoteFile
 from hf_switch_sae.hub.tensors import Tensors, read_tensors, strings_in
 
 SOURCE_KEYWORDS = (
@@ -34,6 +33,8 @@ SOURCE_KEYWORDS = (
     "local_files_only",
 )
 """Arguments that say where to look: those of `open_source`."""
+_BLOCK = 2**18
+"""Bytes that a request for a part of a file on the Hub fetches."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,17 @@ class Source:
         """
         if self.hub is None:
             return Path(self.name, self.subfolder, file)
-        inside = f"{self.subfolder}/{file}" if self.subfolder else file
+        inside = self._inside(file)
         with plain_hub_errors(self.name, f"download {inside} of"):
             return Path(hf_hub_download(self.name, inside, revision=self.revision, **self.hub))
 
+    def _inside(self, file: str) -> str:
+        """The path of a file within the repository."""
+        return f"{self.subfolder}/{file}" if self.subfolder else file
+
     @contextmanager
     def opened(self, file: str) -> Iterator[BinaryIO]:
-        """A file to read parts of: of one on the Hub only those bytes are asked for.
+        """A file to read parts of; from the Hub, only blocks that hold these parts are fetched.
 
         Raises:
             HubError: it can't be read.
@@ -89,12 +94,13 @@ class Source:
             with self.path(file).open("rb") as stream:
                 yield stream
             return
-        inside = f"{self.subfolder}/{file}" if self.subfolder else file
-        with (
-            plain_hub_errors(self.name, f"read {inside} of"),
-            RemoteFile(self.name, inside, self.revision, self.hub.get("token")) as stream,
-        ):
-            yield cast(BinaryIO, stream)
+        inside = self._inside(file)
+        with plain_hub_errors(self.name, f"read {inside} of"):
+            hub = HfFileSystem(token=self.hub.get("token"))
+            path = f"{self.name}@{self.revision}/{inside}"
+            # whole blocks: each request costs more time than the bytes that come along
+            with hub.open(path, "rb", block_size=_BLOCK, cache_type="blockcache") as stream:
+                yield cast(BinaryIO, stream)
 
     def within(self, folder: str) -> Source:
         """A folder of this source as a source of its own, of the same commit; lists nothing."""

@@ -201,13 +201,14 @@ class Steps:
     def inspect_remote(self) -> Any:
         faults()
         found = inspect(REPO, revision=self.commits["first"], **WITH)
-        lines = faults()
-        asked = [line for line in lines if "cdn" in line or "model.safetensors" in line]
-        listed = [line for line in lines if re.match(r"GET /api/models/.*/(revision|tree)/", line)]
+        infos = [line for line in faults() if re.match(r"GET /api/models/[^/]+/[^/]+/rev", line)]
+        wide = inspect("org/wide")
+        asked = [line for line in faults() if "model.safetensors" in line or "/cdn/" in line]
         there = inspect(self.folder / "pulled_first")
         return {
             "text": str(found),
-            "listed": listed,
+            "infos": infos,
+            "wide": wide.saes[0].statistics,
             "asked": asked,
             "same": [s.tensors for s in found.saes] == [s.tensors for s in there.saes],
             "revision": found.revision,

@@ -12,9 +12,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.foreign_layouts import LAYOUTS
 from helpers.hub_server import Hub
 from helpers.release_client import BIG, BIG_SHA, PUSH_FAULTS, REPO, A, B
+from helpers.saes import config
+
+from hf_switch_sae import SwitchSAE
 
 TESTS = pathlib.Path(__file__).parents[1]
 
@@ -54,7 +58,13 @@ def done(tmp_path_factory):
     with Hub() as hub:
         hub.tag("org/foreign", "v1", hub.upload("org/foreign", foreign))
         hub.upload("org/foreign", {"layers.10/cfg.json": b"{}"})  # what v1 is not
+        wide = SwitchSAE(config(hidden_size=256, num_features=2400))
+        wide.statistics_tokens.fill_(7)
+        wide.save_pretrained(tmp / "wide")
+        hub.upload("org/wide", {path.name: path.read_bytes() for path in (tmp / "wide").iterdir()})
         scale = LAYOUTS["scale_sae"](tmp)[0]
+        held = {**torch.load(scale / "ae.pt"), "expert_modules.wide": torch.zeros(1 << 19)}
+        torch.save(held, scale / "ae.pt")
         hub.upload("org/pickled", {f"a/{path.name}": path.read_bytes() for path in scale.iterdir()})
         hub.upload("org/evil", {"../evil.txt": b"x", "config.json": b"{}"})
         hub.upload("org/big", {"big.bin": BIG, "whole.bin": BIG[:5000]})
@@ -170,8 +180,11 @@ def test_a_repository_is_inspected_without_reading_its_weights(done):
     assert outcome["revision"] == done["push_saes"]
     for words in ("24 features in 4 expert(s), jumprelu", "fvu 0.2", "W_enc: F32 [4, 6, 16]"):
         assert words in outcome["text"]
-    assert max(asked_for(outcome)) < 1500  # the header; W_enc alone has 1536
-    assert len(outcome["listed"]) == 1
+    assert len(outcome["infos"]) == 2  # ours and the client's own; no more for the second SAE
+    assert outcome["wide"]["statistics_tokens"] == 7
+    repo = done["hub"].repos["org/wide"]
+    whole = len(repo.commits[repo.refs["main"]]["model.safetensors"])
+    assert sum(asked_for(outcome)) < whole / 3
 
 
 def test_a_pickled_checkpoint_is_named_without_fetching_its_tensors(done):
@@ -183,8 +196,8 @@ def test_a_pickled_checkpoint_is_named_without_fetching_its_tensors(done):
 
 
 def asked_for(outcome) -> list[int]:
-    """Bytes of each request; a HEAD has none."""
-    lines = [line for line in outcome["asked"] if not line.startswith("HEAD ")]
+    """Bytes of each request to where large files lie; never is a whole file asked for."""
+    lines = [line for line in outcome["asked"] if line.startswith("GET /cdn/")]
     ranges = [re.search(r"bytes=(\d+)-(\d+)", line) for line in lines]
     assert ranges
     assert all(ranges), "a whole file was asked for"
