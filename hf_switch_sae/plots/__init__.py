@@ -1,7 +1,8 @@
-"""Figures -> SVG and PNG: comparisons of SAEs, an SAE's geometry, an SAE and its training.
+"""Figures, each as SVG and PNG: SAEs side by side, an SAE's geometry, an SAE and its training.
 
-One look for all (`style`), readable in print and without colors: whatever a color says, a marker, a
-line's style or a number says too. The same data gives the same SVG, byte for byte.
+Room   `comparison`, `geometry` and `sae` draw; `style` holds the look that they share.
+How    Figures can be read in print and without colors: what a color says, a marker, a line style or
+       a number says too. The same data gives the same SVG, byte for byte.
 """
 
 from hf_switch_sae.plots.comparison import draw_comparison

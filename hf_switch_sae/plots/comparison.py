@@ -1,9 +1,11 @@
 """comparison.json of several SAEs -> what they cost against what they lose.
 
-flops_fvu          operations per token against FVU, with the Pareto front of those with the
-                   commonest k: more active features lower the error at any number of operations
+flops_fvu          operations per token against FVU, with a Pareto front
 l0_fvu             active features per token against FVU
 l0_ce_recovered    the same against cross entropy recovered, where that was measured
+
+Beware The Pareto front is of the SAEs with the commonest k only: more active features lower the
+       error whatever the operations, so SAEs of another k would not be compared by their cost.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from hf_switch_sae.plots.style import (
     PINK,
     VERMILION,
     Tell,
+    ignore,
     label_points,
     legend_above,
     look,
     new_figure,
     save,
-    untold,
 )
 
 _FAMILIES = {
@@ -42,14 +44,14 @@ _SAE = Mapping[str, Any]
 
 
 def draw_comparison(
-    comparison: Mapping[str, Any], folder: str | Path, tell: Tell = untold
+    comparison: Mapping[str, Any], folder: str | Path, tell: Tell = ignore
 ) -> list[Path]:
-    """Draw what is in a comparison, each figure as SVG and PNG; returns the paths.
+    """Draw a comparison, each figure as SVG and PNG; returns the paths.
 
     Args:
         comparison: as in comparison.json, format 1.
-        folder: where to; made if it is not there.
-        tell: is told of each figure left out.
+        folder: where to write; made if it is not there.
+        tell: called with a sentence for each figure that is left out.
 
     Raises:
         SwitchSAEError: another format, no SAE in it, or matplotlib is not installed.
@@ -74,7 +76,10 @@ def draw_comparison(
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other one is below in one coordinate and not above in the other, by x."""
+    """Indices, by x, of the points that no other point beats.
+
+    One point beats another if it is lower in one coordinate and not higher in the other.
+    """
     order = sorted(range(len(points)), key=lambda index: points[index])
     front: list[int] = []
     for index in order:
@@ -90,6 +95,7 @@ def _costs(saes: Sequence[_SAE]) -> Any:
     k = Counter(sae["k"] for sae in saes if sae["k"] is not None).most_common(1)
     alike = [point for point, sae in zip(points, saes, strict=True) if k and sae["k"] == k[0][0]]
     front = [alike[index] for index in pareto_front(alike)]
+    # a staircase, as nothing measured lies between two points of the front
     stairs = front[:1]
     for x, y in front[1:]:
         stairs += [(x, stairs[-1][1]), (x, y)]
@@ -117,7 +123,7 @@ def _sparsity(saes: Sequence[_SAE], figure_of: str, said: str) -> Any:
     axes = figure.add_subplot()
     points = [(float(sae["l0"]), float(sae[figure_of])) for sae in saes]
     series: dict[tuple, list[int]] = {}
-    for index, sae in enumerate(saes):  # an SAE at several k is a line
+    for index, sae in enumerate(saes):  # the same SAE at several k becomes a line
         kind = (sae["family"], sae["num_experts"], sae["num_features"])
         series.setdefault(kind, []).append(index)
     lines = [
@@ -152,7 +158,7 @@ def _family(name: str) -> tuple[str, str, str, Any]:
 
 
 def _room_for_labels(axes: Any, points: Sequence[tuple[float, float]], log_x: bool) -> None:
-    """Limits with a margin that labels find room in, also where all points are alike."""
+    """Set limits that leave room for labels, even if all points are the same."""
     xs, ys = zip(*points, strict=True)
     if log_x:
         factor = max(1.5, (max(xs) / min(xs)) ** 0.14)

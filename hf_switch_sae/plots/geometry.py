@@ -1,7 +1,7 @@
 """An SAE's geometry -> pictures of it.
 
-maps          t-SNE of encoder and decoder rows, by expert, with how pure neighborhoods are
-duplicates    how many features have a neighbor nearer than a cosine, beside random vectors
+maps          t-SNE of encoder and decoder rows by expert, and how pure neighborhoods are
+duplicates    how many features have a neighbor above a cosine, against random vectors
 similarity    mean largest cosine from expert to expert
 alignment     cosines of encoder rows with the router's rows
 """
@@ -25,24 +25,26 @@ from hf_switch_sae.plots.style import (
     ORANGE,
     VERMILION,
     Tell,
+    ignore,
     legend_above,
     look,
     new_figure,
     save,
-    untold,
 )
 
 _NAMED_EXPERTS = 16
+"""Up to so many experts, each has a marker or a number of its own; beyond, a color scale."""
 _MOST_SHOWN = 64
+"""Experts of a matrix beyond which an SVG holds it as a bitmap."""
 
 
-def draw_geometry(geometry: Geometry, folder: str | Path, tell: Tell = untold) -> list[Path]:
+def draw_geometry(geometry: Geometry, folder: str | Path, tell: Tell = ignore) -> list[Path]:
     """Draw what was measured, each figure as SVG and PNG; returns the paths.
 
     Args:
         geometry: of one SAE.
-        folder: where to; made if it is not there.
-        tell: is told of each figure left out.
+        folder: where to write; made if it is not there.
+        tell: called with a sentence for each figure that is left out.
 
     Raises:
         SwitchSAEError: matplotlib is not installed.
@@ -72,7 +74,7 @@ def _maps(geometry: Geometry) -> Any:
     experts, table = geometry.sae["num_experts"], geometry.table
     clusters = geometry.clusters or {}
     shown = table["encoder_x"].isfinite().nonzero()[:, 0]
-    # in an order of its own, so that no expert lies on top of the others
+    # shuffled, so that no expert is drawn on top of the others
     shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(0))]
     for at, name in enumerate(("encoder", "decoder")):
         axes = figure.add_subplot(1, 2, at + 1)
@@ -84,12 +86,14 @@ def _maps(geometry: Geometry) -> Any:
         axes.spines[["left", "bottom"]].set_color("#BBBBBB")
         axes.set_title(f"{name} rows, {len(shown):,} of {len(table['expert']):,} features")
         if clusters.get("purity"):
+            # a t-SNE picture flatters or hides clusters, so the same figure of the rows stands by
             purity = clusters["purity"][name]
             axes.set_xlabel(
                 f"of {clusters['neighbors']} neighbors in the same expert:\n"
                 f"{purity['rows']:.1%} of rows, {purity['picture']:.1%} in the picture, "
                 f"{clusters['chance']:.1%} by chance"
             )
+    # one legend for both maps
     if 1 < experts <= _NAMED_EXPERTS:
         handles, names = figure.axes[0].get_legend_handles_labels()
         order = sorted(range(len(names)), key=lambda index: int(names[index]))
@@ -109,7 +113,7 @@ def _maps(geometry: Geometry) -> Any:
 
 
 def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
-    """Dots of all experts in one order; of few, each with a color and marker of its own."""
+    """Draw dots in the order given; of few experts, each gets a color and a marker of its own."""
     xs, ys = points.T.numpy()
     size = min(max(24_000 / max(len(xs), 1), 5.0), 24.0)
     if experts == 1:
@@ -118,6 +122,7 @@ def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
         numbers = expert.numpy()
         return axes.scatter(xs, ys, s=size, c=numbers, cmap="viridis", lw=0, rasterized=True)
     last = None
+    # a marker takes a call of its own, so the experts take turns, a twentieth of the dots each
     slices = torch.arange(len(expert)) * 20 // max(len(expert), 1)
     for part in range(20):
         for each in range(experts):
@@ -145,15 +150,17 @@ def _duplicates(geometry: Geometry) -> Any:
         ("between", "in another expert", BLUE, "o"),
         ("within", "in its own expert", VERMILION, "s"),
     ]
-    kinds = [each for each in kinds if curve[each[0]]] or [("any", "anywhere", BLUE, "o")]
-    if len(kinds) == 1:
+    kinds = [each for each in kinds if curve[each[0]]]
+    # with one expert, or one feature in each, "anywhere" says it all
+    if len(kinds) < 2:
         kinds = [("any", "anywhere", BLUE, "o")]
     lines = (("share", "features", "-"), ("of_activations", "activations", "--"))
     lowest = 1 / geometry.sae["num_features"]
     for kind, where, color, marker in kinds:
         for name, said, style in (*lines, ("null", "random vectors", ":")):
-            if curve[kind][name] is None:
+            if curve[kind][name] is None:  # of activations, if the SAE is not calibrated
                 continue
+            # a share of 0 has no place on a log axis
             pairs = zip(curve["thresholds"], curve[kind][name], strict=True)
             xs, ys = zip(*[(x, y) for x, y in pairs if y > 0], strict=True)
             axes.plot(
@@ -166,6 +173,7 @@ def _duplicates(geometry: Geometry) -> Any:
                 markevery=(0 if kind == "between" else 3, 6),
                 label=f"{said}, {where}",
             )
+    # the threshold that the card's table is of
     axes.axvline(at, color=GRAY, lw=1)
     axes.annotate(
         f"duplicate\nabove {at:g}",
@@ -200,7 +208,7 @@ def _similarity(geometry: Geometry) -> Any:
         middle = float((values.nan_to_num(0).max() + values.nan_to_num(1).min()) / 2)
         for row, line in enumerate(values.tolist()):
             for column, value in enumerate(line):
-                if value == value:  # nan of a single feature's own expert
+                if value == value:  # nan: an expert of a single feature, against itself
                     color = "black" if value > middle else "white"
                     axes.text(
                         column,
@@ -248,6 +256,6 @@ def _alignment(geometry: Geometry) -> Any:
 
 
 def _used_range(edges: Sequence[float], *counts: Sequence[int]) -> tuple[float, float]:
-    """The part of a histogram that has anything in it, and a bar on either side."""
+    """The part of a histogram that is not empty, and one bar on either side."""
     used = [at for count in counts for at, many in enumerate(count) if many]
     return edges[max(min(used) - 1, 0)], edges[min(max(used) + 2, len(edges) - 1)]

@@ -1,6 +1,6 @@
 """One SAE and how it was trained -> pictures of it.
 
-load        how tokens, or activations, are spread over experts
+load        the share of tokens, or of activations, that each expert gets
 density     how often features fire
 training    FVU, dead features and the balance of experts over a run
 """
@@ -19,12 +19,12 @@ from hf_switch_sae.plots.style import (
     GRAY,
     VERMILION,
     Tell,
+    ignore,
     legend_above,
     look,
     new_figure,
     plain_log_ticks,
     save,
-    untold,
 )
 
 _CURVES = (
@@ -41,18 +41,18 @@ def draw_sae(
     rate: Tensor | None = None,
     load: Sequence[float] | None = None,
     run: Mapping[str, Any] | None = None,
-    tell: Tell = untold,
+    tell: Tell = ignore,
 ) -> list[Path]:
-    """Draw what there is to be told of an SAE, each figure as SVG and PNG; returns the paths.
+    """Draw what is known of an SAE, each figure as SVG and PNG; returns the paths.
 
     Args:
         num_experts: E.
-        folder: where to; made if it is not there.
+        folder: where to write; made if it is not there.
         rate: [F], share of tokens on which each feature fires; None if not calibrated.
-        load: [E], share of tokens routed to each expert; without it the experts' shares of
+        load: [E], share of tokens routed to each expert; by default the experts' shares of
             activations are drawn, which follow from `rate`.
-        run: what is in training.json.
-        tell: is told of each figure left out.
+        run: the content of training.json.
+        tell: called with a sentence for each figure that is left out.
 
     Raises:
         SwitchSAEError: matplotlib is not installed.
@@ -81,9 +81,10 @@ def draw_sae(
 def training_curves(run: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Figure -> "training" and "held out" -> (tokens, value), from a run's log.
 
-    Of a run with several SAEs, the figures of the one whose hookpoint the notes name.
+    A run of several SAEs logs figures of each; these are of the SAE whose hookpoint the notes name.
     """
     log = run.get("log") or []
+    # logs of some runs count steps only
     a_step = run.get("tokens", 0) / max(run.get("steps", 0), 1)
     prefix = f"{run.get('hookpoint')}/"
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -95,6 +96,7 @@ def training_curves(run: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[fl
                 value = next((entry[name] for name in names if name in entry), None)
                 if isinstance(value, int | float):
                     curves.setdefault(figure, {}).setdefault(kind, []).append((tokens, value))
+    # a single point is not a curve
     return {
         figure: {kind: points for kind, points in held.items() if points}
         for figure, held in curves.items()
@@ -126,6 +128,7 @@ def _density(rate: Tensor) -> Any:
     figure = new_figure(6.2, 3.6)
     axes = figure.add_subplot()
     rate = rate.double().cpu()
+    # features that never fired have no logarithm; the title counts them
     alive = rate[rate > 0].log10()
     never = len(rate) - len(alive)
     if len(alive):

@@ -1,6 +1,9 @@
-"""One look for all figures: colors, sizes, how they are written, and labels that don't overlap.
+"""The look of all figures: colors, sizes, how they are saved, and labels that don't overlap.
 
-Nothing here goes through pyplot, so no figure outlives its drawing and no backend is chosen.
+Beware Nothing here goes through pyplot, so no figure outlives its drawing, and which backend others
+       use does not change. Labels are placed by hand, as matplotlib has nothing for it and
+       adjustText 1.4 was tried: of the nine points in our tests it lets two labels overlap, and
+       it moves others beyond the frame.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ EXPERT_COLORS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, YELLOW, BLACK)
 """The palette of Okabe and Ito, told apart by color-blind readers."""
 EXPERT_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 Tell = Callable[[str], None]
-"""Is told, in a sentence, of each figure that is left out and why."""
+"""Called with a sentence for each figure that is left out, which says why."""
 
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
@@ -39,8 +42,8 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def untold(sentence: str) -> None:
-    """Nobody is told."""
+def ignore(sentence: str) -> None:
+    """A `Tell` that drops what it is told."""
 
 
 def check_installed() -> None:
@@ -67,7 +70,7 @@ def can_draw(tell: Callable[[str], None]) -> bool:
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Within it figures are made and written in our look; others' settings are as before after.
+    """Make and save figures in our look within the block; others' settings are restored after it.
 
     Raises:
         SwitchSAEError: matplotlib is not installed.
@@ -80,7 +83,7 @@ def look() -> Iterator[None]:
 
 
 def new_figure(width: float = 6.0, height: float = 4.0) -> Any:
-    """An empty figure, inches, laid out so that nothing is cut off; within `look`."""
+    """An empty figure of a size in inches, laid out so that nothing is cut off; within `look`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -94,6 +97,7 @@ def save(figure: Any, folder: Path, name: str) -> list[Path]:
     files = [folder / f"{name}.svg", folder / f"{name}.png"]
     for file in files:
         kind = file.suffix[1:]
+        # neither date nor version goes into a file: the same data gives the same bytes
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         with written_beside(file) as beside:
             figure.savefig(beside, format=kind, metadata=metadata)
@@ -101,7 +105,7 @@ def save(figure: Any, folder: Path, name: str) -> list[Path]:
 
 
 def legend_above(figure: Any, axes: Any, columns: int) -> None:
-    """The legend of axes over them: within, it would be in the way."""
+    """Put the legend above the axes, where it covers no data."""
     handles, names = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -116,7 +120,7 @@ def legend_above(figure: Any, axes: Any, columns: int) -> None:
 
 
 def plain_log_ticks(axis: Any) -> None:
-    """Ticks of a log axis as plain numbers, also between the powers of ten."""
+    """Write the ticks of a log axis as plain numbers, between powers of ten too."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
@@ -130,22 +134,26 @@ def label_points(
     labels: Sequence[str],
     lines: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> None:
-    """Write a label beside each point where it covers no other label, point or line, nor the frame.
+    """Write a label for each point where it covers no other label, point or line.
 
-    The first place that is free, from near to far, with a line to the point unless it is right
-    beside it; where none is free, the one that covers least. The layout is final after this.
+    It takes the first free place inside the frame, from near to far, or the place that covers least
+    if none is free. A thin line leads to the point unless the label is right beside it. Nothing
+    may change the layout afterwards.
     """
+    # places are in pixels, so the layout has to be computed now, and to stay
     figure = axes.figure
-    figure.draw_without_rendering()  # the layout has to be known, and to stay
+    figure.draw_without_rendering()
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     at = axes.transData.transform(points)
     dot = 4.5 * figure.dpi / 72
+    # what a label must not cover: the points, the lines, and the labels before it
     taken = [(x - dot, y - dot, x + dot, y + dot) for x, y in at]
     drawn = [box for line in lines for box in _boxes_along(axes.transData.transform(line))]
     inverse = axes.transData.inverted()
     for own, (place, text) in enumerate(zip(at, labels, strict=True)):
+        # only a text that is there has a size
         shape = axes.text(0, 0, text, fontsize=8)
         extent = shape.get_window_extent(renderer)
         shape.remove()
@@ -173,14 +181,14 @@ def _free_place(
     others: Sequence[Sequence[float]],
     frame: Any,
 ) -> tuple[tuple[float, float, float, float], bool]:
-    """The box of a label, and whether it is right beside its point."""
+    """The box for a label of some size, in pixels, and whether it is right beside its point."""
     found: tuple[float, tuple[float, float, float, float], bool] | None = None
     for step in range(10):
         for way, (x, y) in enumerate(_around(point, size, dot * (1.3 + step))):
             box = (x, y, x + size[0], y + size[1])
             beside = step == 0 and way < 4
             covered = sum(_overlap(box, each) for each in others) + 3 * _outside(box, frame)
-            if not beside:  # a line will lead there
+            if not beside:  # the line that leads there must cover nothing either
                 leader = list(_boxes_along((point, (x + size[0] / 2, y + size[1] / 2))))
                 covered += sum(_overlap(a, b) for a in leader for b in others)
             if found is None or covered < found[0] - 1e-9:
@@ -192,7 +200,7 @@ def _free_place(
 
 
 def _boxes_along(line: Any) -> Iterator[tuple[float, float, float, float]]:
-    """Small boxes that cover a line of straight pieces."""
+    """Small boxes that together cover a line of straight pieces."""
     for (x0, y0), (x1, y1) in itertools.pairwise(line):
         many = max(int(max(abs(x1 - x0), abs(y1 - y0)) // 3), 1)
         for step in range(many + 1):
@@ -218,6 +226,6 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _outside(box: Sequence[float], frame: Any) -> float:
-    """How much of a box is beyond the frame."""
+    """The area of a box that lies beyond the frame."""
     inside = _overlap(box, (frame.x0, frame.y0, frame.x1, frame.y1))
     return max(0.0, (box[2] - box[0]) * (box[3] - box[1]) - inside)
