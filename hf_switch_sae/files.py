@@ -57,19 +57,27 @@ def written_beside(path: Path) -> Iterator[Path]:
         yield beside
         for file in beside.rglob("*") if beside.is_dir() else (beside,):
             if file.is_file():
-                _sync(file, os.O_RDWR)
+                sync(file)
         beside.replace(path)
-        with contextlib.suppress(OSError):  # not every system lets one open a folder
-            _sync(path.parent, os.O_RDONLY)
+        sync(path.parent)
 
 
-def _sync(path: Path, how: int) -> None:
-    """Bring a file to the disk, so that it survives a power cut."""
-    handle = os.open(path, how)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk, so that they survive a power cut.
+
+    Raises:
+        OSError: the disk refuses the file.
+    """
+    is_folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not is_folder:  # not every system lets one open a folder
+            raise
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -128,7 +136,7 @@ def write_once(path: Path, data: bytes) -> None:
     """
     with scratch_beside(path) as beside:
         beside.write_bytes(data)
-        _sync(beside, os.O_RDWR)
+        sync(beside)
         # not by a rename, which would replace the first writer's file
         try:
             os.link(beside, path)

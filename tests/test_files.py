@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, name, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("hf_switch_sae.files._sync", full)
+    monkeypatch.setattr("hf_switch_sae.files.sync", full)
     with pytest.raises(OSError, match="No space left"):
         WRITERS[name](tmp_path / "place")
     assert list(tmp_path.iterdir()) == []

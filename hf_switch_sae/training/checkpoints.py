@@ -1,19 +1,21 @@
 """Checkpoints that are there whole or not at all, and are checked before they are trusted.
 
-output_dir
-├── checkpoint-200/
-│   ├── layers.15.resid_post/       the SAE, as from_pretrained takes it
-│   ├── optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, training_args.bin
-│   ├── process_0.pt                data cursor and sums since the last log, of each process
-│   └── checksums.json              size and CRC-32 of every other file
-└── .partial-checkpoint-300/        being written; renamed when all of it is on the disk
+    output_dir
+    ├── checkpoint-200/
+    │   ├── layers.15.resid_post/       the SAE, as from_pretrained takes it
+    │   ├── optimizer.pt, scheduler.pt, rng_state.pth, trainer_state.json, training_args.bin
+    │   ├── process_0.pt                each process's data cursor and sums since the last log
+    │   └── checksums.json              size and CRC-32 of every other file
+    └── .partial-checkpoint-300/        being written; renamed once all of it is on the disk
+
+Beware Not by `files.written_beside`: several processes write into one partial folder, so its name
+       must be known to all of them, and a checkpoint that is there already is replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import zlib
@@ -21,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hf_switch_sae.errors import TrainingError
+from hf_switch_sae.files import sync, write_json
 
 CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -33,7 +36,7 @@ def partial_of(folder: Path) -> Path:
 
 
 def begin(folder: Path) -> Path:
-    """An empty folder to write to, beside where it shall be."""
+    """An empty partial folder, to be filled and then renamed to `folder`."""
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -41,47 +44,47 @@ def begin(folder: Path) -> Path:
 
 
 def seal(partial: Path) -> None:
-    """Note every file's checksum, and bring all of it to the disk."""
+    """Write the checksum of every file, and bring all of it to the disk."""
     found = {}
     for path in _files(partial):
         found[path.relative_to(partial).as_posix()] = [path.stat().st_size, _crc32(path)]
-        _sync(path)
-    notes = partial / CHECKSUMS
-    notes.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    _sync(notes)
+        sync(path)
+    write_json(partial / CHECKSUMS, found, indent=1)
     for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
-        _sync(folder)
+        sync(folder)
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Rename what was written beside; whatever stood there goes."""
+    """Rename a partial folder to `folder`; a folder that is there already is removed."""
+    # a rename can't replace a full folder, so the old one steps aside, and is put back by
+    # `remove_leftovers` if this process is killed in between
     replaced = folder.with_name(f"{_REPLACED}{folder.name}")
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def move_files(partial: Path, folder: Path) -> None:
-    """Rename files one by one into a folder that may hold others, which stay."""
+    """Rename files one by one into a folder; other files that it holds stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in _files(partial):
-        _sync(path)
+        sync(path)
         path.replace(folder / path.name)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(partial, ignore_errors=True)
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """Checkpoints by step, the newest last, good or not."""
+    """All checkpoints, good or not, ordered by step, the newest last."""
     found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number in its name."""
+    """The step in a checkpoint's name."""
     match = _NAME.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
@@ -104,10 +107,14 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def newest_good(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint without a fault, saying which were passed over; None if there is none.
+    """The newest checkpoint without a fault; None if there are no checkpoints.
+
+    Args:
+        output_dir: the run's folder.
+        warn: called with a sentence on each checkpoint that was passed over.
 
     Raises:
-        TrainingError: there are some, and all have a fault.
+        TrainingError: there are checkpoints, and all of them have a fault.
     """
     faults: list[str] = []
     for checkpoint in reversed(checkpoints_in(output_dir)):
@@ -125,7 +132,7 @@ def newest_good(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Delete the oldest checkpoints over a limit, but none of `keep` and not the newest."""
+    """Delete the oldest checkpoints beyond a limit, but never the newest, nor any of `keep`."""
     if limit is None or limit <= 0:
         return
     found = checkpoints_in(output_dir)
@@ -133,7 +140,7 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
     surplus = len(found) - max(limit, len(kept))
     for checkpoint in found:
         if surplus > 0 and checkpoint.resolve() not in kept:
-            # renamed first: half of a checkpoint never stands under its name
+            # renamed first, so that no half-deleted folder has a checkpoint's name
             gone = checkpoint.with_name(f"{_REPLACED}{checkpoint.name}")
             shutil.rmtree(gone, ignore_errors=True)
             checkpoint.rename(gone)
@@ -142,7 +149,8 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a run that was killed was writing or deleting; put back what it was replacing."""
+    """Remove what a killed run was writing or deleting; put back what it was replacing."""
+    # both are there and the checkpoint is not: killed between the two renames of `put_in_place`
     for path in output_dir.glob(f"{_REPLACED}*"):
         folder = path.with_name(path.name.removeprefix(_REPLACED))
         if partial_of(folder).exists() and not folder.exists():
@@ -153,7 +161,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def no_room(folder: Path, err: BaseException, last_good: Path | None) -> TrainingError:
-    """The error for a checkpoint that could not be written."""
+    """The error to raise for a checkpoint that could not be written."""
     kept = f"{last_good} is whole: " if last_good else "There is none before it: "
     free = ""
     with contextlib.suppress(OSError):
@@ -174,12 +182,3 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             found = zlib.crc32(block, found)
     return found
-
-
-def _sync(path: Path) -> None:
-    with contextlib.suppress(OSError):  # a folder can't be opened everywhere
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
