@@ -1,12 +1,11 @@
 """What a store answers with, and how answers about tokens are put together from their rows.
 
-Room   ranks of a feature -> hits; places (shard, row) -> companions; token ids -> places; rows ->
-       CSR.
+Room   ranks of a feature -> hits; locations (shard, row) -> companions; token ids -> locations;
+       rows -> CSR.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.store.postings import Index
 from hf_switch_sae.store.rows import Array, TokenRows
-from hf_switch_sae.store.shards import ROW_GROUP, ShardReader
+from hf_switch_sae.store.shards import ROW_GROUP, Location, ShardReader
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Hit:
     position: int
     """Of the token in its document, from 0."""
     tokens: tuple[int, ...]
-    """Token ids around it, itself included."""
+    """Ids of the token and those around it."""
     at: int
     """Index of the token itself in `tokens`."""
 
@@ -49,13 +48,13 @@ class Passage:
 
 @dataclass(frozen=True)
 class Companion:
-    """How often and how strongly a feature is active on some set of tokens."""
+    """How often, and how strongly, a feature is active on some set of tokens."""
 
     feature: int
     share: float
     """Share of the tokens on which it is active, 0 to 1."""
     mean_act: float
-    """Mean act on those of them on which it is active."""
+    """Mean act over the tokens on which it is active."""
 
 
 def hits(
@@ -65,21 +64,21 @@ def hits(
     ranks: tuple[int, int],
     context: int | tuple[int, int],
 ) -> list[Hit]:
-    """A feature's tokens of some ranks by act, strongest first, with the tokens around them."""
+    """A feature's tokens of ranks from and to, strongest first, with the tokens around them."""
     found = []
     for act, (shard, row) in zip(*index.ranked(feature, *ranks), strict=True):
         start, stop = window(reader, shard, row, context)
         documents, positions, tokens = reader.tokens(shard, start, stop)
         at = row - start
-        place = int(documents[at]), int(positions[at])
-        found.append(Hit(feature, float(act), *place, tuple(tokens.tolist()), at))
+        document, position = int(documents[at]), int(positions[at])
+        found.append(Hit(feature, float(act), document, position, tuple(tokens.tolist()), at))
     return found
 
 
 def window(
     reader: ShardReader, shard: int, row: int, context: int | tuple[int, int]
 ) -> tuple[int, int]:
-    """Rows of a shard around one of them, of its own document only."""
+    """Rows of a shard around one of them, within its document: start and stop."""
     before, after = (context, context) if isinstance(context, int) else context
     start, stop = max(0, row - before), min(reader.num_rows(shard), row + after + 1)
     documents, _, _ = reader.tokens(shard, start, stop)
@@ -87,12 +86,13 @@ def window(
     return start + int(mine[0]), start + int(mine[-1]) + 1
 
 
-def companions(reader: ShardReader, places: list[tuple[int, int]]) -> list[Companion]:
-    """Features active on rows (shard, row), the most frequent first."""
+def companions(reader: ShardReader, locations: list[Location]) -> list[Companion]:
+    """Features active on the tokens at these locations, the most frequent first."""
     width = reader.layout.num_features
     counts, sums = np.zeros(width, np.int64), np.zeros(width)
+    # read each row group once
     groups: dict[tuple[int, int], list[int]] = {}
-    for shard, row in places:
+    for shard, row in locations:
         groups.setdefault((shard, row // ROW_GROUP), []).append(row)
     for (shard, group), rows in groups.items():
         start = group * ROW_GROUP
@@ -100,32 +100,42 @@ def companions(reader: ShardReader, places: list[tuple[int, int]]) -> list[Compa
         block = reader.rows(shard, start, stop).take(np.asarray(rows) - start)
         counts += np.bincount(block.ids, minlength=width)
         sums += np.bincount(block.ids, block.acts.astype(np.float64), width)
+    # by falling count, then by falling sum of acts, then by id
     active = np.flatnonzero(counts)
     order = active[np.lexsort((active, -sums[active], -counts[active]))]
     return [
-        Companion(int(id), float(counts[id] / len(places)), float(sums[id] / counts[id]))
+        Companion(int(id), float(counts[id] / len(locations)), float(sums[id] / counts[id]))
         for id in order
     ]
 
 
-def occurrences(reader: ShardReader, wanted: Array) -> Iterator[tuple[int, int]]:
-    """Shard and first row of each occurrence of token ids, [n], within one document."""
-    last = len(wanted) - 1
-    for index in range(len(reader.shards)):
-        count = reader.num_rows(index) - last
-        if count <= 0:  # of documents without tokens, too
+def occurrences(reader: ShardReader, text: Array, most: int) -> list[Location]:
+    """Locations of the tokens of a text, [n] token ids, wherever they follow one another.
+
+    The shards are searched in turn, within documents, until there are `most` or just over.
+    """
+    found: list[Location] = []
+    last = len(text) - 1
+    for shard in range(len(reader.shards)):
+        count = reader.num_rows(shard) - last
+        if count <= 0:  # a shard of documents without tokens, too
             continue
-        document, position, token = reader.tokens(index, 0, count + last)
+        document, position, token = reader.tokens(shard, 0, count + last)
+        # rows where the text begins
         here = np.ones(count, bool)
-        for i, each in enumerate(wanted):
+        for i, each in enumerate(text):
             here &= token[i : i + count] == each
         here &= document[:count] == document[last:]
         here &= position[last:] - position[:count] == last
-        yield from ((index, int(row)) for row in np.flatnonzero(here))
+        for row in np.flatnonzero(here).tolist():
+            found += [(shard, row + i) for i in range(len(text))]
+            if len(found) >= most:
+                return found
+    return found
 
 
 def csr_of(parts: list[TokenRows], num_features: int) -> Tensor:
-    """[tokens, num_features], torch sparse CSR, float16; columns in rising order."""
+    """Rows as torch sparse CSR [tokens, num_features] in float16, columns in rising order."""
     if not parts:
         return torch.zeros(0, num_features, dtype=torch.float16).to_sparse_csr()
     rows = TokenRows.cat(parts)

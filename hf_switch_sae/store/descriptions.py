@@ -1,6 +1,7 @@
-"""A store of recorded features -> a few words a feature: those it is strongest on.
+"""A store of recorded features -> a few words for each feature: those it is strongest on.
 
-features.json    {feature: [words]}, beside an SAE's weights; the demo and cards look for it
+They are written to features.json, {feature: [words]}, beside an SAE's weights, where the demo and
+model cards look for them.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from hf_switch_sae.store import FeatureStore
 def describe(
     store: FeatureStore, tokenizer: Any, strongest: int = 12, words: int = 4
 ) -> dict[int, list[str]]:
-    """The words most frequent among each feature's strongest tokens.
+    """The most frequent words among each feature's strongest tokens.
 
     Args:
         store: recorded and indexed.
-        tokenizer: that made its tokens.
-        strongest: tokens looked at for each feature.
-        words: kept, at most.
+        tokenizer: the one that made its tokens.
+        strongest: how many tokens to look at for each feature.
+        words: the most words to keep for a feature.
 
     Returns:
-        Nothing for features that are active on no token, or on white space alone.
+        {feature: words}, without features that are active nowhere or only on white space.
 
     Raises:
         StoreError: the store is not indexed.
@@ -45,7 +46,7 @@ def describe(
 
 
 def write_descriptions(table: dict[int, list[str]], file: Path) -> None:
-    """One feature a line; written beside its place and renamed."""
+    """Write features.json, one feature a line; the file appears whole or not at all."""
     lines = (
         f"{json.dumps(str(feature))}: {json.dumps(words, ensure_ascii=False)}"
         for feature, words in table.items()

@@ -1,11 +1,12 @@
-"""The inverted index: from "which features has this token" to "where does this feature fire".
+"""Builds the inverted index: from "which features has this token" to "where does a feature fire".
 
 Room   shards -> index/<generation>/: postings-<n>.parquet, features.parquet, index.json.
-How    An external sort in two steps, each of bounded memory and made of files that appear whole, so
-       that a killed build goes on where it was. Runs: some shards' postings, grouped by feature.
-       Parts: a range of features of all runs, sorted, each feature's ranks then put into its
-       levels. index.json comes last; without it there is no index. The generation's name follows
-       from the shards' names and sizes, so an index of other shards is never taken for this one's.
+How    An external sort in two steps, each within bounded memory. First runs: the postings of some
+       shards, grouped by feature. Then parts: a range of features from all runs, sorted, and each
+       feature's ranks arranged in levels. Every file appears whole, so a build that was killed
+       continues where it stopped. index.json is written last; without it there is no index.
+Beware A generation's name is a checksum of the shards' names and sizes, so that an index of other
+       shards is never taken for this one.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ import numpy as np
 import pyarrow as pa
 
 from hf_switch_sae.errors import StoreError
-from hf_switch_sae.files import locked, remove_leftovers, written_whole
+from hf_switch_sae.files import (
+    disk_errors_as_store_errors,
+    locked,
+    remove_leftovers,
+    write_json,
+    written_whole,
+)
 from hf_switch_sae.store.levels import Levels
 from hf_switch_sae.store.parquet import check_body, read_footer, read_row_groups, write_parquet
 from hf_switch_sae.store.postings import FEATURES, FOLDER, POSTINGS, ROW_GROUP, VERSION
 from hf_switch_sae.store.rows import Array, TokenRows
-from hf_switch_sae.store.shards import Shard, ShardReader
+from hf_switch_sae.store.shards import Location, ShardReader, TokenShard
 
-_BYTES_A_POSTING = 64  # at the peak of either step, measured
-_MAX_SPAN = 1 << 16  # features of one part: 16 bits of its sort key
+_BYTES_A_POSTING = 64  # at the peak of either step, as measured
+_MAX_SPAN = 1 << 16  # most features of one part: the sort key has 16 bits for them
 _ENCODINGS = {
     "feature": "DELTA_BINARY_PACKED",
     "act": "PLAIN",
@@ -38,33 +45,34 @@ _ENCODINGS = {
 }
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is."""
+"""Called with what is being done, how much of it is done, and how much there is."""
 
 
-def generation(shards: list[Shard]) -> str:
-    """The name of the index of these shards, 8 hex digits of their names and sizes."""
+def generation(shards: list[TokenShard]) -> str:
+    """The name of the index of these shards: 8 hex digits that depend on their names and sizes."""
     listing = "\n".join(f"{shard.path.name} {shard.size}" for shard in shards)
     return f"{zlib.crc32(listing.encode()):08x}"
 
 
 def build(store: Path, reader: ShardReader, memory: int, progress: Progress) -> None:
-    """Make the index of all shards, or go on with one that was interrupted.
+    """Build the index of all shards, or continue a build that was interrupted.
 
     Args:
         store: the store's folder.
         reader: of its shards.
         memory: bytes to sort in, besides what Python and its packages take.
-        progress: told how far it is.
+        progress: called after each file.
 
     Raises:
-        StoreError: no room, a damaged shard, or another process is at it.
+        StoreError: no room, a damaged shard, or another process builds it.
     """
     folder = store / FOLDER / generation(reader.shards)
     with locked(store / FOLDER / ".lock", wait=False):
-        for other in (store / FOLDER).iterdir():
-            if other.is_dir() and other != folder and not (folder / "index.json").exists():
-                _remove_unfinished(other)
         if not (folder / "index.json").exists():
+            # make room; a finished index of other shards stays until this one is done
+            for other in (store / FOLDER).iterdir():
+                if other.is_dir() and other != folder and not (other / "index.json").exists():
+                    shutil.rmtree(other)
             limit = max(ROW_GROUP, memory // _BYTES_A_POSTING)
             _remove_if_made_otherwise(folder, limit)
             remove_leftovers(folder)
@@ -86,19 +94,13 @@ def remove(store: Path) -> None:
         with locked(store / FOLDER / ".lock", wait=False):
             for folder in (store / FOLDER).iterdir():
                 if folder.is_dir():
-                    # first, so that half an index is never taken for one
+                    # index.json first, so that half an index is never taken for a whole one
                     (folder / "index.json").unlink(missing_ok=True)
                     shutil.rmtree(folder)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Make room: an index that was never finished, of shards that have changed since."""
-    if not (folder / "index.json").exists():
-        shutil.rmtree(folder)
-
-
 def _remove_if_made_otherwise(folder: Path, limit: int) -> None:
-    """Parts of one limit end elsewhere than those of another, so they can't be mixed."""
+    """Remove what a build with another limit or version has left: its parts end elsewhere."""
     run = folder / "runs" / "run-000000.bin"
     if run.exists():
         with run.open("rb") as file:
@@ -114,18 +116,23 @@ def _remove_if_made_otherwise(folder: Path, limit: int) -> None:
 
 @dataclass(frozen=True)
 class _Run:
-    """Postings of some consecutive rows, grouped by feature, rows in order within each.
+    """A file of the postings of some consecutive rows, grouped by feature, each group by row.
 
-    A file is a line of JSON, then offsets int64 [F + 1], sums float64 [F], then act (float16 bits)
-    uint16 and row of the token (less `base`, that of the run's first) uint32, each [postings].
+    It has a line of JSON; offsets int64 [F + 1]; sums float64 [F]; the bits of the float16 acts,
+    uint16 [postings]; and the tokens' rows less `base`, uint32 [postings].
     """
 
     path: Path
     start: int
+    """The byte at which the acts begin."""
     offsets: Array
+    """Feature f has the postings offsets[f] to offsets[f + 1]."""
     sums: Array
+    """Of each feature's acts."""
     base: int
-    stop: tuple[int, int]
+    """The row, over all shards, of the run's first token."""
+    stop: Location
+    """Where the next run begins."""
     limit: int
     tokens: int
     version: int
@@ -139,7 +146,7 @@ class _Run:
             return cls(path, file.tell(), offsets, sums, **{**head, "stop": tuple(head["stop"])})
 
     def read(self, first: int, last: int) -> tuple[Array, Array, Array]:
-        """feature, act bits, token row of the postings of features first to last."""
+        """Feature, bits of the act, and token row of each posting of features first to last."""
         low, high, total = (int(self.offsets[i]) for i in (first, last + 1, -1))
         with self.path.open("rb") as file:
             columns = []
@@ -157,12 +164,13 @@ class _Run:
 
 
 def _write_runs(folder: Path, reader: ShardReader, limit: int, progress: Progress) -> list[_Run]:
-    """Sort the shards' postings into runs of about `limit`, those already there left alone."""
+    """Sort the shards' postings into runs of about `limit` each; runs that are there are kept."""
     num_features = reader.layout.num_features
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder / "runs")
     runs: list[_Run] = []
     cursor, end = (0, 0), (len(reader.shards), 0)
+    # a cursor is the location of the next row
     while cursor < end:
         path = folder / "runs" / f"run-{len(runs):06}.bin"
         run = _Run.open(path, num_features) if path.exists() else None
@@ -178,14 +186,12 @@ def _write_runs(folder: Path, reader: ShardReader, limit: int, progress: Progres
     return runs
 
 
-def _gather(
-    reader: ShardReader, cursor: tuple[int, int], limit: int
-) -> tuple[list[TokenRows], tuple[int, int]]:
-    """Rows from a cursor (shard, row) on until they have `limit` postings; where they end."""
+def _gather(reader: ShardReader, cursor: Location, limit: int) -> tuple[list[TokenRows], Location]:
+    """Rows from a location on until they have `limit` postings, and the location after them."""
     blocks: list[TokenRows] = []
     postings, (index, row) = 0, cursor
     while index < len(reader.shards) and postings < limit:
-        if row == 0:
+        if row == 0:  # a damaged shard is noticed before it is indexed
             check_body(reader.shards[index].path)
         stop = min(row + 4 * 4096, reader.num_rows(index))
         if stop > row:
@@ -202,18 +208,20 @@ def _write_run(
     counts = np.bincount(ids, minlength=num_features)
     offsets = np.zeros(num_features + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
-    # one sort of (feature, place) pairs in 64 bits is several times faster than an argsort
+    # sort feature and place together in 64 bits: several times faster than an argsort
     key = ids.astype(np.uint64) << np.uint64(32)
     key |= np.arange(len(ids), dtype=np.uint64)
     del ids
     key.sort()
     order = (key & np.uint64(0xFFFFFFFF)).astype(np.uint32)
     del key
+    # bring acts into that order and add them up by feature
     acts = np.concatenate([block.acts for block in blocks] or [np.empty(0, np.float16)])[order]
     sums = np.zeros(num_features)
     filled = counts > 0
     if filled.any():
         sums[filled] = np.add.reduceat(acts, offsets[:-1][filled], dtype=np.float64)
+    # each posting's row, counted from the run's first
     lengths = np.concatenate([np.diff(block.offsets) for block in blocks] or [counts[:0]])
     if len(lengths) >= 1 << 32:
         raise StoreError(f"{path}: too many tokens without features for one run.")
@@ -229,15 +237,16 @@ def _write_run(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Features first to last; of a single one that is too large, only acts of bits low to high."""
+class _PostingsRange:
+    """Features first to last; for a feature too large for one file, only acts from low to high."""
 
     first: int
     last: int
     low: int = 0
     high: int = 0xFFFF
+    """Bounds of the acts, as the bits of a float16: positive floats are ordered like their bits."""
     rank: int = 0
-    """Of its first posting in its first feature."""
+    """Rank of the first posting within the first feature."""
 
 
 def _write_parts(
@@ -246,6 +255,7 @@ def _write_parts(
     parts = _plan(runs, reader.layout.num_features, limit)
     counts, sums = _totals(runs, reader.layout.num_features)
     listed = []
+    # one file for each range; those of an interrupted build are kept
     for number, part in enumerate(parts):
         path = folder / f"postings-{number:06}.parquet"
         if not path.exists():
@@ -264,11 +274,13 @@ def _write_parts(
         ],
         "parts": listed,
     }
-    with written_whole(folder / "index.json") as file:
-        file.write(f"{json.dumps(index, indent=1)}\n".encode())
+    # last: only now there is an index
+    with disk_errors_as_store_errors(folder / "index.json"):
+        write_json(folder / "index.json", index, indent=1)
 
 
 def _totals(runs: list[_Run], num_features: int) -> tuple[Array, Array]:
+    """Postings of each feature, and the sum of their acts."""
     counts, sums = np.zeros(num_features, np.int64), np.zeros(num_features)
     for run in runs:
         counts += np.diff(run.offsets)
@@ -276,28 +288,29 @@ def _totals(runs: list[_Run], num_features: int) -> tuple[Array, Array]:
     return counts, sums
 
 
-def _plan(runs: list[_Run], num_features: int, limit: int) -> list[_Part]:
+def _plan(runs: list[_Run], num_features: int, limit: int) -> list[_PostingsRange]:
     """Cut the features, and the acts of the largest of them, into parts of at most `limit`."""
     counts, _ = _totals(runs, num_features)
-    parts: list[_Part] = []
+    parts: list[_PostingsRange] = []
     first, total = 0, 0
     for feature, count in enumerate(counts.tolist()):
+        # the range before this feature is full
         if first < feature and (total + count > limit or feature - first == _MAX_SPAN):
-            parts.append(_Part(first, feature - 1))
+            parts.append(_PostingsRange(first, feature - 1))
             first, total = feature, 0
         total += count
-        if count > limit:
+        if count > limit:  # then `first` is this feature: it is split by acts
             parts += _split(runs, feature, limit)
             first, total = feature + 1, 0
     if first < num_features:
-        parts.append(_Part(first, num_features - 1))
+        parts.append(_PostingsRange(first, num_features - 1))
     return parts
 
 
-def _split(runs: list[_Run], feature: int, limit: int) -> list[_Part]:
-    """Ranges of acts of one feature, the largest first, each of at most `limit` postings.
+def _split(runs: list[_Run], feature: int, limit: int) -> list[_PostingsRange]:
+    """Cut one feature by its acts, largest first, into ranges of at most `limit` postings.
 
-    Tokens with one and the same act stay together.
+    Tokens with equal acts stay together, even if they are more than `limit`.
     """
     histogram = np.zeros(1 << 16, np.int64)
     for run in runs:
@@ -305,14 +318,15 @@ def _split(runs: list[_Run], feature: int, limit: int) -> list[_Part]:
     parts, high, total, rank = [], 0xFFFF, 0, 0
     for bits in np.flatnonzero(histogram)[::-1].tolist():
         if total and total + histogram[bits] > limit:
-            parts.append(_Part(feature, feature, bits + 1, high, rank))
+            parts.append(_PostingsRange(feature, feature, bits + 1, high, rank))
             high, total, rank = bits, 0, rank + total
         total += int(histogram[bits])
-    return [*parts, _Part(feature, feature, 0, high, rank)]
+    return [*parts, _PostingsRange(feature, feature, 0, high, rank)]
 
 
-def _sorted(runs: list[_Run], part: _Part, counts: Array) -> Iterator[pa.Table]:
-    """The postings of a part in their order, some row groups at a time."""
+def _sorted(runs: list[_Run], part: _PostingsRange, counts: Array) -> Iterator[pa.Table]:
+    """The postings of a range, ordered as the format says, some row groups at a time."""
+    # gather them from all runs
     pieces = []
     for run in runs:
         columns = run.read(part.first, part.last)
@@ -322,16 +336,19 @@ def _sorted(runs: list[_Run], part: _Part, counts: Array) -> Iterator[pa.Table]:
         pieces.append(columns)
     feature, bits, row = (np.concatenate([piece[i] for piece in pieces]) for i in range(3))
     del pieces
+    # sort by feature (16 bits), falling act (16 bits), and place (32 bits): the place breaks ties
+    # by row, because runs are in the order of rows
     key = (feature - np.uint32(part.first)).astype(np.uint64) << np.uint64(48)
     key |= (np.uint16(0xFFFF) - bits).astype(np.uint64) << np.uint64(32)
-    # the place in the runs breaks ties by row, as runs are in order of rows
     key |= np.arange(len(key), dtype=np.uint64)
     del feature, bits
     key.sort()
+    # unpack the sorted key
     row = row[(key & np.uint64(0xFFFFFFFF)).astype(np.uint32)]
     bits = np.uint16(0xFFFF) - (key >> np.uint64(32)).astype(np.uint16)
     feature = (key >> np.uint64(48)).astype(np.int32) + part.first
     del key
+    # arrange each feature's ranks in levels
     exact = np.ones(len(row), bool)
     here = np.bincount(feature - part.first, minlength=part.last - part.first + 1)
     stops = np.cumsum(here)
@@ -351,7 +368,7 @@ def _sorted(runs: list[_Run], part: _Part, counts: Array) -> Iterator[pa.Table]:
 
 
 def _write_features(folder: Path, counts: Array, sums: Array, parts: list[list[Any]]) -> None:
-    """Write features.parquet; a feature's largest act is that of its first posting."""
+    """Write features.parquet; a feature's first posting has its largest act."""
     starts = np.concatenate([[0], np.cumsum(counts)])
     largest = np.zeros(len(counts), np.float32)
     begin = 0

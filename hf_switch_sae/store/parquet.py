@@ -1,10 +1,10 @@
-"""Files of a store: written whole or not at all, and every byte checked when it is read.
+"""Sealed Parquet files: written whole or not at all, and every byte checked when it is read.
 
-Room   tables -> a sealed Parquet file beside its place -> fsync -> rename; and back.
+Room   tables -> a sealed Parquet file, and back.
 How    Pages carry Parquet's own checksums. Between the last page and the footer stand 12 bytes that
-       Parquet readers skip, the seal: b"HFSW", CRC-32 of all that is before it, CRC-32 of all that
-       is after it (both little-endian). So a query checks the footer and the pages that it reads,
-       and `check_body` all the rest.
+       Parquet readers skip, the seal: b"HFSW", the CRC-32 of all bytes before the seal, and the
+       CRC-32 of all bytes after it (both little-endian). So a query checks the footer and the pages
+       it reads, and `check_body` checks the rest.
 Beware A process that is killed leaves a file whose name starts with ".tmp-". Nobody reads it, and
        the next writer on the same machine removes it.
 """
@@ -28,11 +28,15 @@ from hf_switch_sae.files import written_whole
 
 SEAL = struct.Struct("<4sII")
 SEAL_MAGIC = b"HFSW"
-_TAIL = struct.Struct("<I4s")  # what ends a Parquet file: the footer's length, and b"PAR1"
+_TAIL = struct.Struct("<I4s")  # a Parquet file ends with its footer's length and b"PAR1"
 
 
 class _Sink(io.RawIOBase):
-    """What pyarrow writes a Parquet file to: checksums it, and holds back what comes at the end."""
+    """A file for pyarrow to write to, which takes the checksum and holds the end back.
+
+    The seal goes before the footer, but its checksum of the body is known only once the footer has
+    been written. So from `holding` on, what is written is kept until `seal`.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._held, self._crc = file, bytearray(), 0
@@ -55,7 +59,8 @@ class _Sink(io.RawIOBase):
         return size
 
     def seal(self) -> None:
-        """Write what was held back: the rest of the body, the seal, and the footer."""
+        """Write the rest of the body, the seal, and the footer."""
+        # the footer's length stands at its end
         length, _ = _TAIL.unpack(self._held[-_TAIL.size :])
         cut = len(self._held) - _TAIL.size - length
         body, footer = bytes(self._held[:cut]), bytes(self._held[cut:])
@@ -77,16 +82,16 @@ def write_parquet(
     """Write tables as one sealed Parquet file at `path`.
 
     Args:
-        path: where; replaced if it is there already.
+        path: where to write; a file that is there is replaced.
         schema: of every table, with the metadata that goes into the footer.
-        tables: each written as row groups of its own.
-        row_group: rows a row group, at most.
-        encodings: column path -> encoding; the columns of `dictionary` left out.
+        tables: each is written as row groups of its own.
+        row_group: the most rows of a row group.
+        encodings: column path -> encoding, for columns that are not in `dictionary`.
         dictionary: columns with few distinct values.
-        room: bytes it may take; a larger file is not kept.
+        room: the most bytes the file may take; a larger one is not kept.
 
     Returns:
-        Its size in bytes, or None if it would not have fitted into `room`.
+        The file's size in bytes, or None if it did not fit into `room`.
 
     Raises:
         StoreError: no room on the disk, or no permission.
@@ -104,6 +109,7 @@ def write_parquet(
         )
         for table in tables:
             writer.write_table(table, row_group_size=row_group)
+        # closing the writer writes the footer
         sink.holding = True
         writer.close()
         sink.seal()
@@ -114,11 +120,11 @@ def write_parquet(
 
 
 class _TooLarge(Exception):
-    """A file that would not fit into its budget."""
+    """The file does not fit into its room."""
 
 
 def read_footer(path: Path) -> pq.FileMetaData:
-    """The footer of a sealed Parquet file, checked.
+    """Read the footer of a sealed Parquet file and check it.
 
     Raises:
         StoreError: no such file, one that is cut short or damaged, or not one of a store.
@@ -138,7 +144,7 @@ def read_footer(path: Path) -> pq.FileMetaData:
             raise _damaged(path, "it has no seal, so this package did not write it")
         if zlib.crc32(footer) != crc:
             raise _damaged(path, "the checksum of its footer is wrong")
-        # a Parquet file of no pages at all has the same footer, and needs no second look at disk
+        # to pyarrow this is a whole file without pages, so it needn't read the disk again
         return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
 
 
@@ -167,7 +173,7 @@ def check_body(path: Path) -> None:
 def read_row_groups(
     path: Path, footer: pq.FileMetaData, groups: list[int], columns: list[str]
 ) -> pa.Table:
-    """Columns of some row groups, their pages checked.
+    """Read columns of some row groups and check their pages.
 
     Raises:
         StoreError: the file is gone or damaged.
@@ -182,7 +188,7 @@ def read_row_groups(
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what pyarrow and the system raise for a bad file into a StoreError that names it."""
+    """Turn what pyarrow or the system raises for a bad file into a StoreError that names it."""
     try:
         yield
     except StoreError:

@@ -1,14 +1,14 @@
 """The finished index, as it lies on disk and as queries read it.
 
-Room   a feature and a range of ranks -> acts and places (shard, row), from a few row groups.
-Format postings: feature int32; act float16; exact bool, whether that is the token's own act, or the
-       smallest of its level; token_row int64, the token's row in the store, its shards read one
-       after the other, from 0. By feature, then in the order of `levels`, over all files, in the
-       order of their names; a feature that two files share lies in each as if the other were not
-       there. Row groups have 65 536 rows.
-       features: feature int32, count int64, max_act float32, mean_act float32; one row a feature.
+Room   a feature and a range of ranks -> acts and locations (shard, row), from a few row groups.
+Format postings: feature int32; act float16; exact bool, whether the act is the token's own (if not,
+       it is the smallest of its level); token_row int64, the token's row counted from 0 over all
+       shards in order. Rows are ordered by feature over all files in the order of their names, and
+       within a feature as `levels` says; if two files share a feature, each arranges its own part.
+       Row groups have 65 536 rows.
+       features: feature int32, count int64, max_act float32, mean_act float32; one row per feature.
        index.json: version, counts, [name, bytes, tokens] of the shards, [name, rows] of the files.
-Beware Acts that are not exact are read from the shards, for a whole level at a time.
+Beware Acts that are not exact are read from the shards, a whole level at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +26,7 @@ from hf_switch_sae.errors import StoreError
 from hf_switch_sae.store.levels import Levels
 from hf_switch_sae.store.parquet import read_footer, read_row_groups
 from hf_switch_sae.store.rows import Array
-from hf_switch_sae.store.shards import ShardReader
-
-Place = tuple[int, int]
-"""Number of a shard, and row in it."""
+from hf_switch_sae.store.shards import Location, ShardReader
 
 FOLDER = "index"
 VERSION = 2
@@ -54,29 +50,36 @@ FEATURES = pa.schema(
 
 
 class Index:
-    """A finished index: counts of all features in memory, postings read where they are asked for.
+    """A finished index: it holds the counts of all features, and reads postings when asked.
 
     Args:
-        folder: where it lies.
+        folder: of the index.
         reader: of the shards it was built from.
 
     Raises:
         StoreError: it is damaged, or of another version.
     """
 
-    version = VERSION
-    schema = POSTINGS
-
     def __init__(self, folder: Path, reader: ShardReader) -> None:
         self.folder, self._reader = folder, reader
-        index = read_listing(folder)
         try:
+            index = json.loads((folder / "index.json").read_bytes())
+            if (version := index["version"]) != VERSION:
+                raise StoreError(
+                    f"{folder} is an index of version {version}, and this package reads version "
+                    f"{VERSION}: delete it and call store.index() again."
+                )
             self.num_tokens = int(index["num_tokens"])
             self.num_postings = int(index["num_postings"])
+            shard_rows = [rows for _, _, rows in index["shards"]]
             parts = [(str(name), int(rows)) for name, rows in index["parts"]]
-            self._read_shards(index["shards"])
-        except (ValueError, KeyError, TypeError) as err:
-            raise damaged(folder, err) from err
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise StoreError(
+                f"{folder / 'index.json'} is damaged ({err}): delete {folder} and call "
+                "store.index() again."
+            ) from err
+        self._shard_starts = np.concatenate([[0], np.cumsum(shard_rows)])
+        # counts of all features stay in memory
         path = folder / "features.parquet"
         footer = read_footer(path)
         names = ["count", "max_act", "mean_act"]
@@ -85,16 +88,14 @@ class Index:
         fits = len(self.counts) == reader.layout.num_features
         if not fits or int(self.counts.sum()) != self.num_postings:
             raise StoreError(f"{path} does not fit its index: delete {folder} and build it again.")
+        # where each feature begins over all files, and each file over all postings
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._parts = [name for name, _ in parts]
         self._begins = np.concatenate([[0], np.cumsum([rows for _, rows in parts])]).tolist()
         self._footer = lru_cache(maxsize=256)(lambda part: read_footer(folder / self._parts[part]))
 
-    def _read_shards(self, shards: list[Any]) -> None:
-        self._shard_starts = np.concatenate([[0], np.cumsum([rows for _, _, rows in shards])])
-
-    def ranked(self, feature: int, start: int, stop: int) -> tuple[Array, list[Place]]:
-        """Acts and places of a feature's tokens of ranks start to stop, strongest first.
+    def ranked(self, feature: int, start: int, stop: int) -> tuple[Array, list[Location]]:
+        """Acts and locations of a feature's tokens of ranks start to stop, strongest first.
 
         Of equal acts the earlier token comes first. Ranks beyond the last are left out.
         """
@@ -102,12 +103,14 @@ class Index:
         for part, levels in self._segments(feature, start, stop):
             low, high = max(start, levels.start), min(stop, levels.stop)
             found, order = [], []
+            # pinned ranks are stored one after another, with their own acts
             pinned = levels.pinned[(levels.pinned >= low) & (levels.pinned < high)]
             if len(pinned):
                 at = levels.stored_at(pinned)
                 columns = self._rows(feature, part, levels, int(at[0]), int(at[-1]) + 1)
                 found.append(columns)
                 order.append(pinned)
+            # of other ranks the whole level is read and sorted by the acts in the shards
             overlaps = (levels.edges[:, 0] < high) & (levels.edges[:, 1] > low)
             for level in np.flatnonzero(overlaps).tolist():
                 members = levels.members(level)
@@ -119,24 +122,27 @@ class Index:
             by_rank = np.argsort(np.concatenate(order))
             acts.append(np.concatenate([each[0] for each in found])[by_rank])
             rows.append(np.concatenate([each[1] for each in found])[by_rank])
-        return np.concatenate(acts), self._places(np.concatenate(rows))
+        return np.concatenate(acts), self._locations(np.concatenate(rows))
 
-    def spread(self, feature: int, ranks: Array) -> list[Place]:
-        """Places of a feature's tokens of about these ranks, [n] rising: of their levels."""
+    def spread(self, feature: int, ranks: Array) -> list[Location]:
+        """Locations of a feature's tokens of about these ranks, [n] rising.
+
+        A rank that is not pinned stands for some token of its level: no shard is read for it.
+        """
         rows = [np.empty(0, np.int64)]
         for part, levels in self._segments(feature, 0, int(self.counts[feature])):
             mine = ranks[(ranks >= levels.start) & (ranks < levels.stop)]
             at = np.sort(levels.stored_at(mine))
-            # a row group at a time
+            # each row group is read once
             begin = self._begin(feature, part)
             for block in np.split(at, np.flatnonzero(np.diff((begin + at) // ROW_GROUP)) + 1):
                 if len(block):
                     low, high = int(block[0]), int(block[-1]) + 1
                     rows.append(self._rows(feature, part, levels, low, high)[1][block - low])
-        return self._places(np.concatenate(rows))
+        return self._locations(np.concatenate(rows))
 
     def _segments(self, feature: int, start: int, stop: int) -> Iterator[tuple[int, Levels]]:
-        """The files with some of these ranks, and how the feature lies in each."""
+        """The files that have some of these ranks, and how the feature lies in each."""
         begin, count = int(self.starts[feature]), int(self.counts[feature])
         low, high = begin + start, begin + min(stop, count)
         while low < high:
@@ -147,13 +153,13 @@ class Index:
             low = last
 
     def _begin(self, feature: int, part: int) -> int:
-        """Where a feature begins in a file."""
+        """The row at which a feature begins in a file."""
         return max(0, int(self.starts[feature] - self._begins[part]))
 
     def _rows(
         self, feature: int, part: int, levels: Levels, start: int, stop: int
     ) -> tuple[Array, Array]:
-        """Acts and token rows that a file has of a feature, from `start` to `stop` as stored."""
+        """Acts and token rows of a feature in a file, from `start` to `stop` as stored."""
         begin = self._begin(feature, part)
         table = self._read(part, begin + start, begin + stop)
         acts, rows, exact = (table[name].to_numpy() for name in ("act", "token_row", "exact"))
@@ -163,9 +169,9 @@ class Index:
         return acts, rows
 
     def _level(self, feature: int, part: int, levels: Levels, level: int) -> tuple[Array, Array]:
-        """Acts and token rows of a level, in exact order."""
+        """Acts and token rows of a level, by act."""
         floors, rows = self._rows(feature, part, levels, *levels.begins[level].tolist())
-        rows = np.sort(rows)
+        rows = np.sort(rows)  # so that each row group of a shard is read once
         acts = np.empty(len(rows), np.float16)
         for shard, inside in self._by_shard(rows):
             here = rows[inside] - self._shard_starts[shard]
@@ -176,12 +182,12 @@ class Index:
         return acts[order], rows[order]
 
     def _by_shard(self, rows: Array) -> Iterator[tuple[int, slice]]:
-        """The shards that rows, rising, lie in, and which of them."""
+        """Each shard that some of the rows, rising, lie in, and the slice of them that does."""
         cuts = np.searchsorted(rows, self._shard_starts)
         for shard in np.flatnonzero(np.diff(cuts)).tolist():
             yield shard, slice(int(cuts[shard]), int(cuts[shard + 1]))
 
-    def _places(self, rows: Array) -> list[Place]:
+    def _locations(self, rows: Array) -> list[Location]:
         shards = np.searchsorted(self._shard_starts, rows, side="right") - 1
         within = rows - self._shard_starts[shards]
         return list(zip(shards.tolist(), within.tolist(), strict=True))
@@ -189,31 +195,10 @@ class Index:
     def _read(self, part: int, start: int, stop: int) -> pa.Table:
         groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
         path = self.folder / self._parts[part]
-        table = read_row_groups(path, self._footer(part), list(groups), self.schema.names)
+        table = read_row_groups(path, self._footer(part), list(groups), POSTINGS.names)
         return table.slice(start - groups.start * ROW_GROUP, stop - start)
 
     def _unfit(self, what: str) -> StoreError:
         return StoreError(
             f"{self.folder} does not fit {what}: delete it and call store.index() again."
         )
-
-
-def read_listing(folder: Path) -> dict[str, Any]:
-    """What an index's index.json says.
-
-    Raises:
-        StoreError: it is damaged.
-    """
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-        index["version"]
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise damaged(folder, err) from err
-    return dict(index)
-
-
-def damaged(folder: Path, err: Exception) -> StoreError:
-    """What to raise of an index.json that lacks something."""
-    return StoreError(
-        f"{folder / 'index.json'} is damaged ({err}): delete {folder} and call store.index() again."
-    )

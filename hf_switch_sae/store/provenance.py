@@ -1,27 +1,29 @@
-"""What a store was made from, in store.json: compared before anything is added.
+"""What a store was made from, in store.json; compared before anything is added to the store.
 
-Format a JSON object: `format`, `version`, and the fields of `Provenance` by name. Readers refuse
-       another version and ignore fields they don't know. Of a data set of files, `dataset.files`
-       has a `name`, `bytes` and `sha256` each; a key that one side lacks, as older stores lack
-       `sha256`, is not compared.
-Beware Once written only `dataset.files` ever changes: it grows by the files that are recorded after
-       those there are, under a lock, and never shrinks. Counts are not in it: they are those of the
-       shards that are listed, and of index.json.
+Format A JSON object: `format`, `version`, and the fields of `Provenance` by name. Readers refuse
+       another version and ignore fields they don't know. For a data set of files, `dataset.files`
+       lists the `name`, `bytes` and `sha256` of each.
+Beware Once store.json is written, only `dataset.files` ever changes: it grows, under a lock, by
+       files recorded after those already listed, and never shrinks. It holds no counts: those come
+       from the list of shards and from index.json.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hf_switch_sae.errors import StoreError
-from hf_switch_sae.files import locked, written_whole
-from hf_switch_sae.store.rows import Layout
+from hf_switch_sae.files import (
+    disk_errors_as_store_errors,
+    locked,
+    write_json,
+    write_once,
+    written_whole,
+)
+from hf_switch_sae.store.rows import RowLayout
 
 FORMAT, VERSION = "hf_switch_sae feature store", 1
 FILE = "store.json"
@@ -42,7 +44,7 @@ model and text. `ids` count within the token's `expert` where there is such a co
 `load_dataset(folder, "postings")` the inverted index, in which `token_row` is the row in `tokens`.
 `act` is that row's own where `exact` is true, else the smallest of some tokens with acts alike.
 """
-# What a thing is called or where it lay tells nothing if the thing itself is the same.
+# Not compared: the same thing may have another name or lie elsewhere.
 _NAMES = {"sae": ("name", "revision"), "lm": ("name", "revision"), "tokenizer": ("name",)}
 
 
@@ -57,23 +59,23 @@ class Provenance:
     hookpoint: str
     """Where the SAE reads."""
     sae: dict[str, Any] = field(default_factory=dict)
-    """`name`, `revision`, and `weights`: the SHA-256 of what encodes."""
+    """`name`, `revision`, and `weights`: the SHA-256 of the weights that encode."""
     lm: dict[str, Any] = field(default_factory=dict)
-    """`name`, `revision` as far as it is known, and `fingerprint`: a SHA-256 of sampled weights."""
+    """`name`, `revision` if it is known, and `fingerprint`: a SHA-256 of sampled weights."""
     tokenizer: dict[str, Any] | None = None
-    """`name` and `sha256`; None where token ids came from elsewhere."""
+    """`name` and `sha256`; None if the token ids came from elsewhere."""
     dataset: dict[str, Any] | None = None
-    """Where the documents came from; None for what came by in sessions."""
+    """Where the documents came from; None for tokens recorded in sessions."""
     text: dict[str, Any] = field(default_factory=dict)
     """How documents became tokens: context, special tokens, size of a shard."""
 
     @property
-    def layout(self) -> Layout:
-        """How ids are written."""
-        return Layout(self.num_features, self.num_experts, self.num_experts_per_token)
+    def layout(self) -> RowLayout:
+        """How the store writes feature ids."""
+        return RowLayout(self.num_features, self.num_experts, self.num_experts_per_token)
 
     def differences(self, other: Provenance) -> list[str]:
-        """What tells the rows of this from rows of `other`, one line each; names aside."""
+        """How rows of `other` differ in origin from those of this, one line each; names aside."""
         found = []
         for each in fields(self):
             mine, theirs = getattr(self, each.name), getattr(other, each.name)
@@ -85,14 +87,14 @@ class Provenance:
                     if mine.get(key) != theirs.get(key)
                 ]
                 old, new = mine.get("files", []), theirs.get("files", [])
-                if not _goes_on(old, new):
+                if new[: len(old)] != old:  # else documents would get other numbers
                     found.append(f"{each.name} files: {old!r} there, {new!r} now")
             elif mine != theirs:
                 found.append(f"{each.name}: {mine!r} there, {theirs!r} now")
         return found
 
-    def write(self, store: Path) -> None:
-        """Make the folder a store of this, or note the files that come after those it is of.
+    def create_or_extend(self, store: Path) -> None:
+        """Make the folder a store of this, or list the new files if it already is one.
 
         Raises:
             StoreError: the folder is a store of something else, holds other things, or can't be
@@ -108,7 +110,9 @@ class Provenance:
                 with written_whole(store / "README.md") as file:
                     file.write(card.encode())
             text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2)
-            _write_unless_there(store / FILE, f"{text}\n".encode())
+            with disk_errors_as_store_errors(store / FILE):
+                # several processes may create the store at once: the first wins, the others compare
+                write_once(store / FILE, f"{text}\n".encode())
         self.check(store)
         if len(self._files) > len(Provenance.read(store)._files):
             with locked(store / ".lock", wait=True):
@@ -120,13 +124,13 @@ class Provenance:
         return files
 
     def _extend(self, store: Path) -> None:
-        """Note this one's files; of several writers with one list all write the same bytes."""
-        self.check(store)  # again: another writer may have noted other files meanwhile
+        """List the new files in store.json; writers with the same list write the same bytes."""
+        self.check(store)  # again: another writer may have listed other files in the meantime
         data = json.loads((store / FILE).read_bytes())
-        noted = data["dataset"]["files"]
-        noted += self._files[len(noted) :]
-        with written_whole(store / FILE) as file:
-            file.write(f"{json.dumps(data, indent=2)}\n".encode())
+        listed = data["dataset"]["files"]
+        listed += self._files[len(listed) :]
+        with disk_errors_as_store_errors(store / FILE):
+            write_json(store / FILE, data)
 
     def check(self, store: Path) -> None:
         """StoreError unless the store at this folder was made from the same."""
@@ -138,7 +142,7 @@ class Provenance:
 
     @classmethod
     def read(cls, store: Path) -> Provenance:
-        """Of the store at this folder.
+        """Read the provenance of the store at this folder.
 
         Raises:
             StoreError: there is no store, it is damaged, or of another version.
@@ -167,37 +171,8 @@ class Provenance:
             raise StoreError(f"{path} lacks what every store has ({err}).") from err
 
 
-def _goes_on(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> bool:
-    """Whether new files are the old ones, then others: so the same documents keep their numbers."""
-    return len(new) >= len(old) and all(
-        one[key] == other[key]
-        for one, other in zip(old, new, strict=False)
-        for key in one.keys() & other.keys()
-    )
-
-
-def _write_unless_there(path: Path, data: bytes) -> None:
-    """Of several writers the first wins, and the others compare; so not by a rename."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with written_whole(beside) as file:
-            file.write(data)
-        with contextlib.suppress(FileExistsError):
-            try:
-                os.link(beside, path)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                with path.open("xb") as file:
-                    file.write(data)
-    except OSError as err:
-        raise StoreError(f"{path} can't be written ({err.strerror or err}).") from err
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def _holds_other_things(store: Path) -> bool:
     return any(
-        path.name not in ("README.md", ".lock") and not path.name.startswith((".tmp-", f"{FILE}."))
+        path.name not in ("README.md", ".lock") and not path.name.startswith(".tmp-")
         for path in store.iterdir()
     )

@@ -1,4 +1,4 @@
-"""Rows of a store in memory: one a token, and how its feature ids are written."""
+"""Rows of a store in memory, one for each token, and how their feature ids are written."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from hf_switch_sae.features import SparseFeatures
 
 _MAX_ACT = float(np.finfo(np.float16).max)
 
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How an SAE's feature ids are written: width of the dictionary, and what an id counts."""
+class RowLayout:
+    """The columns of a token shard: they depend on the SAE's width and experts."""
 
     num_features: int
     num_experts: int
@@ -28,12 +27,12 @@ class Layout:
 
     @property
     def is_local(self) -> bool:
-        """Whether ids count within the token's one expert, which has a column of its own."""
+        """Whether ids count within the token's only expert, which then has a column of its own."""
         return self.num_experts > 1 and self.num_experts_per_token == 1
 
     @property
     def features_per_expert(self) -> int:
-        """Features an expert has."""
+        """Features of one expert."""
         return self.num_features // self.num_experts
 
     @property
@@ -48,7 +47,7 @@ class Layout:
                 ("position", pa.int32()),
                 ("token", pa.int32()),
                 *expert,
-                # an inner name that pyarrow, datasets and duckdb agree on
+                # the inner name that pyarrow, datasets and duckdb agree on
                 ("ids", pa.list_(pa.field("element", ids))),
                 ("acts", pa.list_(pa.field("element", pa.float16()))),
             ]
@@ -57,14 +56,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Tokens with their active features, strongest first, as they lie in a shard.
+    """Tokens with their active features, strongest first.
+
+    A posting is one active feature of one token; the postings of all tokens lie one after another.
 
     Args:
         document, position, token: [n] integers.
         offsets: [n + 1]; token i has the postings offsets[i] to offsets[i + 1].
         ids: [postings] int64, counted over all experts.
         acts: [postings] float16, > 0.
-        expert: [n], the router's choice, or None where it says nothing.
+        expert: [n], the router's choice; None with several experts a token, or with only one.
     """
 
     document: Array
@@ -85,13 +86,14 @@ class TokenRows:
         document: Array,
         position: Array,
         token: Array,
-        layout: Layout,
+        layout: RowLayout,
     ) -> TokenRows:
-        """Rows of features [n] on any device.
+        """Rows of features [n], from any device.
 
         Raises:
             StoreError: an act above 65504, which float16 can't hold.
         """
+        # strongest first; of equal acts the earlier slot
         acts, slots = features.acts.detach().float().sort(dim=-1, descending=True, stable=True)
         ids = features.ids.gather(-1, slots).cpu().numpy()
         kept = acts.cpu().numpy()
@@ -103,14 +105,14 @@ class TokenRows:
                 "SwitchSAE.outlier_norm)?"
             )
         half = kept.astype(np.float16)
-        active = half > 0
+        active = half > 0  # in float16: a tiny act becomes 0 and is not stored
         offsets = np.zeros(len(half) + 1, np.int64)
         np.cumsum(active.sum(-1), out=offsets[1:])
         expert = ids[:, 0] // layout.features_per_expert if layout.is_local else None
         return cls(document, position, token, offsets, ids[active], half[active], expert)
 
     @classmethod
-    def empty(cls, layout: Layout) -> TokenRows:
+    def empty(cls, layout: RowLayout) -> TokenRows:
         """No rows."""
         none = np.zeros(0, np.int64)
         expert = none if layout.is_local else None
@@ -133,10 +135,11 @@ class TokenRows:
         )
 
     def take(self, rows: Array) -> TokenRows:
-        """The named rows, [m] ints, in that order."""
+        """The rows of these numbers, [m] ints, in that order."""
         lengths = np.diff(self.offsets)[rows]
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
+        # where each posting lies now: its row's old start, plus its place within the row
         postings = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return TokenRows(
             self.document[rows],
@@ -149,7 +152,7 @@ class TokenRows:
         )
 
     def features(self, num_features: int, k: int = 1) -> SparseFeatures:
-        """The same as SparseFeatures [n], acts in float16, with at least k slots a token."""
+        """As SparseFeatures [n], acts in float16, with at least k slots a token."""
         lengths = np.diff(self.offsets)
         width = max(k, int(lengths.max(initial=0)))
         acts = np.zeros((len(self), width), np.float16)
@@ -158,8 +161,8 @@ class TokenRows:
         acts[filled], ids[filled] = self.acts, self.ids
         return SparseFeatures(torch.from_numpy(acts), torch.from_numpy(ids), num_features)
 
-    def table(self, layout: Layout) -> pa.Table:
-        """The same as a table of the layout's schema."""
+    def table(self, layout: RowLayout) -> pa.Table:
+        """As a table of the layout's schema."""
         schema = layout.schema
         ids = self.ids
         columns: dict[str, Any] = {
@@ -170,6 +173,7 @@ class TokenRows:
         if layout.is_local:
             assert self.expert is not None
             columns["expert"] = self.expert
+            # ids within the expert fit into 16 bits
             ids = ids - np.repeat(self.expert * layout.features_per_expert, np.diff(self.offsets))
         arrays = {
             name: pa.array(column.astype(schema.field(name).type.to_pandas_dtype()))
@@ -185,11 +189,12 @@ class TokenRows:
         return pa.Table.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
     @classmethod
-    def of_table(cls, table: pa.Table, layout: Layout) -> TokenRows:
-        """What `table` wrote."""
+    def of_table(cls, table: pa.Table, layout: RowLayout) -> TokenRows:
+        """Rows of a table that `table` made, or of a slice of it."""
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         ids, acts = columns["ids"], columns["acts"]
         expert = columns["expert"].to_numpy().astype(np.int64) if layout.is_local else None
+        # a slice keeps its offsets into the whole table's values
         offsets = ids.offsets.to_numpy().astype(np.int64)
         values = ids.values.to_numpy().astype(np.int64)[offsets[0] : offsets[-1]]
         half = acts.values.to_numpy()[acts.offsets[0].as_py() : acts.offsets[-1].as_py()]

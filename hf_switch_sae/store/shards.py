@@ -1,18 +1,18 @@
-"""Token shards: what tokens are and which features are active on them, in files of whole documents.
+"""Token shards: which tokens there are and which features are active on them, by whole documents.
 
 Room   rows of tokens <-> tokens/tokens-<first document>-<last document>.parquet.
-Format one row a token, in order of (document, position):
+Format One row for each token, ordered by (document, position):
            document int64    number in the data set, from 0
            position int32    token within the document, from 0
            token    int32    id in the language model's vocabulary
-           expert   uint16   the router's choice; only with one expert a token, and with several
-                             experts
-           ids      list     strongest first: uint16 counted within the expert; counted over all
-                             experts where there is no column `expert`; uint32 if too many
+           expert   uint16   the router's choice; only if the SAE has several experts and a token
+                             visits one of them
+           ids      list     strongest first, uint16 (uint32 if that is too narrow); counted within
+                             the expert, or over all experts if there is no column `expert`
            acts     list     float16, > 0, as many as ids
-       Empty slots are not stored. Row groups have 4096 rows, the last fewer.
-Beware The name is all that tells which documents a shard holds: a shard stands for every document
-       from first to last, those without any token included, so shards merge by being listed.
+       Empty slots are not stored. Row groups have 4096 rows, the last one fewer.
+Beware Only the name says which documents a shard holds: all from first to last, including those
+       without tokens. So stores merge by putting their shards into one folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from hf_switch_sae.errors import StoreError
 from hf_switch_sae.store.parquet import read_footer, read_row_groups, reading, write_parquet
-from hf_switch_sae.store.rows import Array, Layout, TokenRows
+from hf_switch_sae.store.rows import Array, RowLayout, TokenRows
 
 FOLDER = "tokens"
 ROW_GROUP = 4096
@@ -44,18 +44,23 @@ _ENCODINGS = {
 }
 
 
+Location = tuple[int, int]
+"""Of a token: the number of its shard, and its row in it."""
+
+
 @dataclass(frozen=True)
-class Shard:
-    """One file of tokens, and the documents it stands for."""
+class TokenShard:
+    """One file of tokens, and the documents it holds."""
 
     path: Path
     first: int
     last: int
     size: int
+    """In bytes."""
 
 
-def list_shards(store: Path) -> list[Shard]:
-    """Every shard of a store, in order of documents.
+def list_shards(store: Path) -> list[TokenShard]:
+    """Every shard of a store, ordered by document.
 
     Raises:
         StoreError: two shards hold the same document.
@@ -64,7 +69,7 @@ def list_shards(store: Path) -> list[Shard]:
     folder = store / FOLDER
     for path in folder.iterdir() if folder.is_dir() else ():
         if name := _NAME.fullmatch(path.name):
-            found.append(Shard(path, int(name[1]), int(name[2]), path.stat().st_size))
+            found.append(TokenShard(path, int(name[1]), int(name[2]), path.stat().st_size))
     found.sort(key=lambda shard: shard.first)
     for one, other in pairwise(found):
         if other.first <= one.last:
@@ -76,16 +81,17 @@ def list_shards(store: Path) -> list[Shard]:
 
 
 def shard_path(store: Path, first: int, last: int) -> Path:
-    """Where the tokens of documents first to last lie, if they lie in one file."""
+    """The path of the shard that holds documents first to last."""
     return store / FOLDER / f"tokens-{first:012}-{last:012}.parquet"
 
 
 def write_shard(
-    store: Path, first: int, last: int, rows: TokenRows, layout: Layout, room: int | None = None
+    store: Path, first: int, last: int, rows: TokenRows, layout: RowLayout, room: int | None = None
 ) -> int | None:
-    """Write the tokens of documents first to last, all of them; the file's size in bytes.
+    """Write all tokens of documents first to last.
 
-    None if it would have been larger than `room` bytes, and was not kept.
+    Returns:
+        The file's size in bytes; None if it would have been larger than `room`, and was not kept.
 
     Raises:
         StoreError: no room, or no permission.
@@ -93,7 +99,7 @@ def write_shard(
     order = np.lexsort((rows.position, rows.document))
     path = shard_path(store, first, last)
     dictionary = [name for name in ("token", "expert") if name in layout.schema.names]
-    # tables of whole row groups, so that only a few lie in memory twice
+    # a few row groups at a time, so that only those are in memory twice
     step = 16 * ROW_GROUP
     parts = (order[at : at + step] for at in range(0, len(order), step))
     tables = (rows.take(part).table(layout) for part in parts)
@@ -101,15 +107,18 @@ def write_shard(
 
 
 class ShardReader:
-    """Reads rows of a store's shards by number or by document and position."""
+    """Reads rows of a store's shards, by row number or by document and position.
 
-    def __init__(self, shards: list[Shard], layout: Layout) -> None:
+    A shard is named by its index in `shards`.
+    """
+
+    def __init__(self, shards: list[TokenShard], layout: RowLayout) -> None:
         self.shards, self.layout = shards, layout
         self._firsts = [shard.first for shard in shards]
-        # each cache is bounded, whatever the size of the store
+        # all caches are bounded, however large the store is
         self.footer = lru_cache(maxsize=256)(self._footer)
         self._bounds = lru_cache(maxsize=4096)(self._read_bounds)
-        self._places = lru_cache(maxsize=512)(self._read_places)
+        self._token_columns = lru_cache(maxsize=512)(self._read_token_columns)
 
     def _footer(self, index: int) -> pq.FileMetaData:
         path = self.shards[index].path
@@ -121,19 +130,19 @@ class ShardReader:
         return footer
 
     def num_rows(self, index: int) -> int:
-        """Tokens of a shard."""
+        """How many tokens a shard holds."""
         return int(self.footer(index).num_rows)
 
     def rows(self, index: int, start: int, stop: int) -> TokenRows:
-        """Rows start to stop of a shard, whole."""
+        """Rows start to stop of a shard, with their features."""
         table = self._table(index, start, stop, self.layout.schema.names)
         with reading(self.shards[index].path):
             return TokenRows.of_table(table, self.layout)
 
     def tokens(self, index: int, start: int, stop: int) -> tuple[Array, Array, Array]:
-        """document, position and token of rows start to stop of a shard."""
+        """Document, position and token id of rows start to stop of a shard, [stop - start] each."""
         groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
-        parts = [self._places(index, group) for group in groups]
+        parts = [self._token_columns(index, group) for group in groups]
         at = groups.start * ROW_GROUP
         document, position, token = (
             np.concatenate([part[i] for part in parts])[start - at : stop - at] for i in range(3)
@@ -141,12 +150,14 @@ class ShardReader:
         return document, position, token
 
     def acts_of(self, index: int, rows: Array, feature: int) -> Array:
-        """A feature's acts, float16, on rows of a shard, rising; 0 where it is not active."""
+        """A feature's acts on rows [n] of a shard, rising: [n] float16, 0 where not active."""
         found = np.zeros(len(rows), np.float16)
+        # each row group is read once
         for group in np.unique(rows // ROW_GROUP).tolist():
             start = group * ROW_GROUP
             block = self.rows(index, start, min(start + ROW_GROUP, self.num_rows(index)))
             low, high = np.searchsorted(rows, [start, start + ROW_GROUP])
+            # the postings of this feature, and the rows they belong to
             active = np.flatnonzero(block.ids == feature)
             at = np.searchsorted(block.offsets, active, side="right") - 1
             acts = np.zeros(len(block), np.float16)
@@ -155,16 +166,16 @@ class ShardReader:
         return found
 
     def shard_of(self, document: int) -> int | None:
-        """The shard that stands for a document, or None."""
+        """The shard that holds a document, or None."""
         index = bisect_right(self._firsts, document) - 1
         return index if index >= 0 and document <= self.shards[index].last else None
 
     def beginning_in(self, first: int, last: int) -> range:
-        """The shards whose first document is one of first to last."""
+        """The shards whose first document lies in first to last."""
         return range(bisect_left(self._firsts, first), bisect_right(self._firsts, last))
 
-    def find(self, document: int, position: int) -> tuple[int, int]:
-        """Shard and row of a token.
+    def find(self, document: int, position: int) -> Location:
+        """Where a token is stored.
 
         Raises:
             StoreError: the token is not in the store.
@@ -172,7 +183,8 @@ class ShardReader:
         index = self.shard_of(document)
         if index is not None:
             for group in self._groups_with(index, document, position):
-                documents, positions, _ = self._places(index, group)
+                # within a row group, documents rise, and positions within each document
+                documents, positions, _ = self._token_columns(index, group)
                 low, high = np.searchsorted(documents, [document, document + 1])
                 row = int(low + np.searchsorted(positions[low:high], position))
                 if row < high and positions[row] == position:
@@ -187,9 +199,20 @@ class ShardReader:
         )
 
     def blocks(self, index: int, size: int = 16 * ROW_GROUP) -> Iterator[TokenRows]:
-        """The rows of a shard from first to last, at most `size` at a time."""
+        """All rows of a shard in order, at most `size` at a time."""
         for start in range(0, self.num_rows(index), size):
             yield self.rows(index, start, min(start + size, self.num_rows(index)))
+
+    def documents(self, wanted: range | None) -> Iterator[TokenRows]:
+        """The rows of some documents (None: of all) in order, some thousands at a time."""
+        for index, shard in enumerate(self.shards):
+            if wanted is None:
+                yield from self.blocks(index)
+            elif shard.first < wanted.stop and shard.last >= wanted.start:
+                for block in self.blocks(index):
+                    inside = (block.document >= wanted.start) & (block.document < wanted.stop)
+                    if inside.any():
+                        yield block.take(np.flatnonzero(inside))
 
     def _table(self, index: int, start: int, stop: int, columns: Iterable[str]) -> pa.Table:
         groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
@@ -197,14 +220,14 @@ class ShardReader:
         table = read_row_groups(shard.path, self.footer(index), list(groups), list(columns))
         return table.slice(start - groups.start * ROW_GROUP, stop - start)
 
-    def _read_places(self, index: int, group: int) -> tuple[Array, Array, Array]:
+    def _read_token_columns(self, index: int, group: int) -> tuple[Array, Array, Array]:
         names = ["document", "position", "token"]
         shard = self.shards[index]
         table = read_row_groups(shard.path, self.footer(index), [group], names)
         return tuple(table[name].to_numpy() for name in names)
 
     def _groups_with(self, index: int, document: int, position: int) -> list[int]:
-        """Row groups that may hold the token, by their statistics."""
+        """The row groups that may hold a token, judged by their statistics."""
         first, last, low, high = self._bounds(index)
         inside = (first <= document) & (document <= last) & (low <= position) & (position <= high)
         found: list[int] = np.flatnonzero(inside).tolist()
@@ -214,6 +237,7 @@ class ShardReader:
         """[4, row groups]: smallest and largest document, smallest and largest position of each."""
         footer = self.footer(index)
         bounds = np.empty((4, footer.num_row_groups), np.int64)
+        # the columns document and position are the first two
         for group in range(footer.num_row_groups):
             columns = footer.row_group(group)
             for at in range(2):

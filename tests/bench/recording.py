@@ -184,7 +184,7 @@ def fill(path: Path, tokens: int) -> None:
     names = np.random.default_rng(0).permutation(count)
     for first in range(0, tokens // 512, SHARD // 512):
         last = min(first + SHARD // 512, tokens // 512) - 1
-        if store.holds(first):
+        if store.has_document(first):
             continue
         n, rng = (last - first + 1) * 512, np.random.default_rng(first)
         # one of each k-th of the frequencies, so that a token has a feature once

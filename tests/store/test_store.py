@@ -530,7 +530,7 @@ def test_files_that_were_added_are_noted_so_that_others_do_not_take_their_number
         files = [{"name": name, "bytes": 1, **more} for name in names]
         return stores.provenance(dataset={"kind": "files", "files": files})
 
-    FeatureStore.create(tmp_path / "s", of("a"))
+    FeatureStore.create(tmp_path / "s", of("a", sha256="2"))
     path = tmp_path / "s" / "store.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "of a later version": 1}))
@@ -777,16 +777,18 @@ def test_an_index_interrupted_at_any_step_goes_on_without_doing_it_again(tmp_pat
     class Stop(Exception):
         pass
 
-    real = files.written_whole
+    def counting(write):
+        def counted(path, *args, **options):
+            if written.count(path.name) or len(written) == budget:
+                raise Stop
+            written.append(path.name)
+            return write(path, *args, **options)
 
-    def counting(path):
-        if written.count(path.name) or len(written) == budget:
-            raise Stop
-        written.append(path.name)
-        return real(path)
+        return counted
 
     for module in (index, parquet):
-        monkeypatch.setattr(module, "written_whole", counting)
+        monkeypatch.setattr(module, "written_whole", counting(files.written_whole))
+    monkeypatch.setattr(index, "write_json", counting(files.write_json))
     for budget in range(1, 1000):  # noqa: B007  `counting` reads it
         try:
             store.index(memory=400)
@@ -824,7 +826,7 @@ def test_an_interrupted_index_can_go_on_with_another_memory(tmp_path, monkeypatc
         assert [(hit.act, hit.document, hit.position) for hit in hits] == want
 
 
-def test_an_unfinished_index_of_version_1_is_begun_anew(tmp_path):
+def test_an_unfinished_index_of_another_version_is_begun_anew(tmp_path):
     store, rows = stores.make(tmp_path / "s", [[300], [200]])
     run = store._index_folder / "runs" / "run-000000.bin"
     run.parent.mkdir(parents=True)
@@ -907,5 +909,5 @@ def test_indexing_stays_within_its_memory_whatever_the_size_of_the_store(tmp_pat
 def test_reading_a_large_store_does_not_load_it(indexed):
     store, _ = indexed
     assert store._reader.footer.cache_info().maxsize is not None
-    assert store._reader._places.cache_info().maxsize is not None
+    assert store._reader._token_columns.cache_info().maxsize is not None
     assert shards.ROW_GROUP == 4096

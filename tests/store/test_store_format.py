@@ -1,7 +1,7 @@
-"""The format of a store, pinned: bytes in `golden_store*/` that every later version must read.
+"""The format of a store, pinned: bytes in `golden_store/` that every later version must read.
 
-`golden_store/` has an index of version 1, `golden_store_2/` one of version 2. The newest is written
-by `python tests/test_store_format.py`; never write it again for the same format version.
+They were written by `python tests/store/test_store_format.py`; never write them again for the same
+version of store and index.
 """
 
 import json
@@ -20,10 +20,9 @@ from helpers import stores
 from hf_switch_sae import FeatureStore, StoreError
 from hf_switch_sae.store import Provenance, TokenRows
 
-FIRST = pathlib.Path(__file__).parent / "golden_store"
-GOLDEN = FIRST.with_name("golden_store_2")
-# in the newer one features are active often enough to have levels
-LENGTHS = {FIRST: {0: 5, 1: 0, 2: 9, 3: 4, 4: 1}, GOLDEN: {0: 5, 1: 0, 2: 2400, 3: 40, 4: 1}}
+GOLDEN = pathlib.Path(__file__).parent / "golden_store"
+# document 2 is long enough for its features to have levels
+LENGTHS = {0: 5, 1: 0, 2: 2400, 3: 40, 4: 1}
 SHARDS = [(0, 2), (3, 4)]
 
 
@@ -42,21 +41,20 @@ def provenance() -> Provenance:
     )
 
 
-def rows_of(documents: range, golden: pathlib.Path = GOLDEN) -> TokenRows:
+def rows_of(documents: range) -> TokenRows:
     """Rows by arithmetic alone: token t has t % 4 features of expert t % 4, strongest first."""
     columns: dict[str, list[int]] = {"document": [], "position": [], "token": [], "expert": []}
     ids, acts, offsets = [], [], [0]
     for document in documents:
-        is_dense = golden != FIRST and document == 2
-        for position in range(LENGTHS[golden][document]):
+        for position in range(LENGTHS[document]):
             t = 7 * document + position
             columns["document"].append(document)
             columns["position"].append(position)
             columns["token"].append(1000 + 13 * t)
             columns["expert"].append(t % 4)
             for j in range(t % 4):
-                ids.append(12 * (t % 4) + (j if is_dense else (t + 5 * j) % 12))
-                acts.append(2.5 / (1 + j) + (t % 3 if golden == FIRST else 37 * t % 256 / 64))
+                ids.append(12 * (t % 4) + (j if document == 2 else (t + 5 * j) % 12))
+                acts.append(2.5 / (1 + j) + 37 * t % 256 / 64)
             offsets.append(len(ids))
     plain: dict[str, Any] = {name: np.array(column) for name, column in columns.items()}
     return TokenRows(
@@ -80,13 +78,12 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("golden", [FIRST, GOLDEN], ids=lambda path: path.name)
-def test_the_golden_stores_read_to_the_rows_they_were_made_from(golden):
-    store = FeatureStore(golden)
+def test_the_golden_store_reads_to_the_rows_it_was_made_from():
+    store = FeatureStore(GOLDEN)
 
     store.verify()
     found = TokenRows.cat(list(store.rows()))
-    want = rows_of(range(5), golden)
+    want = rows_of(range(5))
     for name in ("document", "position", "token", "expert", "offsets", "ids", "acts"):
         np.testing.assert_array_equal(getattr(found, name), getattr(want, name), name)
     assert store.provenance == provenance()
@@ -197,11 +194,12 @@ def test_the_versions_of_store_and_index_are_written_down():
     ]
 
 
-def test_an_index_of_a_later_version_is_refused_and_left_alone(tmp_path):
+@pytest.mark.parametrize("version", [1, 3])
+def test_an_index_of_another_version_is_refused_and_left_alone(tmp_path, version):
     shutil.copytree(GOLDEN, tmp_path / "s")
     path = next(tmp_path.glob("s/index/*/index.json"))
-    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
-    with pytest.raises(StoreError, match="of version 3, and this package reads 1 to 2"):
+    path.write_text(path.read_text().replace('"version": 2', f'"version": {version}'))
+    with pytest.raises(StoreError, match=f"of version {version}, and this package reads version 2"):
         FeatureStore(tmp_path / "s").top_tokens(0)
     assert path.exists()
 
