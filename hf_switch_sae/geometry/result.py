@@ -36,7 +36,7 @@ class Geometry:
     """`count` of pairs (a feature and its nearest neighbor) above the threshold, and the `listed`
     ones, highest cosine first: candidates to be merged."""
     similarity: dict[str, Any]
-    """`experts` [E][E]: mean over the features of expert a of the largest decoder cosine with a
+    """`experts` [E, E]: mean over the features of expert a of the largest decoder cosine with a
     feature of expert b, on the diagonal with another of its own; `own`, `other`: means of the
     diagonal and of the rest; `null`: the same of random vectors."""
     router: dict[str, Any] | None

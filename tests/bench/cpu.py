@@ -3,8 +3,9 @@
     python -m tests.bench.cpu [limits forward train attach end-to-end memory] [--write]
 
 All that is compared runs in one process, in turns; shown are medians, and ratios of them. `--write`
-puts the tables into tests/bench/RESULTS.md and their summary into README.md. Run it on an idle
-machine: two of a machine's threads wait for each other, and a neighbor makes both wait.
+puts the tables into tests/bench/RESULTS.md and docs/speed.md, and five rows of them into README.md.
+Run it on an idle machine: two of a machine's threads wait for each other, and a neighbor makes both
+wait.
 """
 
 from __future__ import annotations
@@ -301,13 +302,42 @@ def machine() -> str:
 
 
 def speed_section(results: str) -> str:
-    """README's part on speed: the tables of RESULTS.md that show the peers."""
+    """The tables of RESULTS.md that docs/speed.md shows."""
     found = []
-    for name in ("train", "forward", "attach"):
+    for name in ("train", "forward", "attach", "end-to-end", "memory"):
         match = re.search(rf"<!-- {name} -->\n(.*?)<!-- end", results, flags=re.S)
         if match is not None:
-            found.append(re.sub(r"^## (.*)$", r"**\1**", match[1], flags=re.M))
+            found.append(match[1])
     return "\n" + "\n".join(found)
+
+
+_PEERS = ("sparsify", "dictionary_learning", "SAELens")
+_WARM, _ATTACHED = f"one warm token, {F}, 64", "ours, attached"
+
+
+def speed_summary(results: str) -> str:
+    """README's five rows: our time, and how many times longer each peer takes."""
+    train, forward, attach = (rows_of(results, name) for name in ("train", "forward", "attach"))
+    head = forward["tokens, features, experts"]
+    rows: Table = [("on a CPU", "ours, ms", *_PEERS)]
+    best = train["ours, SwitchSAEAdam"]
+    rows.append((f"training step of {TOKENS:,} tokens", best[1], *(train[p][2] for p in _PEERS)))
+    for name, tokens in ((_WARM, "1 token"), (f"512, {F}, 64", "512 tokens"),
+                         (f"8192, {F}, 64", "8,192 tokens")):  # fmt: skip
+        row = dict(zip(head, forward[name], strict=True))
+        rows.append((f"encode and decode {tokens}", row["ours, ms"], *(row[p] for p in _PEERS)))
+    ours = float(attach[_ATTACHED][1])
+    others = (against(ours, float(attach[p][1])) for p in _PEERS)
+    rows.append(("attached, per generated token", attach[_ATTACHED][1], *others))
+    where = re.search(r"<!-- train -->.*?\n\n([^|\n]+)\n<!-- end", results, flags=re.S)
+    return f"\n{markdown(rows)}\n{where[1] if where else ''}\n"
+
+
+def rows_of(results: str, name: str) -> dict[str, tuple[str, ...]]:
+    """A table of RESULTS.md by its first column; of several rows of one name, the first."""
+    section = results.split(f"<!-- {name} -->\n")[1].split("<!-- end")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    return {row[0]: tuple(row) for row in reversed(rows)}
 
 
 def replace_section(text: str, name: str, body: str) -> str:
@@ -336,9 +366,10 @@ def main() -> int:
             results = HERE / "RESULTS.md"
             results.write_text(replace_section(results.read_text(), name, body))
     if options.write:
-        readme = HERE.parents[1] / "README.md"
-        section = speed_section((HERE / "RESULTS.md").read_text())
-        readme.write_text(replace_section(readme.read_text(), "speed", section))
+        results, root = (HERE / "RESULTS.md").read_text(), HERE.parents[1]
+        for page, section in ((root / "README.md", speed_summary(results)),
+                              (root / "docs/speed.md", speed_section(results))):  # fmt: skip
+            page.write_text(replace_section(page.read_text(), "speed", section))
     return 0
 
 
