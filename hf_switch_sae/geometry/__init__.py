@@ -1,4 +1,4 @@
-"""How an SAE's features lie to each other: duplicates, similar experts, maps."""
+"""How an SAE's features lie to each other: duplicates, similarity of experts, maps."""
 
 from hf_switch_sae.geometry.measure import measure_geometry
 from hf_switch_sae.geometry.result import Geometry

@@ -1,9 +1,8 @@
 """Rows of a dictionary -> each row's nearest other row in every expert, block by block.
 
-Nothing here is ever as large as [num_features, num_features]: a block of rows meets a block of
-columns, and what is kept of each is one number an expert.
-
-Beware Cosines are taken in float32 whatever the weights are stored in; a row of zeros has a cosine
+How    A block of rows is multiplied with a block of columns, and of the products only the largest
+       in each expert is kept. Nothing is ever as large as [num_features, num_features].
+Beware Cosines are taken in float32 whatever the dtype of the weights; a row of zeros has a cosine
        of 0 with every other.
 """
 
@@ -19,7 +18,7 @@ ROWS, COLUMNS = 2048, 8192
 
 
 def unit_rows(rows: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Rows [n, d] at length 1, in float32; rows of 0 stay."""
+    """Rows [n, d] scaled to length 1, in float32; rows of 0 stay 0."""
     wide = rows.to(device=device or rows.device, dtype=torch.float32)
     length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return wide / length.clamp_min(1e-30)
@@ -28,16 +27,16 @@ def unit_rows(rows: Tensor, device: torch.device | str | None = None) -> Tensor:
 def unit_rows_of(
     weight: Tensor, device: torch.device | str | None = None
 ) -> Callable[[int, int], Tensor]:
-    """`(first, last) -> unit rows`, of a weight [F, d], made when they are asked for."""
+    """A function `(first, last) -> unit rows` of a weight [F, d]; each call makes them anew."""
     return lambda first, last: unit_rows(weight[first:last], device)
 
 
 def random_unit_rows(
     num_features: int, hidden_size: int, seed: int, device: torch.device | str
 ) -> Callable[[int, int], Tensor]:
-    """`(first, last) -> unit rows`, drawn evenly from the sphere; to be asked for in order, once.
+    """A function `(first, last) -> unit rows` drawn evenly from the sphere.
 
-    Drawn on the CPU, so that they are the same on every device.
+    Rows are drawn on the CPU, to be the same on every device, and must be asked for once, in order.
     """
     generator, drawn = torch.Generator().manual_seed(seed), 0
 
@@ -59,30 +58,33 @@ def nearest_by_expert(
     features_per_expert: int,
     most: int = COLUMNS,
 ) -> tuple[Tensor, Tensor]:
-    """The largest cosine of each row with the features of each expert, itself left out.
+    """The largest cosine of each row with the other features of each expert.
 
     Args:
         rows: [n, d], of length 1.
-        own: [n] int64, which feature each row is.
-        columns: `(first, last) -> [last - first, d]` of length 1, asked for in order.
+        own: [n] int64, the feature that each row is.
+        columns: `(first, last) -> [last - first, d]` of length 1; called in order.
         num_experts: E.
         features_per_expert: m.
-        most: columns at a time.
+        most: how many columns to take at a time.
 
     Returns:
-        cosines [n, E] float32 in -1 to 1, and the ids [n, E] of the features they are with. With
-        one feature an expert, the cosine with a row's own expert is -inf: there is no other.
+        cosines [n, E] float32 in -1 to 1, and ids [n, E] int64 of the features they belong to. If
+        experts have one feature, a row's cosine with its own expert is -inf.
     """
     best = rows.new_full((len(rows), num_experts), -torch.inf)
     ids = torch.zeros_like(best, dtype=torch.int64)
     for first, last in _chunks(num_experts, features_per_expert, most):
         cosines = (rows @ columns(first, last).T).clamp_(-1, 1)
+        # a row is not its own neighbor
         inside = ((own >= first) & (own < last)).nonzero()[:, 0]
         cosines[inside, own[inside] - first] = -torch.inf
+        # the largest within each expert, or within the part of it that this block has
         width = min(features_per_expert, last - first)
         largest, at = cosines.view(len(rows), -1, width).max(-1)
         at += first + width * torch.arange(at.shape[1], device=at.device)
         experts = slice(first // features_per_expert, first // features_per_expert + at.shape[1])
+        # a later part of an expert may have a larger one
         better = largest > best[:, experts]
         ids[:, experts] = torch.where(better, at, ids[:, experts])
         best[:, experts] = torch.where(better, largest, best[:, experts])
@@ -90,7 +92,7 @@ def nearest_by_expert(
 
 
 def _chunks(num_experts: int, features_per_expert: int, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of features, in order: several whole experts, or a part of one."""
+    """Ranges of features, in order: several whole experts each, or a part of one."""
     m = features_per_expert
     if m <= most:
         step = most // m * m

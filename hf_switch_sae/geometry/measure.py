@@ -1,19 +1,16 @@
-"""An SAE's weights -> how its features lie to one another: geometry.json and a table beside it.
+"""An SAE's weights -> how its features lie to each other.
 
-    geometry.json       every number below, format 1
-    geometry.parquet    one row a feature: its nearest neighbor, its cosines, its place on the maps
-
-A feature's nearest neighbor is the other feature whose decoder row has the largest cosine with its
-own. It is a duplicate if that cosine is above the threshold: *within* if there is such a feature in
-its own expert, *between* if there is one in another; it can be both. Weighted, it counts as often
-as it fires, so a share is one of activations instead of one of features.
-
-The null is the same measured on as many random unit vectors of the same width, cut into as many
-experts: what is not above it is no structure.
-
-Beware A feature has num_features - features_per_expert candidates in other experts and only
-       features_per_expert - 1 in its own, so raw shares within and between are not to be compared
-       with one another but each with its null.
+Room   `measure_geometry` -> a `Geometry`, saved as geometry.json (the figures) and geometry.parquet
+       (one row per feature: its nearest neighbor, its cosines, its place on the maps).
+How    A feature's nearest neighbor is the other feature whose decoder row has the largest cosine
+       with its own. A feature is a duplicate if that cosine is above the threshold: *within* if
+       such a feature is in its own expert, *between* if one is in another; it can be both. A
+       weighted share counts each feature as often as it fires.
+       The null is the same measurement on random unit vectors: as many, as wide, and cut into as
+       many experts. Whatever is not above the null is no structure.
+Beware A feature has num_features - features_per_expert candidates in other experts, and only
+       features_per_expert - 1 in its own. So don't compare the shares within and between with each
+       other, but each with its null.
 """
 
 from __future__ import annotations
@@ -39,9 +36,9 @@ from hf_switch_sae.geometry.tsne import FeatureMaps, draw_maps
 from hf_switch_sae.sae.model import SwitchSAE
 
 THRESHOLDS = tuple(step / 50 for step in range(51))
-"""Of the duplicates curve: 0, 0.02, ... 1."""
-_NULL_ROWS = 4096
-_BINS = 80
+"""Where the curve of duplicates is taken: 0, 0.02, ... 1."""
+_NULL_ROWS = 4096  # random rows whose neighbors are searched
+_BINS = 80  # of the router's histogram
 _KINDS = ("any", "within", "between")
 
 
@@ -57,22 +54,22 @@ def measure_geometry(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Geometry:
-    """Measure how an SAE's features lie to one another. What the figures mean: see `Geometry`.
+    """Measure how an SAE's features lie to each other; `Geometry` says what the figures mean.
 
-    Time grows with the square of the number of features, memory with that of features alone.
+    Time grows with the square of the number of features, memory only in proportion to it.
 
     Args:
         sae: of any number of experts; shares of activations need its statistics (`calibrate`).
         threshold: the cosine above which two features are duplicates.
-        listed_pairs: how many pairs to list, at most.
+        listed_pairs: the most pairs to list.
         maps: whether to draw t-SNE maps (needs the extra `viz`).
-        map_features: how many features to draw, at most; a seeded sample of them.
-        perplexity: of t-SNE; less where there are few features.
+        map_features: the most features to draw; if there are more, a seeded sample.
+        perplexity: of t-SNE; it is lowered if there are few features.
         seed: of the random vectors, the sample and t-SNE.
-        device: where to compute; by default where the SAE lies.
+        device: where to compute; by default the SAE's.
 
     Raises:
-        SwitchSAEError: a single feature, a threshold outside of 0 to 1, or no openTSNE.
+        SwitchSAEError: a single feature, a threshold outside 0 to 1, or openTSNE is missing.
     """
     config = sae.config
     if config.num_features < 2:
@@ -82,13 +79,16 @@ def measure_geometry(
     device = sae.device if device is None else device
     encoder, decoder = sae.W_enc.flatten(0, 1), sae.W_dec.flatten(0, 1)
     shape = (config.num_experts, config.features_per_expert)
+    # the maps come first, as openTSNE may be missing
     drawn = None
-    if maps:  # first: it is what may be missing
+    if maps:
         drawn = draw_maps(encoder, decoder, shape[1], map_features, perplexity, seed)
+    # each feature's nearest neighbors, and the same for random vectors
     columns = unit_rows_of(decoder, device)
     found = _neighbors(columns, torch.arange(config.num_features), columns, shape, device)
     count = min(config.num_features, _NULL_ROWS)
     null = _null(config.num_features, config.hidden_size, count, shape, seed, device)
+    # the table of features, and the figures made from it
     rate = sae.feature_rate.cpu() if int(sae.statistics_tokens) else None
     alignment, router = _router_alignment(sae, encoder, device)
     table = {
@@ -99,7 +99,7 @@ def measure_geometry(
         "between": found.values["between"],
         "alignment": alignment,
         "rate": torch.full((config.num_features,), torch.nan) if rate is None else rate,
-        **_places(drawn, config.num_features),
+        **_map_columns(drawn, config.num_features),
     }
     return Geometry(
         sae=_about(sae),
@@ -116,14 +116,16 @@ def measure_geometry(
 
 @dataclass(frozen=True)
 class _Neighbors:
+    """The nearest neighbors of n rows."""
+
     values: dict[str, Tensor]
-    """[n] float32 of each kind, -inf where there is none."""
+    """For each kind the largest cosine, [n] float32; -inf if there is no candidate."""
     ids: Tensor
-    """[n] int64, of the nearest of all."""
+    """[n] int64, the nearest feature of all."""
     to_experts: Tensor
-    """[E, E] float64: sum over the rows of expert a of the largest cosine in expert b."""
+    """[E, E] float64: the largest cosine with expert b, summed over the rows of expert a."""
     counts: Tensor
-    """[E] int64, rows of each expert."""
+    """[E] int64, the rows of each expert."""
 
 
 def _neighbors(
@@ -135,7 +137,7 @@ def _neighbors(
     block: int = ROWS,
     most: int = COLUMNS,
 ) -> _Neighbors:
-    """Nearest neighbors of rows; `own` [n] says which feature each is."""
+    """Nearest neighbors of rows; `own` [n] says which feature each row is."""
     num_experts, m = shape
     parts: dict[str, list[Tensor]] = {name: [] for name in (*_KINDS, "ids")}
     sums = torch.zeros(num_experts, num_experts, dtype=torch.float64)
@@ -143,12 +145,14 @@ def _neighbors(
         last = min(first + block, len(own))
         mine = own[first:last].to(device)
         best, ids = nearest_by_expert(rows(first, last), mine, columns, num_experts, m, most)
+        # `best` has one cosine for each row and expert
         expert = mine // m
         sums.index_add_(0, expert.cpu(), best.double().cpu())
         value, at = best.max(1)
         parts["any"].append(value.cpu())
         parts["ids"].append(ids.gather(1, at[:, None])[:, 0].cpu())
         parts["within"].append(best.gather(1, expert[:, None])[:, 0].cpu())
+        # in place: nobody needs the own expert's cosine any more
         parts["between"].append(best.scatter_(1, expert[:, None], -torch.inf).amax(1).cpu())
     joined = {name: torch.cat(part) for name, part in parts.items()}
     counts = torch.bincount(own // m, minlength=num_experts)
@@ -163,8 +167,9 @@ def _null(
     seed: int,
     device: torch.device | str,
 ) -> _Neighbors:
-    """The same of `count` random rows among random ones, in place of evenly spread features."""
-    # a row of its own in place of that column: the same in distribution, and no second pass
+    """The same for `count` random rows among `num_features` random columns."""
+    # The rows stand for evenly spread features, but are drawn anew instead of being those columns:
+    # the distribution is the same, and the columns are made only once.
     own = torch.arange(count) * num_features // count
     drawn = random_unit_rows(count, hidden_size, seed, device)(0, count)
     columns = random_unit_rows(num_features, hidden_size, seed + 1, device)
@@ -175,6 +180,7 @@ def _null(
 
 
 def _about(sae: SwitchSAE) -> dict[str, Any]:
+    """`Geometry.sae`."""
     names = ("hookpoint", "hidden_size", "num_features", "num_experts", "k", "activation")
     return {name: getattr(sae.config, name) for name in names} | {
         "features_per_expert": sae.config.features_per_expert,
@@ -183,6 +189,7 @@ def _about(sae: SwitchSAE) -> dict[str, Any]:
 
 
 def _nearest(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> dict[str, Any]:
+    """`Geometry.nearest`."""
     num_experts, m = shape
     told: dict[str, Any] = {}
     at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
@@ -204,7 +211,7 @@ def _nearest(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> dic
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
-    """As torch.quantile, which takes no more than 16M values."""
+    """Like torch.quantile, which takes at most 16M values."""
     ordered, place = values.sort().values, q * (len(values) - 1)
     low = int(place)
     high = min(low + 1, len(values) - 1)
@@ -214,6 +221,7 @@ def _quantile(values: Tensor, q: float) -> Tensor:
 def _duplicates(
     found: _Neighbors, null: _Neighbors, rate: Tensor | None, threshold: float
 ) -> dict[str, Any]:
+    """`Geometry.duplicates`."""
     told: dict[str, Any] = {"threshold": threshold}
     weight = None if rate is None or not rate.any() else rate
     curve: dict[str, Any] = {"thresholds": list(THRESHOLDS)}
@@ -221,6 +229,7 @@ def _duplicates(
         if found.values[kind].isinf().any():
             told[kind] = curve[kind] = None
             continue
+        # at the threshold asked for, and along the curve
         values = found.values[kind]
         each = [
             {
@@ -238,7 +247,7 @@ def _duplicates(
 
 
 def _share(cosines: Tensor, threshold: float, weight: Tensor | None = None) -> float:
-    """Share of the cosines above a threshold, each counted by its weight; nan without any."""
+    """The share of cosines above a threshold, counted by weight; nan without any."""
     above = cosines.double() > threshold
     if weight is None:
         return float(above.double().mean())
@@ -253,6 +262,8 @@ def _pairs(
     threshold: float,
     most: int,
 ) -> dict[str, Any]:
+    """`Geometry.pairs`."""
+    # two features that are each other's nearest are one pair
     near = (found.values["any"].double() > threshold).nonzero()[:, 0]
     both = torch.stack([near, found.ids[near]], 1).sort(1).values
     both, which = torch.unique(both, dim=0, return_inverse=True)
@@ -276,6 +287,7 @@ def _pairs(
 
 
 def _similarity(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> dict[str, Any]:
+    """`Geometry.similarity`."""
     told: dict[str, Any] = {}
     for name, each in (("found", found), ("null", null)):
         told[name] = _own_and_other(each, shape)
@@ -285,6 +297,7 @@ def _similarity(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> 
 
 
 def _own_and_other(each: _Neighbors, shape: tuple[int, int]) -> dict[str, float | None]:
+    """Mean largest cosine with the own expert, and with the others; None if there is none."""
     num_experts, m = shape
     total = int(each.counts.sum())
     own = each.to_experts.diagonal().sum() / total
@@ -298,10 +311,11 @@ def _own_and_other(each: _Neighbors, shape: tuple[int, int]) -> dict[str, float 
 def _router_alignment(
     sae: SwitchSAE, encoder: Tensor, device: torch.device | str
 ) -> tuple[Tensor, dict[str, Any] | None]:
-    """[F] own minus others (nan of one expert), and the figures of it."""
+    """Own minus others for each feature, [F] (nan with one expert), and `Geometry.router`."""
     count, m = sae.config.num_experts, sae.config.features_per_expert
     if count == 1:
         return torch.full((len(encoder),), torch.nan), None
+    # cosines of all encoder rows with all router rows, in blocks
     router, rows = unit_rows(sae.router.weight, device), unit_rows_of(encoder, device)
     own, others, right = [], [], []
     for first in range(0, len(encoder), ROWS):
@@ -312,6 +326,7 @@ def _router_alignment(
         own.append(mine[:, 0].cpu())
         others.append(((cosines.sum(1, keepdim=True) - mine) / (count - 1))[:, 0].cpu())
         right.append((cosines.argmax(1) == expert[:, 0]).cpu())
+    # figures over all features
     mine, rest = torch.cat(own), torch.cat(others)
     gap = mine - rest
     edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64)
@@ -335,7 +350,7 @@ def _router_alignment(
     return gap.float(), told
 
 
-def _places(drawn: FeatureMaps | None, num_features: int) -> dict[str, Tensor]:
+def _map_columns(drawn: FeatureMaps | None, num_features: int) -> dict[str, Tensor]:
     if drawn is None:
         return {}
     found = {}

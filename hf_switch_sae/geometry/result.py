@@ -1,4 +1,4 @@
-"""What `measure_geometry` found: geometry.json and a table of features, saved and loaded."""
+"""What `measure_geometry` finds: figures and a table of features, saved and loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import SwitchSAEError
-from hf_switch_sae.files import written_beside
+from hf_switch_sae.files import rounded, write_json, written_beside
 from hf_switch_sae.hub.layout import GEOMETRY, GEOMETRY_TABLE
 
 _MOST_EXPERTS_WRITTEN = 256
@@ -26,28 +26,29 @@ class Geometry:
     """hookpoint, hidden_size, num_features, num_experts, features_per_expert, k, activation."""
     seed: int
     nearest: dict[str, Any]
-    """Of each kind (any, within, between): mean and quantiles of the nearest neighbor's cosine;
-    `in_own_expert`: share of features whose nearest neighbor is in their own, `chance` that of it
-    among all others."""
+    """For each kind (any, within, between): mean and quantiles of the nearest neighbor's cosine.
+    `in_own_expert`: the share of features whose nearest neighbor is in their own expert; `chance`:
+    the same share if neighbors were drawn at random."""
     duplicates: dict[str, Any]
-    """`threshold`; of each kind the `share` above it, `of_activations` the same weighted by firing
-    rate (None without calibration), `null`; and `curve`: all of these at each of `thresholds`."""
+    """`threshold`; for each kind the `share` above it, the same weighted by firing rate
+    (`of_activations`; None without calibration) and for random vectors (`null`); `curve`: all of
+    these at each of its `thresholds`."""
     pairs: dict[str, Any]
-    """`count` of pairs (a feature and its nearest neighbor) above the threshold, and the `listed`
-    ones, highest cosine first: candidates to be merged."""
+    """Pairs of a feature and its nearest neighbor above the threshold: their `count`, and the
+    `listed` ones, highest cosine first. They are candidates to be merged."""
     similarity: dict[str, Any]
-    """`experts` [E, E]: mean over the features of expert a of the largest decoder cosine with a
-    feature of expert b, on the diagonal with another of its own; `own`, `other`: means of the
-    diagonal and of the rest; `null`: the same of random vectors."""
+    """`experts` [E, E]: the largest decoder cosine of a feature of expert a with a feature of
+    expert b (on the diagonal, with another of its own), as a mean over a's features. `own`,
+    `other`: means of the diagonal and of the rest; `null`: the same for random vectors."""
     router: dict[str, Any] | None
-    """Cosine of an encoder row with its own expert's router row (`own`) and the mean over the other
-    experts' (`others`); None of one expert."""
+    """Cosine of an encoder row with its own expert's router row (`own`), and the mean cosine with
+    those of other experts (`others`); None with one expert."""
     clusters: dict[str, Any] | None
-    """t-SNE of encoder and decoder rows, and how far neighbors share an expert; None if not
-    asked for."""
+    """t-SNE of encoder and decoder rows, and how often neighbors share an expert; None without
+    maps."""
     table: dict[str, Tensor] = field(repr=False)
-    """[F] each: expert, nearest, cosine, within, between, alignment, rate, and where a feature is
-    on the maps encoder_x, encoder_y, decoder_x, decoder_y (nan where it is not)."""
+    """[F] each: expert, nearest, cosine, within, between, alignment, rate, and the feature's place
+    on the maps: encoder_x, encoder_y, decoder_x, decoder_y (nan if it is not drawn)."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without the table."""
@@ -58,7 +59,7 @@ class Geometry:
         for name in ("nearest", "duplicates", "pairs"):
             shown[name] = getattr(self, name)
         shown |= {"similarity": similarity, "router": self.router, "clusters": self.clusters}
-        return _rounded(shown)  # type: ignore[no-any-return]
+        return rounded(shown)
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write geometry.json and geometry.parquet; returns their paths."""
@@ -66,8 +67,7 @@ class Geometry:
         columns = {name: values.cpu().numpy() for name, values in self.table.items()}
         with written_beside(files[1]) as beside:
             pyarrow.parquet.write_table(pyarrow.table(columns), beside, compression="zstd")
-        with written_beside(files[0]) as beside:
-            beside.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(files[0], self.to_dict(), indent=1)
         return files
 
     @classmethod
@@ -89,12 +89,3 @@ class Geometry:
         read = pyarrow.parquet.read_table(table)
         columns = {n: torch.tensor(read[n].to_numpy()) for n in read.column_names}
         return cls(**held, table=columns)
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to five digits, all the way down."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value

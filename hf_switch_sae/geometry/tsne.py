@@ -1,8 +1,9 @@
-"""Encoder and decoder rows -> a picture of each by t-SNE, and how far neighbors share an expert.
+"""Encoder and decoder rows -> a picture of each by t-SNE, and how often neighbors share an expert.
 
-Rows are drawn at length 1, so that distance is a matter of their cosine. A picture alone proves
-nothing: t-SNE makes islands of noise. So beside each stands the purity: of a feature's nearest
-neighbors, the share that is of its own expert, among the rows themselves and among the points.
+How    Rows are scaled to length 1, so that their distance depends on their cosine alone.
+Beware A picture alone proves nothing: t-SNE makes islands out of noise. So each comes with its
+       purity: of a feature's nearest neighbors, the share that are in its own expert, measured
+       among the rows and among the points drawn.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.geometry.cosines import ROWS, unit_rows
 
 NEIGHBORS = 10
-"""Whose experts purity looks at."""
-_EXACT = 20_000
+"""How many nearest neighbors purity looks at."""
+_EXACT = 20_000  # most rows whose neighbors t-SNE searches exactly
 
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """t-SNE of some features; n of them."""
+    """t-SNE of n features."""
 
     features: Tensor = field(repr=False)
     """[n] int64, ascending."""
@@ -34,9 +35,9 @@ class FeatureMaps:
     perplexity: float
     neighbors: int
     purity: dict[str, dict[str, float]] | None
-    """encoder and decoder: `rows`, `picture`; None of one expert."""
+    """Of encoder and decoder, among `rows` and in the `picture`; None with one expert."""
     chance: float
-    """The purity of experts dealt out at random."""
+    """The purity if features were assigned to experts at random."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, without the points."""
@@ -61,28 +62,30 @@ def draw_maps(
 
     Args:
         encoder, decoder: [F, d].
-        features_per_expert: m; feature f is of expert f // m.
-        most: how many features to draw; a seeded sample where there are more.
-        perplexity: of t-SNE; a third of the features at most.
-        seed: of sample and t-SNE.
+        features_per_expert: m; feature f belongs to expert f // m.
+        most: how many features to draw; a seeded sample if there are more.
+        perplexity: of t-SNE; at most a third of the features drawn.
+        seed: of the sample and of t-SNE.
 
     Raises:
         SwitchSAEError: openTSNE is not installed, or there are too few features.
     """
     tsne = _tsne()
+    # which features, and what fits their number
     features = sample_features(len(encoder), most, seed)
     if len(features) < 8:
         raise SwitchSAEError(f"{len(features)} features are too few for a map: draw 8 or more.")
     expert = features // features_per_expert
     perplexity = min(perplexity, (len(features) - 1) / 3)
     neighbors = min(NEIGHBORS, len(features) - 1)
+    # one map of encoder rows, one of decoder rows
     points, purity = {}, {}
     for name, weight in (("encoder", encoder), ("decoder", decoder)):
         rows = unit_rows(weight[features.to(weight.device)].detach(), "cpu")
         placed = tsne(
             perplexity=perplexity,
             random_state=seed,
-            n_jobs=1,  # sums in one order: the same picture each time
+            n_jobs=1,  # sums in the same order, so that the picture is the same each time
             neighbors="exact" if len(rows) <= _EXACT else "auto",
         ).fit(rows.numpy())
         points[name] = torch.tensor(placed.tolist(), dtype=torch.float64).mul(1e3).round().div(1e3)
@@ -90,6 +93,7 @@ def draw_maps(
             "rows": neighbor_purity(rows, expert, neighbors),
             "picture": neighbor_purity(points[name], expert, neighbors),
         }
+    # chance: two features drawn at random share an expert
     sizes = expert.bincount().double()
     chance = float((sizes * (sizes - 1)).sum() / (len(expert) * (len(expert) - 1)))
     several = len(encoder) > features_per_expert
@@ -105,7 +109,7 @@ def draw_maps(
 
 
 def sample_features(num_features: int, most: int, seed: int) -> Tensor:
-    """[min(num_features, most)] int64, ascending: all features, or a seeded sample."""
+    """All features, or a seeded sample of `most` of them: int64, rising."""
     if num_features <= most:
         return torch.arange(num_features)
     generator = torch.Generator().manual_seed(seed)
@@ -113,13 +117,14 @@ def sample_features(num_features: int, most: int, seed: int) -> Tensor:
 
 
 def neighbor_purity(points: Tensor, labels: Tensor, neighbors: int) -> float:
-    """Mean share of a point's nearest others, by distance, that have its own label.
+    """The share of nearest neighbors, by distance, that have a point's label; a mean over points.
 
-    Of rows of length 1 the nearest by distance are the nearest by cosine.
+    For rows of length 1, nearest by distance is nearest by cosine.
     """
     points, same = points.double(), 0.0
     for first in range(0, len(points), ROWS):
         distance = torch.cdist(points[first : first + ROWS], points)
+        # a point is not its own neighbor
         own = torch.arange(len(distance))
         distance[own, own + first] = torch.inf
         nearest = distance.topk(neighbors, largest=False).indices
