@@ -9,9 +9,9 @@ import typer
 from safetensors import SafetensorError
 
 from hf_switch_sae.errors import ConversionError, HubError, TextError
-from hf_switch_sae.formats.conversion import EXPORTS, FORMATS
-from hf_switch_sae.formats.conversion import convert as convert_checkpoint
-from hf_switch_sae.formats.conversion import export as export_sae
+from hf_switch_sae.formats import EXPORTS, FORMATS
+from hf_switch_sae.formats import convert as convert_checkpoint
+from hf_switch_sae.formats import export as export_sae
 from hf_switch_sae.formats.registry import writer_of
 from hf_switch_sae.hub.layout import CONFIG, is_ours
 from hf_switch_sae.hub.source import open_source

@@ -4,7 +4,8 @@
     convert("google/gemma-scope-2b-pt-res", "folder", subfolder="layer_20/width_16k/average_l0_71")
     export(sae, "folder", format="saelens")
 
-Room   `registry.py` lists the formats; to add one, write its file and add a line there.
+Room   A file a format, each with NAME, `recognizes`, `read` and, if we also write it, `write`.
+       `registry.py` lists them: to add a format, write its file and add it there.
 """
 
 from hf_switch_sae.formats.checkpoint import Given

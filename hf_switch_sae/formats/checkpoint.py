@@ -1,7 +1,7 @@
-"""What every reader of a format returns, and how it becomes a `SwitchSAE`.
+"""A checkpoint as a reader returns it, and how it becomes a `SwitchSAE`.
 
 A reader settles two things: the fields and tensors of our own layout, and `formula`, the format's
-own arithmetic written out densely on the file's own tensors. The two meet in `parity`.
+own arithmetic, written out densely on the file's own tensors. `parity` compares the two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
 from hf_switch_sae.hub.source import Source
-from hf_switch_sae.lm.names import hookpoint_of
+from hf_switch_sae.lm.names import SITES, hookpoint_of
 from hf_switch_sae.sae.config import SwitchSAEConfig
 from hf_switch_sae.sae.model import SwitchSAE
 
@@ -24,18 +24,18 @@ Formula = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Given:
-    """What the user adds to a checkpoint whose files don't tell.
+    """What the user tells of a checkpoint, where its files don't.
 
     Args:
         k: features per token.
         layer: block of the language model, from 0; short for hookpoint `layers.<layer>.resid_post`.
-        hookpoint: where the SAE reads and writes; in place of what the files say.
-        base_model: Hub id of the language model; in place of what the files say.
-        heaviside: switch_sae: whether the router's probability is left out of the activations.
-        experts_per_token: Scale-SAE: how many experts encode a token.
-        input_scale: what the residual stream is multiplied with before the SAE sees it.
-        threshold: the activation to exceed, of a BatchTopK SAE whose files have none.
-        dict_class: dictionary_learning: the class, where there is no config.json.
+        hookpoint: where the SAE reads and writes; overrides what the files say.
+        base_model: Hub id of the language model; overrides what the files say.
+        heaviside: for switch_sae: whether the router's probability is left out of the activations.
+        experts_per_token: for Scale-SAE: how many experts encode a token.
+        input_scale: what the residual stream is multiplied by before the SAE sees it.
+        threshold: for a BatchTopK SAE whose files have none: the activation to exceed.
+        dict_class: for dictionary_learning without a config.json: the class.
     """
 
     k: int | None = None
@@ -49,10 +49,10 @@ class Given:
     dict_class: str | None = None
 
     def settle(self, name: str, found: Any, source: Source) -> Any:
-        """The file's value or the user's, which must agree if there are both.
+        """The value of a field, as the files or the user tell it.
 
         Raises:
-            ConversionError: there is neither, or they differ.
+            ConversionError: neither tells, or they differ.
         """
         given = getattr(self, name)
         if given is None and found is None:
@@ -61,14 +61,19 @@ class Given:
             raise ConversionError(f"{name}={given} contradicts {source.where}, which has {found}.")
         return found if given is None else given
 
-    def place(self, found: str | None, source: Source, said: object = None) -> str:
-        """The hookpoint: the user's, else the file's; `said` is what the file has instead of one.
+    def place(self, found: str | None, source: Source, their_name: object = None) -> str:
+        """The hookpoint, as the user or else the files tell it.
+
+        Args:
+            found: what the files tell; None if they don't.
+            source: the files.
+            their_name: what the files call the place, if that is no hookpoint of ours.
 
         Raises:
             ConversionError: neither tells, or the user's has no site.
         """
         if self.hookpoint is not None:
-            if not self.hookpoint.endswith((".resid_pre", ".resid_post")):
+            if self.hookpoint.rpartition(".")[2] not in SITES:
                 raise ConversionError(
                     f"hookpoint={self.hookpoint!r} names no site: it is a block or a module with "
                     "its side, 'layers.<i>.resid_post' or '<module path>.resid_pre'."
@@ -80,7 +85,7 @@ class Given:
             self._check_layer(found, source)
         if found is not None:
             return found
-        but = "" if said is None else f" ({said!r} names no place that is known here)"
+        but = "" if their_name is None else f" ({their_name!r} names no place that is known here)"
         raise ConversionError(
             f"{source.where} does not tell where it reads and writes{but}: pass layer=, or "
             "hookpoint='layers.<i>.resid_post' or a module path with its site."
@@ -99,13 +104,14 @@ GIVEN = frozenset(field.name for field in fields(Given))
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A checkpoint in our layout, not yet a model.
+class Checkpoint:
+    """A checkpoint of another project in our layout, not yet a model.
 
     Args:
-        format: the converter's name.
+        format: the reader's NAME.
         config: fields of SwitchSAEConfig.
-        weights: W_enc, W_dec [E, m, d] and what else the config calls for, by parameter or buffer.
+        weights: W_enc, W_dec [E, m, d], and whatever else the config calls for, by the name of the
+            parameter or buffer.
         formula: x [n, d] -> dense acts [n, F] in the format's own units, reconstruction [n, d].
     """
 
@@ -115,7 +121,7 @@ class Foreign:
     formula: Formula
 
     def build(self, dtype: torch.dtype | None = None) -> SwitchSAE:
-        """The SAE; by default in the dtype of its weights if they share one of 16 bits."""
+        """The SAE, in float32 unless a dtype is given or its weights share a 16-bit one."""
         sae = SwitchSAE(SwitchSAEConfig(**self.config))
         sae.train(False)
         parameters = dict(sae.named_parameters())
@@ -133,19 +139,17 @@ class Foreign:
 
 
 @dataclass(frozen=True)
-class Plain:
-    """An SAE of one expert in our orientation, one feature a row.
+class OneExpert:
+    """The weights of an SAE of one expert, each feature a row, as most formats have them.
 
     Args:
         W_enc, W_dec: [F, d].
         b_enc: [F].
         b_dec: [d].
-        activation: as in SwitchSAEConfig.
+        activation, k, input_norm: as in SwitchSAEConfig.
         subtracts: whether the encoder sees x - b_dec.
-        k: as in SwitchSAEConfig.
-        threshold: [F], or 0-d for all features alike; for jumprelu and batch_topk.
+        threshold: [F], or 0-d if all features share it; for jumprelu and batch_topk.
         input_scale: biases and thresholds are in units of x times this.
-        input_norm: as in SwitchSAEConfig.
     """
 
     W_enc: Tensor
@@ -159,8 +163,8 @@ class Plain:
     input_scale: float = 1.0
     input_norm: str = "none"
 
-    def foreign(self, format: str, about: Mapping[str, Any], formula: Formula) -> Foreign:
-        """With what `described` says of it, and the format's own formula."""
+    def checkpoint(self, format: str, about: Mapping[str, Any], formula: Formula) -> Checkpoint:
+        """The checkpoint; `about` is what `origin_fields` returns."""
         features, width = self.W_enc.shape
         weights = {
             "W_enc": self.W_enc[None],
@@ -182,44 +186,46 @@ class Plain:
             "subtract_b_dec": self.subtracts,
             **about,
         }
-        return Foreign(format, config, weights, formula)
+        return Checkpoint(format, config, weights, formula)
 
 
-def described(
+def origin_fields(
     source: Source,
     given: Given,
     format: str,
     hookpoint: str | None,
-    said: object = None,
+    their_name: object = None,
     base_model: object = None,
     **origin: Any,
 ) -> dict[str, Any]:
-    """The fields that say where an SAE belongs and comes from.
+    """The config fields that say where an SAE belongs and where it comes from.
 
     Args:
-        source, given, format: as the reader got them.
-        hookpoint: as far as the files tell; else `said` is what they have instead.
-        base_model: what the files call the language model; recorded as such, and taken for a Hub
-            id only if it has the form of one.
-        origin: what else the files say of where they come from.
+        source, given: what the reader was given.
+        format: the reader's NAME.
+        hookpoint: as the files tell; None if they don't.
+        their_name: what the files call the place, if that is no hookpoint of ours.
+        base_model: what the files call the language model; recorded as it is, and used as a Hub id
+            only if it has the form of one.
+        origin: what else the files say about where they come from.
 
     Raises:
-        ConversionError: neither files nor user tell the place.
+        ConversionError: neither files nor user tell the hookpoint.
     """
     is_hub_id = isinstance(base_model, str) and base_model.count("/") == 1
     known = {**source.provenance(), "format": format, "model_name": base_model, **origin}
     return {
-        "hookpoint": given.place(hookpoint, source, said),
+        "hookpoint": given.place(hookpoint, source, their_name),
         "base_model": given.base_model or (base_model if is_hub_id else None),
         "source": {name: value for name, value in known.items() if value is not None},
     }
 
 
 def integer(value: Any, name: str, where: str) -> int | None:
-    """An int from a config, or None if it is absent.
+    """A whole number from a config; None if it is absent.
 
     Raises:
-        ConversionError: it is there and is none.
+        ConversionError: it is something else.
     """
     if value is None or (isinstance(value, float) and value.is_integer()):
         return None if value is None else int(value)

@@ -1,8 +1,8 @@
 """Checkpoints of other projects -> `SwitchSAE`, and back.
 
-A conversion is exact or refused. Nothing is guessed: what the files don't tell is an error that
-names the argument to pass. Every conversion can be held against its format's own arithmetic,
-written out by hand on the file's own tensors (`parity`).
+A conversion is exact or refused. Nothing is guessed: if the files leave something open, the error
+names the argument to pass. Every conversion is checked against its format's own arithmetic, which
+each reader writes out by hand on the file's own tensors (`parity`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,11 @@ from torch import nn
 
 from hf_switch_sae.errors import ConversionError
 from hf_switch_sae.files import written_beside
-from hf_switch_sae.formats.checkpoint import GIVEN, Foreign, Given
+from hf_switch_sae.formats.checkpoint import GIVEN, Checkpoint, Given
 from hf_switch_sae.formats.parity import Parity, parity
-from hf_switch_sae.formats.registry import (
-    EXPORTS,
-    FORMATS,
-    format_of,
-    writer_of,
-)
-from hf_switch_sae.hub.source import (
-    SOURCE_KEYWORDS,
-    open_source,
-)
+from hf_switch_sae.formats.registry import reader_of, writer_of
+from hf_switch_sae.hub.source import SOURCE_KEYWORDS, open_source
 from hf_switch_sae.sae.model import SwitchSAE
-
-__all__ = ["EXPORTS", "FORMATS", "Conversion", "Given", "Parity", "convert", "export", "parity"]
 
 
 @dataclass(frozen=True)
@@ -64,16 +54,16 @@ def convert(
 
     Args:
         name: a local folder or file, or a Hub repository.
-        folder: where to save the SAE, which must not be there yet; None: nowhere.
-        format: one of FORMATS; by default it is told by the files.
-        lm: the language model, to measure FVU and L0 on live text, given as `inputs`.
+        folder: where to save the SAE, which must not be there yet; None to save it nowhere.
+        format: one of FORMATS; by default the files tell.
+        lm: the language model, to measure FVU and L0 on the text in `inputs`.
         inputs: keywords of the model's forward, as a tokenizer returns them.
         options: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`,
             `local_files_only`, and the fields of `Given`: `k`, `layer`, `hookpoint`, ...
 
     Raises:
-        ConversionError: no format that is known, one that can't be taken over exactly, something
-            missing, wrong or malicious in it, or a folder that is there already. Nothing is
+        ConversionError: the format is not known, or can't be taken over exactly; something in the
+            checkpoint is missing, wrong or malicious; or the folder is there already. Nothing is
             written then.
         HubError: the repository can't be read.
         TypeError: an option that does not exist.
@@ -82,11 +72,13 @@ def convert(
         raise ConversionError(f"{folder} is there already; name a folder that is not.")
     if (lm is None) != (inputs is None):
         raise ConversionError("to measure on live text pass both lm= and inputs=.")
-    foreign = _read(name, format, options)
-    sae = foreign.build()
-    found = parity(sae, foreign)
+
+    checkpoint = _read(name, format, options)
+    sae = checkpoint.build()
+    found = parity(sae, checkpoint)
     if not found.holds:
         raise ConversionError(f"{name}: {found}; it was not written.")
+
     live = None
     if lm is not None and inputs is not None:
         with sae.attach(lm) as session:
@@ -102,28 +94,28 @@ def export(sae: SwitchSAE, folder: str | Path, format: str) -> tuple[str, ...]:
 
     Args:
         sae: the SAE; its weights are written in float32.
-        folder: where to; it must not be there yet.
+        folder: where to write; it must not be there yet.
         format: one of EXPORTS.
 
     Returns:
         What a user should know, one sentence each; mostly nothing.
 
     Raises:
-        ConversionError: the format can't hold it exactly, or the folder is there already. Nothing
-            is written then.
+        ConversionError: the format can't hold the SAE exactly, or the folder is there already.
+            Nothing is written then.
     """
-    write, folder = writer_of(format), Path(folder)
+    writer, folder = writer_of(format), Path(folder)
     if folder.exists():
         raise ConversionError(f"{folder} is there already; name a folder that is not.")
     with written_beside(folder) as beside:
-        return write(sae, beside)
+        return writer.write(sae, beside)
 
 
-def _read(name: str | Path, format: str | None, options: Mapping[str, Any]) -> Foreign:
+def _read(name: str | Path, format: str | None, options: Mapping[str, Any]) -> Checkpoint:
     unknown = options.keys() - GIVEN - set(SOURCE_KEYWORDS)
     if unknown:
         raise TypeError(f"convert() has no option {sorted(unknown)[0]!r}.")
     where = {n: v for n, v in options.items() if n in SOURCE_KEYWORDS and v is not None}
     source = open_source(name, **where)
     given = Given(**{n: v for n, v in options.items() if n in GIVEN})
-    return format_of(source, format).read(source, given)
+    return reader_of(source, format).read(source, given)

@@ -1,8 +1,9 @@
-"""What several formats share: the rules of which features stay, and a plain SAE laid out densely.
+"""What formats of dense SAEs share: rules for their formulas, and our weights in their layout.
 
-Formats without an input scale get it folded into their biases and thresholds, which leaves
-activations and reconstruction as they are. Formats that always or never subtract `b_dec` before
-encoding get the difference folded into the encoder's bias: W (x - b) + c = W x + (c - W b).
+How    A format without an input scale gets it folded into biases and thresholds, which changes
+       neither activations nor reconstruction. A format that always, or never, subtracts `b_dec`
+       before encoding gets the difference folded into the encoder's bias:
+       W (x - b) + c = W x + (c - W b).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_switch_sae.sae.model import SwitchSAE
 
 
 def keep_topk(pre: Tensor, k: int) -> Tensor:
-    """relu(pre) [n, F] with all but the k largest of each row set to 0."""
+    """relu(pre) [n, F], with all but the k largest of each row set to 0."""
     acts = pre.relu()
     values, ids = acts.topk(k, dim=-1)
     return torch.zeros_like(acts).scatter(-1, ids, values)
@@ -35,7 +36,7 @@ def keep_above(pre: Tensor, threshold: Tensor) -> Tensor:
 
 
 def lost_bound(sae: SwitchSAE, format: str) -> tuple[str, ...]:
-    """A sentence on the SAE's `outlier_norm`, which no format has; empty if it has none either."""
+    """A sentence on the SAE's `outlier_norm`, which no format can hold; () if it has none."""
     if not math.isfinite(sae.outlier_norm):
         return ()
     return (
@@ -45,7 +46,10 @@ def lost_bound(sae: SwitchSAE, format: str) -> tuple[str, ...]:
 
 
 def normed_by_hand(x: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor | float]:
-    """(h, size, shift) with x = size * h + shift, as the other projects write it; for formulas."""
+    """The normalized input h, and size and shift with x = size * h + shift; for formulas.
+
+    Written as the other projects write it, on purpose not with `sae.input_norm`.
+    """
     if how == "layer_norm":
         mean = x.mean(-1, keepdim=True)
         std = ((x - mean) ** 2).sum(-1, keepdim=True).div(x.shape[-1] - 1).sqrt()
@@ -58,9 +62,9 @@ def normed_by_hand(x: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor | float]
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """A one-expert SAE without its input scale: W_enc, W_dec [F, d], b_enc, threshold [F], b_dec.
+    """The weights of an SAE of one expert, its input scale folded in; float32, on the CPU.
 
-    float32, on the CPU. `b_enc` and `subtracts` go together as in the SAE.
+    W_enc, W_dec [F, d], b_enc, threshold [F], b_dec [d]; `subtracts` as the SAE has it.
     """
 
     W_enc: Tensor
@@ -73,12 +77,13 @@ class DenseWeights:
 
     @classmethod
     def of(cls, sae: SwitchSAE, format: str, any_input_norm: bool = False) -> DenseWeights:
-        """Lay an SAE out.
+        """The weights of an SAE, for a format.
 
         Raises:
-            ConversionError: it has several experts, a k beside a threshold rule, or an input_norm
-                where the format has none.
+            ConversionError: the SAE has several experts, a k beside a threshold rule, or an
+                input_norm where the format has none.
         """
+        # refuse what the format can't hold
         c = sae.config
         if c.input_norm != "none" and not any_input_norm:
             raise ConversionError(
@@ -92,6 +97,8 @@ class DenseWeights:
             )
         if c.activation in ("jumprelu", "relu") and c.k is not None:
             raise ConversionError(f"{format} has no {c.activation!r} that also keeps at most k.")
+
+        # pre = W (s x) + b fires above t just when W x + b / s fires above t / s
         s = sae.input_scale.float().cpu()
         with torch.no_grad():
             held = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -109,18 +116,18 @@ class DenseWeights:
         return cls(W_enc[0], W_dec[0], b_enc, b_dec / s, threshold, c.subtract_b_dec, notes)
 
     def bias_when_subtracting(self) -> Tensor:
-        """[F], the encoder's bias for a format that encodes x - b_dec."""
+        """The encoder's bias [F] for a format that encodes x - b_dec."""
         return self.b_enc if self.subtracts else self.b_enc + self.W_enc @ self.b_dec
 
     def bias_when_not(self) -> Tensor:
-        """[F], the encoder's bias for a format that encodes x as it is."""
+        """The encoder's bias [F] for a format that encodes x as it is."""
         return self.b_enc - self.W_enc @ self.b_dec if self.subtracts else self.b_enc
 
     def one_threshold(self, format: str) -> Tensor:
-        """0-d, for a format with one threshold for all features.
+        """The threshold, 0-d, for a format that has one for all features.
 
         Raises:
-            ConversionError: features have thresholds of their own.
+            ConversionError: the features' thresholds differ.
         """
         assert self.threshold is not None
         if bool((self.threshold != self.threshold[0]).any()):

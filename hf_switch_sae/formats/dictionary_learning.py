@@ -1,4 +1,4 @@
-"""dictionary_learning: `ae.pt`, a state dict, and `config.json`; both ways.
+"""dictionary_learning: `ae.pt`, a state dict, and `config.json`; read and written.
 
     class                   encode                                       tensors
     AutoEncoder             relu(W (x - b_dec) + b_enc)                  encoder, decoder, bias
@@ -12,25 +12,25 @@
 encoder.weight is [F, d] and decoder.weight [d, F], as `nn.Linear` has them.
 
 Beware A threshold of -1 means that none was recorded. AutoEncoderTopK and BatchTopKSAE have the
-       same tensors, so without config.json the class must be given.
+       same tensors, so without config.json the user has to name the class.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described, integer
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given, OneExpert, integer, origin_fields
 from hf_switch_sae.formats.dense import DenseWeights, keep_above, keep_topk, write_checkpoint
 from hf_switch_sae.formats.saelens import gated
 from hf_switch_sae.hub.source import Source
 from hf_switch_sae.hub.tensors import Tensors
-from hf_switch_sae.lm.names import layer_of
+from hf_switch_sae.lm.names import Site, hookpoint_of, layer_of
 from hf_switch_sae.sae.model import SwitchSAE
 
 NAME = "dictionary_learning"
@@ -41,17 +41,23 @@ CLASSES = (*_WITH_LINEAR, *_WITH_ROWS, "GatedAutoEncoder")
 
 
 def recognizes(source: Source) -> bool:
-    """By its files; `switch_sae`, which shares them, is asked before."""
+    """Told by its file; `switch_sae` and `scale_sae`, which have the same, are asked before it."""
     return WEIGHTS in source.files
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over a dictionary; raises ConversionError for another class, or what is missing."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over a dictionary.
+
+    Raises:
+        ConversionError: another class, or a missing parameter.
+    """
     trainer = source.section(CONFIG, "trainer")
     tensors = source.tensors(WEIGHTS)
     kind = given.settle("dict_class", trainer.get("dict_class") or _told_by(tensors), source)
     if kind not in CLASSES:
         raise ConversionError(f"{source.where} is a {kind}; known are {', '.join(CLASSES)}.")
+
+    # the tensors, and the rule by which features stay
     d = integer(trainer.get("activation_dim"), "activation_dim", source.where)
     F = integer(trainer.get("dict_size"), "dict_size", source.where)
     W_enc, W_dec, b_enc, b_dec = _matrices(kind, tensors, F, d)
@@ -77,18 +83,18 @@ def read(source: Source, given: Given) -> Foreign:
             acts = keep_topk(pre + b_enc.float(), k or F)
         return acts, acts @ W_dec.float().T + b_dec.float()
 
-    said = trainer.get("submodule_name")
-    about = described(
+    their_name = trainer.get("submodule_name")
+    about = origin_fields(
         source,
         given,
         NAME,
         place_of(trainer),
-        said,
+        their_name,
         trainer.get("lm_name"),
         dict_class=kind,
-        submodule_name=said,
+        submodule_name=their_name,
     )
-    plain = Plain(
+    ours = OneExpert(
         weights["W_enc"],
         W_dec.T,
         b_enc,
@@ -98,17 +104,71 @@ def read(source: Source, given: Given) -> Foreign:
         k=k,
         threshold=threshold,
     )
-    return plain.foreign(NAME, about, formula)
+    return ours.checkpoint(NAME, about, formula)
+
+
+def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
+    """Write `ae.pt` and `config.json`; returns what a user should know.
+
+    relu becomes AutoEncoder, topk AutoEncoderTopK, batch_topk BatchTopKSAE and jumprelu
+    JumpReluAutoEncoder.
+
+    Raises:
+        ConversionError: several experts, a k beside a threshold rule, or a batch_topk with
+            thresholds that differ.
+    """
+    dense, c = DenseWeights.of(sae, NAME), sae.config
+    kind = {
+        "relu": "AutoEncoder",
+        "topk": "AutoEncoderTopK",
+        "batch_topk": "BatchTopKSAE",
+        "jumprelu": "JumpReluAutoEncoder",
+    }[c.activation]
+
+    # the two layouts: W_enc [d, F] as rows, or an nn.Linear
+    if kind == "JumpReluAutoEncoder":
+        assert dense.threshold is not None
+        tensors = {
+            "W_enc": dense.W_enc.T.contiguous(),
+            "b_enc": dense.bias_when_not(),
+            "W_dec": dense.W_dec,
+            "b_dec": dense.b_dec,
+            "threshold": dense.threshold,
+        }
+    else:
+        tensors = {
+            "bias" if kind == "AutoEncoder" else "b_dec": dense.b_dec,
+            "encoder.weight": dense.W_enc,
+            "encoder.bias": dense.bias_when_subtracting(),
+            "decoder.weight": dense.W_dec.T.contiguous(),
+        }
+        if kind != "AutoEncoder":
+            # AutoEncoderTopK stores a threshold too, and -1 for none
+            one = dense.one_threshold(NAME) if kind == "BatchTopKSAE" else torch.tensor(-1.0)
+            tensors |= {"k": torch.tensor(c.k, dtype=torch.int), "threshold": one}
+    place = layer_of(c.hookpoint)
+    trainer = {
+        "dict_class": kind,
+        "activation_dim": c.hidden_size,
+        "dict_size": c.num_features,
+        "lm_name": c.base_model,
+        "k": c.k,
+        "layer": place[0] if place else None,
+        "submodule_name": f"{place[1]}_layer_{place[0]}" if place else None,
+    }
+    told = {name: value for name, value in trainer.items() if value is not None}
+    write_checkpoint(folder, {WEIGHTS: tensors, CONFIG: {"trainer": told}})
+    return dense.notes
 
 
 def place_of(trainer: dict[str, Any]) -> str | None:
-    """The hookpoint that a trainer's config tells: of `resid_post_layer_3`, and that alone."""
+    """The hookpoint in a trainer's config, `resid_post_layer_3`; None for any other name."""
     match = re.fullmatch(r"(resid_pre|resid_post)_layer_(\d+)", str(trainer.get("submodule_name")))
-    return f"layers.{match[2]}.{match[1]}" if match else None
+    return hookpoint_of(match[2], cast(Site, match[1])) if match else None
 
 
 def _told_by(tensors: Tensors) -> str | None:
-    """The class, where the names of the tensors leave no doubt."""
+    """The class, if the names of the tensors leave no doubt."""
     marks = {
         "bias": "AutoEncoder",
         "decoder.bias": "AutoEncoderNew",
@@ -124,7 +184,7 @@ def _told_by(tensors: Tensors) -> str | None:
 def _matrices(
     kind: str, tensors: Tensors, F: int | None, d: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc [F, d], W_dec [d, F], b_enc [F], b_dec [d]; b_enc 0 for a gated one."""
+    """W_enc [F, d], W_dec [d, F], b_enc [F], b_dec [d]; b_enc is 0 for a gated one."""
     if kind in _WITH_ROWS:
         W_enc = tensors.take("W_enc", d, F).T
         F, d = W_enc.shape
@@ -173,54 +233,3 @@ def _rule_of(kind: str) -> str:
         "BatchTopKSAE": "batch_topk",
         "MatryoshkaBatchTopKSAE": "batch_topk",
     }.get(kind, "jumprelu")
-
-
-def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
-    """Write `ae.pt` and `config.json`; returns what a user should know.
-
-    relu becomes AutoEncoder, topk AutoEncoderTopK, batch_topk BatchTopKSAE and jumprelu
-    JumpReluAutoEncoder.
-
-    Raises:
-        ConversionError: several experts, a k beside a threshold rule, or a batch_topk with
-            thresholds that differ.
-    """
-    dense, c = DenseWeights.of(sae, NAME), sae.config
-    place = layer_of(c.hookpoint)
-    kind = {
-        "relu": "AutoEncoder",
-        "topk": "AutoEncoderTopK",
-        "batch_topk": "BatchTopKSAE",
-        "jumprelu": "JumpReluAutoEncoder",
-    }[c.activation]
-    if kind == "JumpReluAutoEncoder":
-        assert dense.threshold is not None
-        tensors = {
-            "W_enc": dense.W_enc.T.contiguous(),
-            "b_enc": dense.bias_when_not(),
-            "W_dec": dense.W_dec,
-            "b_dec": dense.b_dec,
-            "threshold": dense.threshold,
-        }
-    else:
-        tensors = {
-            "bias" if kind == "AutoEncoder" else "b_dec": dense.b_dec,
-            "encoder.weight": dense.W_enc,
-            "encoder.bias": dense.bias_when_subtracting(),
-            "decoder.weight": dense.W_dec.T.contiguous(),
-        }
-        if kind != "AutoEncoder":
-            one = dense.one_threshold(NAME) if kind == "BatchTopKSAE" else torch.tensor(-1.0)
-            tensors |= {"k": torch.tensor(c.k, dtype=torch.int), "threshold": one}
-    trainer = {
-        "dict_class": kind,
-        "activation_dim": c.hidden_size,
-        "dict_size": c.num_features,
-        "lm_name": c.base_model,
-        "k": c.k,
-        "layer": place[0] if place else None,
-        "submodule_name": f"{place[1]}_layer_{place[0]}" if place else None,
-    }
-    told = {name: value for name, value in trainer.items() if value is not None}
-    write_checkpoint(folder, {WEIGHTS: tensors, CONFIG: {"trainer": told}})
-    return dense.notes

@@ -3,12 +3,12 @@
     acts = relu(x W_enc + b_enc) * (x W_enc + b_enc > threshold);  x_hat = acts @ W_dec + b_dec
 
 W_enc [d, F], W_dec [F, d]; nothing is subtracted. Gemma Scope 1 is `params.npz` without a config:
-layer and site are in the address. Gemma Scope 2 is `params.safetensors`, in small letters, with
-the place in `config.json`.
+the address tells layer and site. Gemma Scope 2 is `params.safetensors`, its names in lower case,
+and `config.json` tells the place.
 
 Beware `att` reads what enters o_proj, not what attention adds to the stream. SAEs of the embedding
-       were trained on it before Gemma multiplies by sqrt(d), which is folded here. Transcoders
-       read one place and write another.
+       were trained on it before Gemma multiplies it by sqrt(d), so that factor is folded in here.
+       Transcoders read one place and write another, so they are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given, OneExpert, origin_fields
 from hf_switch_sae.formats.dense import keep_above
 from hf_switch_sae.formats.hookpoint_names import from_module_path, layer_in
 from hf_switch_sae.hub.source import Source
@@ -34,15 +34,20 @@ _OTHER_KIND = re.compile(r"(?:^|[/_-])(transcoder|clt)s?(?:[/_-]|$)")
 
 
 def recognizes(source: Source) -> bool:
-    """By its files."""
+    """Told by its files."""
     return bool({ONE, TWO} & set(source.files))
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over one SAE; raises ConversionError for a transcoder, or what is missing."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over one SAE.
+
+    Raises:
+        ConversionError: a transcoder, or a missing parameter.
+    """
     file = ONE if ONE in source.files else TWO
     config, tensors = source.json("config.json"), source.tensors(file)
     _refuse_transcoders(source, set(tensors.held), config)
+    # Gemma Scope 1 writes W_enc, Gemma Scope 2 w_enc
     name = {wanted.lower(): wanted for wanted in tensors.held}
     W_enc = tensors.take(name.get("w_enc", "W_enc"), None, None)
     d, F = W_enc.shape
@@ -56,7 +61,7 @@ def read(source: Source, given: Given) -> Foreign:
         acts = keep_above(x / scale @ W_enc.float() + b_enc.float(), threshold)
         return acts, (acts @ W_dec.float() + b_dec.float()) * scale
 
-    plain = Plain(
+    ours = OneExpert(
         W_enc.T if scale == 1.0 else W_enc.T.float() / scale,
         W_dec if scale == 1.0 else W_dec.float() * scale,
         b_enc,
@@ -65,19 +70,19 @@ def read(source: Source, given: Given) -> Foreign:
         subtracts=False,
         threshold=threshold,
     )
-    said = config.get("hf_hook_point_in", _address(source))
-    about = described(
-        source, given, NAME, _place(source, config), said, _base_model(source, config)
+    their_name = config.get("hf_hook_point_in", _address(source))
+    about = origin_fields(
+        source, given, NAME, _place(source, config), their_name, _base_model(source, config)
     )
-    return plain.foreign(NAME, about, formula)
+    return ours.checkpoint(NAME, about, formula)
 
 
 def _address(source: Source) -> str:
-    """The part of the address that the release gave it: a user's own folders say nothing."""
+    """The part of the address that the release gave it; a user's own folders tell nothing."""
     if source.hub is not None:
         return source.where
     release = _RELEASE.match(source.where)
-    # without the release's name: layer_20/width_16k/average_l0_71, the longest it has below it
+    # without the release's name, at most layer_20/width_16k/average_l0_71 is the release's own
     return release[1] if release else "/".join(source.where.split("/")[-3:])
 
 
@@ -99,7 +104,7 @@ def _place(source: Source, config: dict[str, Any]) -> str | None:
         return from_module_path(config["hf_hook_point_in"])
     address = _address(source)
     if _EMBEDDING.search(address):
-        return "layers.0.resid_pre"
+        return hookpoint_of(0, "resid_pre")
     layer = layer_in(address, r"layer_(\d+)")
     site = re.search(r"-(res|mlp|att)(?:-[a-z]+)?(?:/|$)|(resid_post|attn_out|mlp_out)", address)
     if layer is None or site is None:

@@ -1,16 +1,16 @@
-"""Goodfire: one `.pt` or `.pth`, of Llama 3.1 8B and 3.3 70B.
+"""Goodfire: ReLU SAEs of Llama 3.1 8B and 3.3 70B, one `.pt` or `.pth` file each.
 
     acts = relu(encoder_linear.weight @ x + encoder_linear.bias)       encoder_linear.weight [F, d]
     x_hat = decoder_linear.weight @ acts + decoder_linear.bias         decoder_linear.weight [d, F]
 
-Nothing is subtracted. The layer is in the name, `...-SAE-l19`; it is the block's output.
+Nothing is subtracted. The name tells the layer, `...-SAE-l19`, whose output the SAE reads.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given, OneExpert, origin_fields
 from hf_switch_sae.formats.hookpoint_names import layer_in
 from hf_switch_sae.hub.source import Source
 from hf_switch_sae.lm.names import hookpoint_of
@@ -19,13 +19,13 @@ NAME = "goodfire"
 
 
 def recognizes(source: Source) -> bool:
-    """By the only .pt or .pth file, with an `encoder_linear.weight` in it."""
+    """Told by its one .pt or .pth file, with an `encoder_linear.weight` in it."""
     files = source.weight_files(".pt", ".pth")
     return len(files) == 1 and "encoder_linear.weight" in source.names(files[0])
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over one SAE; raises ConversionError for what is missing."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over one SAE; raises ConversionError for a missing parameter."""
     (file,) = source.weight_files(".pt", ".pth")
     tensors = source.tensors(file)
     W_enc = tensors.take("encoder_linear.weight", None, None)
@@ -40,5 +40,5 @@ def read(source: Source, given: Given) -> Foreign:
 
     layer = layer_in(f"{source.where}/{file}", r"-SAE-l(\d+)(?:\.pth?)?(?:/|$)")
     place = None if layer is None else hookpoint_of(layer)
-    plain = Plain(W_enc, W_dec.T, b_enc, b_dec, "relu", subtracts=False)
-    return plain.foreign(NAME, described(source, given, NAME, place), formula)
+    ours = OneExpert(W_enc, W_dec.T, b_enc, b_dec, "relu", subtracts=False)
+    return ours.checkpoint(NAME, origin_fields(source, given, NAME, place), formula)

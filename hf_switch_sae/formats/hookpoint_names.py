@@ -1,7 +1,7 @@
-"""The names other projects give to places in a language model -> ours, or None if not known.
+"""Other projects' names for places in a language model -> ours, or None if we can't tell.
 
-Only the ends of the residual blocks have the same meaning in every architecture; a name of a part
-of a block is no module path, so it is not translated but asked for.
+Only the ends of a residual block mean the same in every architecture. A name for a part of a block,
+such as `hook_mlp_out`, does not say which module that is, so the user is asked for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def to_transformer_lens(hookpoint: str | None) -> str | None:
 
 
 def from_module_path(name: object) -> str | None:
-    """A module, with `.input` or (by default) `.output` behind it: `model.layers.7.output`."""
+    """`model.layers.7.output` -> `layers.7.resid_post`; with neither side, the output is meant."""
     match = re.fullmatch(r"([A-Za-z_][\w.]*?)(?:\.(input|output))?", str(name))
     if not match:
         return None
@@ -35,11 +35,11 @@ def from_module_path(name: object) -> str | None:
 
 
 def from_base_module(name: str) -> str | None:
-    """sparsify's: a module of the base model, `layers.7`, `h.3` or `layers.7.mlp`."""
+    """sparsify's names, modules of the base model: `layers.7`, `h.3` or `layers.7.mlp`."""
     return from_module_path(name) if re.search(r"\.\d+(\.|$)|embed", name) else None
 
 
 def layer_in(address: str, pattern: str) -> int | None:
-    """The one number that `pattern` finds in an address; None if there is none, or several."""
+    """The number that `pattern` finds in an address; None if it finds none, or several."""
     found = set(re.findall(pattern, address))
     return int(found.pop()) if len(found) == 1 else None

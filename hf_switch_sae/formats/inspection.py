@@ -1,10 +1,11 @@
-"""A folder or a repository -> what is in it, without reading the weights.
+"""A folder or a repository -> which SAEs are in it, without reading their weights.
 
-Of a safetensors file only the header and the small tensors of statistics are read, of a .pt only
-the names in it; of a file on the Hub only those bytes are asked for. Foreign checkpoints are named
-by their format.
-
-Beware A .pt from before torch 1.6 has its tensors among its names, so it is read whole.
+How    Of a safetensors file, the header and the small tensors of statistics are read; of a .pt
+       file, the names of its tensors. Other projects' checkpoints are named by their format.
+Beware A .pt file from before torch 1.6 holds its tensors among their names, so it is read whole.
+       The header is parsed here, as huggingface_hub's parsers (tried: one for a folder, one for the
+       Hub) do not tell where the data begins, which the statistics lie in, and raise TypeError or
+       AttributeError for some damaged headers.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ class SAESummary:
     """What one SAE is; prints as a few lines."""
 
     path: str
-    """Folder within the release; "" for itself."""
+    """Folder within the release; "" for the top folder."""
     format: str
-    """`hf_switch_sae`, or that of another project."""
+    """`hf_switch_sae`, or the format of another project."""
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, tuple[str, list[int]]] = field(default_factory=dict)
     """Name -> dtype and shape, as in the file."""
     statistics: dict[str, float] = field(default_factory=dict)
-    """Scalars as stored, `dead_share`: features never active, and the largest `feature_max`."""
+    """Scalars as stored, the share of dead features, and the largest `feature_max`."""
 
     def __str__(self) -> str:
         c = self.config
@@ -78,7 +79,7 @@ class Inspection:
     saes: tuple[SAESummary, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """As JSON can hold it."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -95,8 +96,8 @@ def inspect(name: str | Path, subfolder: str = "", **where: Any) -> Inspection:
         where: `revision`, `token`, `cache_dir`, `local_files_only`, as of `from_pretrained`.
 
     Raises:
-        ConversionError: no such folder, nothing in it, a path that climbs out of it, or a damaged
-            file.
+        ConversionError: there is no such folder, nothing is in it, the path climbs out of it, or a
+            file is damaged.
         HubError: the repository can't be read.
     """
     source = open_source(name, subfolder, **where)
@@ -115,7 +116,7 @@ def _summary(source: Source) -> SAESummary | None:
     config = source.json(CONFIG)
     if not is_ours(config):
         found = recognize(source)
-        return None if found is None else SAESummary(path, found.name)
+        return None if found is None else SAESummary(path, found.NAME)
     config.pop("base_model_fingerprint", None)
     tensors: dict[str, tuple[str, list[int]]] = {}
     numbers: dict[str, float] = {}
@@ -130,11 +131,12 @@ def _summary(source: Source) -> SAESummary | None:
 def _read_header(
     stream: BinaryIO, file: str
 ) -> tuple[dict[str, tuple[str, list[int]]], dict[str, float]]:
-    """Name -> (dtype, shape), and the statistics.
+    """Name -> (dtype, shape) of each tensor in a safetensors file, and the statistics among them.
 
     Raises:
-        ConversionError: no safetensors file, or a damaged one.
+        ConversionError: it is no safetensors file, or a damaged one.
     """
+    # eight bytes give the header's length; a false length must not make us read gigabytes
     try:
         (size,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(size)) if size <= _MOST_HEADER else None
@@ -143,11 +145,14 @@ def _read_header(
     if not isinstance(header, dict):
         raise ConversionError(f"{file} is no safetensors file: it has no list of tensors.")
     header.pop("__metadata__", None)
+
     shapes = {}
     for name, entry in header.items():
         if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
             raise ConversionError(f"{file} is no safetensors file: {name!r} has no shape or place.")
         shapes[name] = (str(entry["dtype"]), entry["shape"])
+
+    # data_offsets count from the end of the header
     values = {
         name: _tensor(stream, 8 + size, header[name], f"{name!r} in {file}")
         for name in (*_NUMBERS, *_PER_FEATURE)

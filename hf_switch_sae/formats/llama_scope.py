@@ -1,19 +1,19 @@
-"""Llama Scope (OpenMOSS): JumpReLU SAEs of Llama 3.1, by the authors' own rule.
+"""Llama Scope (OpenMOSS): JumpReLU SAEs of Llama 3.1, computed as the authors do.
 
-Of 2024: `hyperparams.json` and `checkpoints/final.safetensors`, encoder.weight [F, d] and
-decoder.weight [d, F], trained on activations of mean norm sqrt(d). With s = sqrt(d) / mean norm and
-n the decoder's column norms after scaling it by s_in / s_out:
+Llama Scope of 2024: `hyperparams.json` and `checkpoints/final.safetensors`, with encoder.weight
+[F, d] and decoder.weight [d, F], trained on activations scaled to a mean norm of sqrt(d). With
+s = sqrt(d) / mean norm, and n the norms of the decoder's columns after scaling by s_in / s_out:
 
     pre = n * (encoder.weight @ x + encoder.bias / s_in);   acts = relu(pre) * (pre > theta)
     x_hat = decoder.weight * (s_in / s_out / n) @ acts + decoder.bias / s_out
 
-Llama-Scope-R1-Distill: `config.json` and `sae_weights.safetensors` with a threshold a feature; the
-scale is not in its files, so it must be given.
+Llama-Scope-R1-Distill: `config.json` and `sae_weights.safetensors`, with a threshold for each
+feature. The files don't tell the scale, so it has to be given.
 
-What Llamascopium writes today (`W_E`, `W_D`, a norm a hookpoint) is refused by name.
+What Llamascopium writes today (`W_E`, `W_D`, a norm for each hookpoint) is refused by name.
 
-Beware Other loaders skip n and compare in other units, which fires other features unless the
-       decoder's columns happen to have length 1.
+Beware Other loaders leave n out. Other features then fire, unless the decoder's columns happen to
+       have length 1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.formats.checkpoint import Foreign, Formula, Given, Plain, described
+from hf_switch_sae.formats.checkpoint import Checkpoint, Formula, Given, OneExpert, origin_fields
 from hf_switch_sae.formats.dense import keep_above
 from hf_switch_sae.formats.hookpoint_names import from_transformer_lens
 from hf_switch_sae.hub.layout import LLAMA_SCOPE_WEIGHTS
@@ -37,7 +37,7 @@ R1_CONFIG, R1_WEIGHTS = "config.json", "sae_weights.safetensors"
 
 
 def recognizes(source: Source) -> bool:
-    """By its files; the later ones have a config.json where SAELens has a cfg.json."""
+    """Told by its files; R1-Distill has a config.json where SAELens has a cfg.json."""
     files = set(source.files)
     if {CONFIG, WEIGHTS} <= files:
         return True
@@ -46,8 +46,13 @@ def recognizes(source: Source) -> bool:
     return "hook_point_in" in source.json(R1_CONFIG)
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over one SAE; raises ConversionError for a transcoder, topk, or what is missing."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over one SAE.
+
+    Raises:
+        ConversionError: a transcoder, another activation, today's Llamascopium, or a missing
+            parameter.
+    """
     old = CONFIG in source.files
     config = source.json(CONFIG if old else R1_CONFIG)
     if not old and R1_WEIGHTS not in source.files:
@@ -64,17 +69,17 @@ def read(source: Source, given: Given) -> Foreign:
     b_dec = tensors.take("decoder.bias", d)
     held = (W_enc, W_dec, b_enc, b_dec)
     if old:
-        plain, formula = _with_norms(source, config, *(value.float() for value in held))
+        ours, formula = _with_norms(source, config, *(value.float() for value in held))
     else:
         threshold = tensors.take("log_jumprelu_threshold", F).float().exp()
         scale = float(given.settle("input_scale", None, source))
-        plain, formula = _with_scale(scale, threshold, *held)
+        ours, formula = _with_scale(scale, threshold, *held)
     tensors.finish()
-    said = config.get("hook_point_in")
+    their_name = config.get("hook_point_in")
     model = "meta-llama/Llama-3.1-8B" if "Llama3_1-8B-Base" in source.where else None
-    place = from_transformer_lens(said)
-    about = described(source, given, NAME, place, said, model, hook_name=said)
-    return plain.foreign(NAME, about, formula)
+    place = from_transformer_lens(their_name)
+    about = origin_fields(source, given, NAME, place, their_name, model, hook_name=their_name)
+    return ours.checkpoint(NAME, about, formula)
 
 
 def _check(source: Source, config: dict[str, Any]) -> None:
@@ -90,6 +95,9 @@ def _check(source: Source, config: dict[str, Any]) -> None:
             raise ConversionError(f"{source.where} has {name}={config[name]!r}, not {want!r}.")
 
 
+# the two variants, each as our weights and its own formula
+
+
 def _with_norms(
     source: Source,
     config: dict[str, Any],
@@ -97,7 +105,7 @@ def _with_norms(
     W_dec: Tensor,
     b_enc: Tensor,
     b_dec: Tensor,
-) -> tuple[Plain, Formula]:
+) -> tuple[OneExpert, Formula]:
     norms = config.get("dataset_average_activation_norm")
     theta = config.get("jump_relu_threshold")
     how = config.get("norm_activation")
@@ -116,7 +124,7 @@ def _with_norms(
         acts = keep_above((x @ W_enc.T + b_enc / s_in) * norm, threshold)
         return acts, (acts / norm) @ W_dec.T * (s_in / s_out) + b_dec / s_out
 
-    plain = Plain(
+    ours = OneExpert(
         W_enc * norm[:, None],
         (W_dec * (s_in / s_out) / norm).T,
         b_enc / s_in * norm,
@@ -125,17 +133,17 @@ def _with_norms(
         subtracts=False,
         threshold=threshold,
     )
-    return plain, formula
+    return ours, formula
 
 
 def _with_scale(
     scale: float, threshold: Tensor, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor
-) -> tuple[Plain, Formula]:
+) -> tuple[OneExpert, Formula]:
     def formula(x: Tensor) -> tuple[Tensor, Tensor]:
         acts = keep_above(scale * x @ W_enc.float().T + b_enc.float(), threshold)
         return acts, (acts @ W_dec.float().T + b_dec.float()) / scale
 
-    plain = Plain(
+    ours = OneExpert(
         W_enc,
         W_dec.T,
         b_enc,
@@ -145,4 +153,4 @@ def _with_scale(
         threshold=threshold,
         input_scale=scale,
     )
-    return plain, formula
+    return ours, formula

@@ -1,4 +1,8 @@
-"""`SwitchSAE.from_pretrained` where there is no SAE of our own, and every SAE of a release."""
+"""What `SwitchSAE.from_pretrained` does with other people's SAEs, and loading a whole release.
+
+Room   `hf_switch_sae/__init__.py` hands `load_foreign` and `pin_revision` to `SwitchSAE`, which
+       lies on a lower floor.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +35,19 @@ _log = logging.getLogger(__name__)
 
 
 def load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
-    """What `SwitchSAE.from_pretrained` does when there is no SAE of our own at an address.
+    """Load another project's SAE, where `from_pretrained` found none of ours.
 
-    The converted SAE is saved to a temporary folder and loaded from it, so that every argument of
-    `from_pretrained` means the same as ever; the folder goes when the SAE does.
+    Args:
+        name: as given to `from_pretrained`.
+        kwargs: all else that was given to it.
+        error: the error that it met.
+
+    Returns:
+        What `from_pretrained` returns.
 
     Raises:
-        ConversionError: a known format, but it can't be taken over.
-        The error given: there is nothing that is known, or it can't be reached.
+        ConversionError: the format is known, but the SAE can't be taken over.
+        The error given: nothing there is in a known format, or it can't be reached.
     """
     where = {n: kwargs[n] for n in SOURCE_KEYWORDS if kwargs.get(n) is not None}
     check_inside(where.get("subfolder", ""), "subfolder")
@@ -53,11 +62,13 @@ def load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
                 f"{error}{_hint(source, open_source(name, **where, whole=True))}"
             ) from error
         raise error
-    foreign = found.read(source, Given(**{n: v for n, v in kwargs.items() if n in GIVEN}))
-    _log.warning("%s is in the format of %s; converted.", source.where, found.name)
+    checkpoint = found.read(source, Given(**{n: v for n, v in kwargs.items() if n in GIVEN}))
+    _log.warning("%s is in the format of %s; converted.", source.where, found.NAME)
+
+    # saved and loaded again, so that every argument of from_pretrained means what it always does
     folder = tempfile.mkdtemp(prefix="hf-switch-sae-")
     try:
-        foreign.build().save_pretrained(folder)
+        checkpoint.build().save_pretrained(folder)
         mine = {*SOURCE_KEYWORDS, *GIVEN, "pretrained_model_name_or_path"}
         rest = {n: v for n, v in kwargs.items() if n not in mine}
         result = SwitchSAE.from_pretrained(folder, **rest)
@@ -66,12 +77,13 @@ def load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
         raise
     sae = result[0] if isinstance(result, tuple) else result
     sae.config._name_or_path = name
+    # its weights may be mapped from the folder, so that goes only when the SAE does
     weakref.finalize(sae, shutil.rmtree, folder, ignore_errors=True)
     return result
 
 
 def _said_plainly(name: str, error: Exception) -> Exception:
-    """The error, but of a path that can't be a repository's name that there is no such folder."""
+    """The error; if the name can't be a repository's, one that says there is no such folder."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -80,7 +92,7 @@ def _said_plainly(name: str, error: Exception) -> Exception:
 
 
 def _hint(source: Source, whole: Source) -> str:
-    """What could have been asked for at an address without an SAE, as a sentence."""
+    """A sentence on what there is at an address that has no SAE; "" if nothing is known."""
     if reason := other_kind(source):
         return f" It looks like {reason}, which can't be taken over."
     there = listed_folders(whole)
@@ -90,9 +102,13 @@ def _hint(source: Source, whole: Source) -> str:
 
 
 def pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
-    """Record the commit an SAE of our own was loaded at, so that everything saved carries it.
+    """Record in an SAE's config the commit it was loaded at, so that whatever is saved carries it.
 
-    What the SAE was converted from is kept beside it, as "taken_from".
+    What the SAE was converted from stays beside it, as "taken_from".
+
+    Args:
+        result: what `from_pretrained` returns.
+        name, kwargs: what it was given.
     """
     if Path(name).exists():
         return
@@ -111,7 +127,7 @@ def pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def _origin(source: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """Where an SAE loaded from repository `name` first came from; None: from there."""
+    """What an SAE in repository `name` was converted from; None if it was made there."""
     if "taken_from" in source:
         origin: Mapping[str, Any] | None = source["taken_from"]
         return origin
@@ -119,12 +135,12 @@ def _origin(source: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 
 def load_all(name: str | Path, revision: str | None = None, **options: Any) -> dict[str, SwitchSAE]:
-    """Every SAE of a release, by subfolder ("" for itself), all of one commit.
+    """Every SAE of a release, by subfolder ("" for the top folder), all of one commit.
 
     Args:
         name: a local folder or a Hub repository, of ours or of another project.
         revision: branch, tag or commit.
-        options: further ones of `SwitchSAE.from_pretrained`.
+        options: other arguments of `SwitchSAE.from_pretrained`.
 
     Raises:
         HubError: there is no SAE, or the repository can't be read.

@@ -1,12 +1,12 @@
-"""OpenAI's sparse_autoencoder: `<layer>.pt`, of GPT-2 small.
+"""OpenAI's sparse_autoencoder: SAEs of GPT-2 small, `<layer>.pt`.
 
     pre = encoder.weight @ (x - pre_bias) + latent_bias          encoder.weight [F, d]
     x_hat = decoder.weight @ acts + pre_bias                     decoder.weight [d, F]
 
-acts is relu(pre) (v1, v4) or the k largest of them (v5). The TopK models read (x - mean) / (std +
-1e-5) of every token in place of x, and put std * x_hat + mean out.
+acts is relu(pre) (v1, v4), or the k largest of them (v5). The TopK models read (x - mean) / (std +
+1e-5) of every token in place of x, and return std * x_hat + mean.
 
-Beware That a model normalizes is told by its activation's name alone.
+Beware Only the name of its activation tells whether a model normalizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described, integer
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given, OneExpert, integer, origin_fields
 from hf_switch_sae.formats.dense import keep_topk, normed_by_hand
 from hf_switch_sae.formats.hookpoint_names import layer_in
 from hf_switch_sae.hub.source import Source
@@ -28,13 +28,17 @@ _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_me
 
 
 def recognizes(source: Source) -> bool:
-    """By the only .pt file, with a `pre_bias` in it."""
+    """Told by its one .pt file, with a `pre_bias` in it."""
     files = source.weight_files(".pt")
     return len(files) == 1 and "pre_bias" in source.names(files[0])
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over an autoencoder; raises ConversionError for another activation, or what lacks."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over an autoencoder.
+
+    Raises:
+        ConversionError: another activation, or a missing parameter.
+    """
     (file,) = source.weight_files(".pt")
     tensors = source.tensors(file)
     rule, k = _rule(tensors.plain("activation"), tensors, source, given)
@@ -51,13 +55,13 @@ def read(source: Source, given: Given) -> Foreign:
         return acts, (acts @ W_dec.float().T + b_dec.float()) * std + mean
 
     layer = layer_in(file, r"^(\d+)\.pt$")
-    # its other locations (resid_delta_*, mlp_post_act, resid_post_attn) lie within a block
+    # the other locations (resid_delta_*, mlp_post_act, resid_post_attn) lie within a block
     is_stream = "resid_post_mlp" in source.where
     place = hookpoint_of(layer) if is_stream and layer is not None else None
     model = "openai-community/gpt2" if "gpt2-small" in source.where else None
-    about = described(source, given, NAME, place, f"{source.where}/{file}", model)
-    plain = Plain(W_enc, W_dec.T, b_enc, b_dec, rule, subtracts=True, k=k, input_norm=norm)
-    return plain.foreign(NAME, about, formula)
+    about = origin_fields(source, given, NAME, place, f"{source.where}/{file}", model)
+    ours = OneExpert(W_enc, W_dec.T, b_enc, b_dec, rule, subtracts=True, k=k, input_norm=norm)
+    return ours.checkpoint(NAME, about, formula)
 
 
 def _rule(

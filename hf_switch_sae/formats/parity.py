@@ -1,7 +1,7 @@
-"""A conversion and the format's own arithmetic, side by side on random vectors.
+"""A conversion against the format's own arithmetic, on random vectors.
 
-The vectors are Gaussian, as long as it takes for features to be active: a comparison in which
-nothing fires would agree whatever the weights.
+The vectors are Gaussian, and as long as it takes for features to fire: if nothing fired, any two
+SAEs would agree.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_switch_sae.formats.checkpoint import Foreign, Formula
+from hf_switch_sae.formats.checkpoint import Checkpoint, Formula
 from hf_switch_sae.sae.model import SwitchSAE
 
 _CHUNK = 32
@@ -24,21 +24,21 @@ class Parity:
     vectors: int
     """How many were compared."""
     error: float
-    """Largest difference of two reconstructions' entries, in units of their largest entry.
+    """Largest difference between entries of the two reconstructions, in units of the largest entry.
 
-    Over the vectors on which the same features are active.
+    Of the vectors on which both have the same features active.
     """
     l0: float
-    """Active features per vector by the formula, on average."""
+    """Active features per vector, on average, by the formula."""
     other_features: int
-    """Vectors on which other features are active than by the formula.
+    """Vectors on which the two do not have the same features active.
 
-    Of a hundred thousand features a few lie within rounding of their threshold.
+    There may be some: of a hundred thousand features, a few lie within rounding of their threshold.
     """
 
     @property
     def holds(self) -> bool:
-        """Whether they agree to 1e-5 of the largest entry, on 95 % of the vectors at least."""
+        """Whether the two agree to 1e-5 of the largest entry, on at least 95 % of the vectors."""
         return self.error <= 1e-5 and self.other_features <= self.vectors / 20 and self.l0 > 0
 
     def __str__(self) -> str:
@@ -51,18 +51,18 @@ class Parity:
 
 
 @torch.no_grad()
-def parity(sae: SwitchSAE, foreign: Foreign, vectors: int = 256) -> Parity:
-    """Compare what `foreign.build()` gave with the format's formula on the file's own tensors.
+def parity(sae: SwitchSAE, checkpoint: Checkpoint, vectors: int = 256) -> Parity:
+    """Compare what `checkpoint.build()` gave with the format's formula on the file's own tensors.
 
-    In float32: of an SAE in another dtype, its conversion to float32 is compared.
+    An SAE in another dtype is built again in float32 for this.
     """
-    sae = sae if sae.dtype == torch.float32 else foreign.build(torch.float32)
-    return compare(sae, foreign.formula, foreign.format, vectors)
+    sae = sae if sae.dtype == torch.float32 else checkpoint.build(torch.float32)
+    return parity_with(sae, checkpoint.formula, checkpoint.format, vectors)
 
 
 @torch.no_grad()
-def compare(sae: SwitchSAE, formula: Formula, format: str, vectors: int = 256) -> Parity:
-    """`parity` with any formula, x [n, d] -> dense acts [n, F], reconstruction [n, d]."""
+def parity_with(sae: SwitchSAE, formula: Formula, format: str, vectors: int = 256) -> Parity:
+    """Compare an SAE with any formula, x [n, d] -> dense acts [n, F], reconstruction [n, d]."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(vectors, sae.config.hidden_size, generator=generator)
     x = x * _scale(x[:_CHUNK], formula)
@@ -71,6 +71,8 @@ def compare(sae: SwitchSAE, formula: Formula, format: str, vectors: int = 256) -
     for part in torch.split(x, _CHUNK):
         acts, wanted = formula(part)
         features = sae.encode(part)
+        # a feature within rounding of its threshold changes the reconstruction by all it adds,
+        # so such vectors are counted, and their reconstructions are not compared
         differ = ((features.to_dense() > 0) != (acts > 0)).any(1)
         off = (sae.decode(features, part) - wanted).abs().amax(1).where(~differ, 0.0)
         worst = max(worst, float(off.max()))
@@ -81,7 +83,7 @@ def compare(sae: SwitchSAE, formula: Formula, format: str, vectors: int = 256) -
 
 
 def _scale(x: torch.Tensor, formula: Formula) -> float:
-    """The power of 2 from 1 on at which a vector has one active feature on average."""
+    """The smallest power of 2, at least 1, at which vectors have one active feature on average."""
     for power in range(16):
         if float((formula(x * 2.0**power)[0] > 0).sum()) >= len(x):
             return 2.0**power

@@ -1,10 +1,11 @@
-"""Qwen-Scope: `layer<n>.sae.pt` with four tensors, of Qwen3 and Qwen3.5.
+"""Qwen-Scope: TopK SAEs of Qwen3 and Qwen3.5, `layer<n>.sae.pt` with four tensors.
 
     acts = topk_k relu(W_enc @ x + b_enc);  x_hat = W_dec @ acts + b_dec
 
-W_enc is [F, d], W_dec [d, F]; nothing is subtracted. k is only in the repository's name,
-`...-L0_50`, the layer only in the file's, and many files lie in one folder: name the file as
-`subfolder`, or pass `layer`.
+W_enc is [F, d], W_dec [d, F]; nothing is subtracted.
+
+Beware Only the repository's name tells k, `...-L0_50`, and only the file's name the layer. All
+       files lie in one folder, so a user names the file as `subfolder`, or passes `layer`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given, OneExpert, origin_fields
 from hf_switch_sae.formats.dense import keep_topk
 from hf_switch_sae.formats.hookpoint_names import layer_in
 from hf_switch_sae.hub.source import Source
@@ -24,12 +25,16 @@ NAME = "qwen_scope"
 
 
 def recognizes(source: Source) -> bool:
-    """By the names of its files."""
+    """Told by the names of its files."""
     return bool(source.weight_files(".sae.pt"))
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over one SAE; raises ConversionError for several files, or what is missing."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over one SAE.
+
+    Raises:
+        ConversionError: the files of several layers without `layer`, or a missing parameter.
+    """
     files = source.weight_files(".sae.pt")
     if given.layer is not None:
         wanted = f"layer{given.layer}.sae.pt"
@@ -60,6 +65,6 @@ def read(source: Source, given: Given) -> Foreign:
     model = re.search(r"SAE-Res-(.+?)-W\d+K", source.where)
     place = None if layer is None else hookpoint_of(layer)
     base_model = f"Qwen/{model[1]}" if model else None
-    about = described(source, given, NAME, place, base_model=base_model)
-    plain = Plain(W_enc, W_dec.T, b_enc, b_dec, "topk", subtracts=False, k=k)
-    return plain.foreign(NAME, about, formula)
+    about = origin_fields(source, given, NAME, place, base_model=base_model)
+    ours = OneExpert(W_enc, W_dec.T, b_enc, b_dec, "topk", subtracts=False, k=k)
+    return ours.checkpoint(NAME, about, formula)

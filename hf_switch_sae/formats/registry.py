@@ -1,11 +1,13 @@
-"""The formats there are, and which of them a source is in: asked in order, by its files."""
+"""The formats there are, and which of them a source is in.
+
+Room   To add a format, write its file with what `Reader` asks for, and add it to `_READERS`.
+Beware Formats are asked in the order of `_READERS`, by the files of the source.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 from hf_switch_sae.errors import ConversionError
 from hf_switch_sae.formats import (
@@ -18,71 +20,90 @@ from hf_switch_sae.formats import (
     saelens,
     scale_sae,
     sparsify,
+    switch_sae,
 )
-from hf_switch_sae.formats import switch_sae as switch_reference
-from hf_switch_sae.formats.checkpoint import Foreign, Given
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given
 from hf_switch_sae.hub.layout import CONFIG, is_ours
 from hf_switch_sae.hub.source import Source, listed_folders
 from hf_switch_sae.sae.model import SwitchSAE
 
-# dictionary_learning is known by its file's name alone, so those who share it come before
-_READERS: tuple[ModuleType, ...] = (
+
+class Reader(Protocol):
+    """What the file of a format defines, in this order."""
+
+    @property
+    def NAME(self) -> str:
+        """The format, as users and provenance call it."""
+        ...
+
+    def recognizes(self, source: Source) -> bool:
+        """Whether a source is in this format."""
+        ...
+
+    def read(self, source: Source, given: Given) -> Checkpoint:
+        """The checkpoint in our layout; raises ConversionError if that can't be exact."""
+        ...
+
+
+class Writer(Reader, Protocol):
+    """A format that we also write."""
+
+    def write(self, sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
+        """Write a new folder; returns what a user should know, a sentence each."""
+        ...
+
+
+# dictionary_learning is known by its file's name alone, so those that share it come before it
+_READERS: tuple[Reader, ...] = (
     saelens,
     sparsify,
     gemma_scope,
     llama_scope,
     qwen_scope,
-    switch_reference,
+    switch_sae,
     scale_sae,
     dictionary_learning,
     goodfire,
     openai,
 )
-FORMATS = tuple(module.NAME for module in _READERS)
-"""What can be read, by name."""
-_BY_NAME = dict(zip(FORMATS, _READERS, strict=True))
-EXPORTS = tuple(name for name, module in _BY_NAME.items() if hasattr(module, "write"))
-"""What can be written."""
+_WRITERS: tuple[Writer, ...] = (saelens, sparsify, switch_sae, dictionary_learning)
+FORMATS = tuple(reader.NAME for reader in _READERS)
+"""Names of the formats that can be read."""
+EXPORTS = tuple(writer.NAME for writer in _WRITERS)
+"""Names of the formats that can be written."""
 
-# in no format that can be taken over: a file that gives it away, and why
+# files that give away a kind of SAE that no SwitchSAE can be, and why not
 _KNOWN_OTHERS = {
     "latest_ckpt.safetensors": "a temporal SAE, whose features depend on earlier tokens",
     "config.yaml": "a transcoder or cross-layer transcoder, which writes elsewhere than it reads",
 }
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format and its reader."""
-
-    name: str
-    read: Callable[[Source, Given], Foreign]
-
-
-def recognize(source: Source) -> Format | None:
-    """The format of a source by its files, or None."""
-    for module in _READERS:
-        if module.recognizes(source):
-            return Format(module.NAME, module.read)
-    return None
+def recognize(source: Source) -> Reader | None:
+    """The reader for a source, told by its files; None if no format has such files."""
+    return next((reader for reader in _READERS if reader.recognizes(source)), None)
 
 
 def other_kind(source: Source) -> str | None:
-    """What a source looks like, of kinds that no SwitchSAE can be; None if unknown."""
+    """What a source looks like, of the kinds that no SwitchSAE can be; None if unknown."""
     return next((what for file, what in _KNOWN_OTHERS.items() if file in source.files), None)
 
 
-def format_of(source: Source, name: str | None = None) -> Format:
-    """The format of a source, by name or else by its files.
+def reader_of(source: Source, name: str | None = None) -> Reader:
+    """The reader for a source, by the format's name or else by the source's files.
 
     Raises:
         ConversionError: no format has such files, or there is none of that name.
     """
-    if name is not None and name not in _BY_NAME:
-        raise ConversionError(f"no format {name!r}; there are {', '.join(FORMATS)}.")
-    found = Format(name, _BY_NAME[name].read) if name else recognize(source)
+    if name is not None:
+        if name not in FORMATS:
+            raise ConversionError(f"no format {name!r}; there are {', '.join(FORMATS)}.")
+        return _READERS[FORMATS.index(name)]
+    found = recognize(source)
     if found is not None:
         return found
+
+    # no format: say what the source is instead, or where to look
     if what := other_kind(source):
         raise ConversionError(f"{source.where} looks like {what}; it can't be taken over.")
     if is_ours(source.json(CONFIG)):
@@ -98,13 +119,12 @@ def format_of(source: Source, name: str | None = None) -> Format:
     )
 
 
-def writer_of(name: str) -> Callable[[SwitchSAE, Path], tuple[str, ...]]:
-    """The function that writes a format.
+def writer_of(name: str) -> Writer:
+    """The writer of a format.
 
     Raises:
-        ConversionError: there is no such format, or it is only read.
+        ConversionError: there is no such format, or it can only be read.
     """
     if name not in EXPORTS:
         raise ConversionError(f"can't export to {name!r}; there are {', '.join(EXPORTS)}.")
-    writer: Callable[[SwitchSAE, Path], tuple[str, ...]] = _BY_NAME[name].write
-    return writer
+    return _WRITERS[EXPORTS.index(name)]

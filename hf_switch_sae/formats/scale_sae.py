@@ -1,14 +1,14 @@
-"""Scale-SAE: one encoder module an expert, whose rows are rebuilt from their mean.
+"""Scale-SAE: an encoder module for each expert, whose rows are rebuilt from their mean.
 
     rows_e = M mean(W_e) + (1 + omega_e) (W_e - mean(W_e))          M = lp_transform_encoder.weight
     p = softmax(gate.weight @ (x - b_gate) + gate.bias);  S = the e largest of p
     acts = topk_k( softmax(p over S)_e * relu(rows_e @ (x - b_dec) + bias_e) );  x_hat as usual
 
-The rebuilt rows are plain rows and the gate's bias is a shift of b_gate, so both are folded. The
-second softmax gives one expert the weight 1, which is exact; of several it is refused.
+The rebuilt rows take the place of the stored ones, and the gate's bias becomes a shift of b_gate.
+With one expert per token, the second softmax is always 1; with several, the SAE is refused.
 
-Beware `beta` and `lp_transform_decoder.weight` are stored but no code uses them. k and the number
-       of experts a token has are not in the tensors.
+Beware `beta` and `lp_transform_decoder.weight` are stored, but no code uses them. The tensors tell
+       neither k nor the number of experts per token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.formats.checkpoint import Foreign, Given, described, integer
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given, integer, origin_fields
 from hf_switch_sae.formats.dense import keep_topk
 from hf_switch_sae.formats.dictionary_learning import CLASSES
 from hf_switch_sae.hub.source import Source
@@ -30,15 +30,21 @@ _UNUSED = ("beta", "lp_transform_decoder.weight")
 
 
 def recognizes(source: Source) -> bool:
-    """By `ae.pt` with expert modules in it; a config that names another class spares a look."""
+    """Told by `ae.pt` with expert modules in it."""
     if WEIGHTS not in source.files:
         return False
+    # a config that names a class of dictionary_learning spares us a look into the weights
     known = source.section(CONFIG, "trainer").get("dict_class") in CLASSES
     return not known and any(n.startswith("expert_modules.") for n in source.names(WEIGHTS))
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over a Scale-SAE; raises ConversionError for several experts a token, or what lacks."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over a Scale-SAE.
+
+    Raises:
+        ConversionError: several experts per token, a gate whose bias can't be folded, or a missing
+            parameter.
+    """
     trainer = source.section(CONFIG, "trainer")
     tensors = source.tensors(WEIGHTS)
     d = len(b_dec := tensors.take("b_dec", None))
@@ -65,17 +71,17 @@ def read(source: Source, given: Given) -> Foreign:
 
     layer = integer(trainer.get("layer"), "layer", source.where)
     place = None if layer is None else hookpoint_of(layer)
-    said = trainer.get("submodule_name")
+    their_name = trainer.get("submodule_name")
     config = {
         **{"hidden_size": d, "num_features": E * m, "num_experts": E, "k": k},
         **{"encoder_bias": True, "apply_router_probs": False},
-        **described(source, given, NAME, place, said, trainer.get("lm_name")),
+        **origin_fields(source, given, NAME, place, their_name, trainer.get("lm_name")),
     }
     weights = {
         **{"W_enc": rows, "W_dec": W_dec, "b_enc": bias, "b_dec": b_dec},
         **{"router.weight": gate, "b_router": _shift(gate, gate_bias, b_gate, source)},
     }
-    return Foreign(NAME, config, weights, formula)
+    return Checkpoint(NAME, config, weights, formula)
 
 
 def _experts(tensors: Tensors, E: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +101,8 @@ def _experts(tensors: Tensors, E: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shift(gate: Tensor, bias: Tensor, center: Tensor, source: Source) -> Tensor:
-    """b_router [d] with gate @ (x - b_router) = gate @ (x - center) + bias."""
+    """b_router [d], such that gate @ (x - b_router) = gate @ (x - center) + bias."""
+    # gate @ offset = bias has a solution unless the gate's rows are dependent
     wide, wanted = gate.double(), bias.double()
     offset = torch.linalg.lstsq(wide, wanted[:, None], driver="gelsd").solution[:, 0]
     if not torch.allclose(wide @ offset, wanted, atol=1e-6, rtol=1e-6):

@@ -1,10 +1,11 @@
-"""EleutherAI sparsify: `<hookpoint>/cfg.json` and `sae.safetensors`, both ways.
+"""EleutherAI sparsify: `<hookpoint>/cfg.json` and `sae.safetensors`, read and written.
 
     acts = topk_k relu((x - b_dec) @ encoder.weight.T + encoder.bias);  x_hat = acts @ W_dec + b_dec
 
 encoder.weight and W_dec are both [F, d]. The folder's name is a module of the base model.
 
-Beware `transcode` and `W_skip` belong to coders that read one place and write another.
+Beware A config with `transcode`, or weights with `W_skip`, are of a transcoder: it reads one place
+       and writes another.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.formats.checkpoint import Foreign, Given, Plain, described, integer
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given, OneExpert, integer, origin_fields
 from hf_switch_sae.formats.dense import DenseWeights, keep_topk, write_checkpoint
 from hf_switch_sae.formats.hookpoint_names import from_base_module
 from hf_switch_sae.hub.source import Source
@@ -27,18 +28,22 @@ CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def recognizes(source: Source) -> bool:
-    """By its files."""
+    """Told by its files."""
     return {CONFIG, WEIGHTS} <= set(source.files)
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over a SparseCoder; raises ConversionError for a transcoder, groupmax, or what lacks."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over a SparseCoder.
+
+    Raises:
+        ConversionError: a transcoder, another activation, or a missing parameter.
+    """
     cfg, tensors = source.json(CONFIG), source.tensors(WEIGHTS)
-    for name, plain in {"activation": "topk", "transcode": False, "signed": False}.items():
-        if cfg.get(name, plain) != plain:
+    for name, wanted in {"activation": "topk", "transcode": False, "signed": False}.items():
+        if cfg.get(name, wanted) != wanted:
             raise ConversionError(
                 f"{source.where} has {name}={cfg[name]!r}, which a SwitchSAE can't compute; "
-                f"only {name}={plain!r} can be taken over."
+                f"only {name}={wanted!r} can be taken over."
             )
     if cfg.get("skip_connection") or "W_skip" in tensors:
         raise ConversionError(f"{source.where} has a skip connection (W_skip): it is a transcoder.")
@@ -54,16 +59,16 @@ def read(source: Source, given: Given) -> Foreign:
         return acts, acts @ W_dec.float() + b_dec.float()
 
     place, model = from_base_module(source.folder_name), source.json("config.json").get("model")
-    about = described(source, given, NAME, place, source.folder_name, model)
-    plain = Plain(W_enc, W_dec, b_enc, b_dec, "topk", subtracts=True, k=k)
-    return plain.foreign(NAME, about, formula)
+    about = origin_fields(source, given, NAME, place, source.folder_name, model)
+    ours = OneExpert(W_enc, W_dec, b_enc, b_dec, "topk", subtracts=True, k=k)
+    return ours.checkpoint(NAME, about, formula)
 
 
 def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     """Write what `SparseCoder.load_from_disk(folder)` reads; returns what a user should know.
 
     Raises:
-        ConversionError: a rule other than topk, or several experts.
+        ConversionError: an activation other than topk, or several experts.
     """
     dense = DenseWeights.of(sae, NAME)
     if sae.config.activation != "topk":

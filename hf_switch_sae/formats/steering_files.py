@@ -4,12 +4,12 @@
     export_recipe(recipe, sae, "steer.csv")     the same, naming a feature of a published SAE
     export_recipe(recipe, sae, "steer.gguf")    llama-cli --control-vector steer.gguf
 
-All of them add one fixed vector to every token, so only a recipe that does the same is exported:
-`Steer` without scope. The vector is the very delta that an attached session adds.
+All of them add one fixed vector to every token, so a recipe can be exported only if it does the
+same: `Steer` without scope. The vector is the very delta that an attached session adds.
 
-Beware llama.cpp adds `direction.<i>` to what block i puts out, from 0, and has none for block 0.
-       lm-eval names a module of the base model (`h.8` in GPT-2), and of several rows of a CSV at
-       one place it keeps only the last.
+Beware llama.cpp adds `direction.<i>` to the output of block i, from 0, and has none for block 0.
+       lm-eval names a module of the base model (`h.8` in GPT-2); of several CSV rows for one place
+       it keeps only the last.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from hf_switch_sae.sae.model import SwitchSAE
 
 
 def steering_vector(recipe: Recipe, sae: SwitchSAE) -> Tensor:
-    """[hidden_size] float32: what the recipe adds to every token.
+    """What the recipe adds to every token, [hidden_size], float32.
 
     Raises:
-        EditError: an edit that is not the same for every token, named; or no edits.
+        EditError: there are no edits, or one is not the same for every token.
     """
     if not recipe.edits:
         raise EditError("the recipe has no edits, so there is nothing to export.")
@@ -58,6 +58,7 @@ def steering_vector(recipe: Recipe, sae: SwitchSAE) -> Tensor:
                     f"{name}={value} limits the edit to some tokens, and a steering file adds one "
                     f"fixed vector to all; leave {name} out to export it."
                 )
+    # the delta of any one token, which is that of all
     one = torch.zeros(1, 1, dtype=torch.int64, device=sae.device)
     token = Tokens.at(one, one == 0, one[0])
     delta, _ = PreparedEdits(sae, recipe.edits).delta(None, token)
@@ -73,24 +74,25 @@ def export_recipe(
     sae_id: str | None = None,
     module: str | None = None,
 ) -> None:
-    """Write a steering file; its ending says which: .pt, .csv (both lm-eval) or .gguf (llama.cpp).
+    """Write a steering file: .pt or .csv for lm-eval, .gguf for llama.cpp.
 
     Args:
         recipe: `Steer` edits without scope.
         sae: the SAE they are meant for.
-        path: where to; written beside it and renamed into place.
-        sparse_model: of a .csv: the repository or folder that sparsify loads the SAE from, its
-            hookpoint's folder left out; or with `sae_id` the release that SAELens does.
-        sae_id: of a .csv: the SAE's id in a SAELens release.
-        module: of a .pt or .csv: the module of the base model whose output the place is, e.g.
-            `h.8`; by default as the SAE's fingerprint of its language model has it.
+        path: where to write; its ending says which kind.
+        sparse_model: for a .csv, where the SAE is loaded from: the repository or folder for
+            sparsify, without the hookpoint's folder; with `sae_id`, the release for SAELens.
+        sae_id: for a .csv, the SAE's id in a SAELens release.
+        module: for a .pt or .csv, the module of the base model whose output is steered, such as
+            `h.8`; by default from the SAE's fingerprint of its language model.
 
     Raises:
         EditError: edits, a place or a file name that can't be exported; nothing is written then.
-        ImportError: .gguf without the package `gguf`.
+        ImportError: a .gguf, and the package `gguf` is not installed.
     """
     path = Path(path)
     place = recipe.hookpoint or sae.config.hookpoint
+    # everything that can fail comes before the file is opened
     if path.suffix in (".pt", ".pth"):
         vector, at = steering_vector(recipe, sae), module or _module(place, sae.config)
         with written_beside(path) as beside:
@@ -109,21 +111,22 @@ def export_recipe(
 
 
 def _module(place: str | None, config: SwitchSAEConfig) -> str:
-    """What lm-eval looks for: a module of the base model whose output is the place."""
+    """The module of the base model whose output is the place: what lm-eval looks for."""
     if place is None or not place.endswith(".resid_post"):
         raise EditError(
             f"lm-eval adds to what a module puts out, and {place} is no such place: pass module=, "
             "one of the base model whose output it is."
         )
+    # layers.<i> is called what the fingerprint calls the block
     path, layer = place.removesuffix(".resid_post"), layer_of(place)
     block = block_path(config.base_model_fingerprint, layer[0] if layer else 0)
     if block is not None and layer is not None:
         return block
-    if block is not None:  # a path from the whole model on: what is before the blocks goes
+    if block is not None:  # a path within the whole model: cut what comes before the base model's
         blocks = re.escape(block.removesuffix(".0"))
         if found := re.search(rf"(?:^|\.)({blocks}\.\d+(?:\..*)?)$", path):
             return found[1]
-    origin = _origin(config)  # sparsify names its folders so
+    origin = _origin(config)  # sparsify names its folders by the module
     name = str(origin.get("path") or origin.get("folder")).rpartition("/")[2]
     if origin.get("format") == "sparsify" and from_base_module(name) == place:
         return name
@@ -140,9 +143,9 @@ def _origin(config: SwitchSAEConfig) -> dict[str, Any]:
 
 
 def _block_after(place: str | None) -> int:
-    """The block after which llama.cpp has to add."""
-    match = re.fullmatch(r"layers\.(\d+)\.resid_(pre|post)", place or "")
-    block = int(match[1]) - (match[2] == "pre") if match else -1
+    """The block to whose output llama.cpp has to add."""
+    found = layer_of(place)
+    block = found[0] - (found[1] == "resid_pre") if found else -1
     if block < 1:
         raise EditError(
             f"llama.cpp adds a control vector after a block, from block 1 on; {place} is not such "
@@ -163,7 +166,7 @@ def _csv_row(
         raise EditError(
             "lm-eval's CSV has one feature a place; this recipe has several. Write a .pt instead."
         )
-    origin = _origin(sae.config)  # ours is no repository that sparsify can load
+    origin = _origin(sae.config)  # a repository of ours is none that sparsify can load
     if sparse_model is None and origin.get("format") == "sparsify" and origin.get("repo"):
         sparse_model = str(origin["repo"])
         module = module or origin.get("path")
@@ -172,6 +175,7 @@ def _csv_row(
             "lm-eval's CSV names an SAE that sparsify or SAELens loads: export this one with "
             "format='sparsify' or 'saelens' and pass sparse_model=, or write a .pt instead."
         )
+    # lm-eval adds coefficient * decoder row, and its rows need not have length 1
     (feature,) = edits[0].features  # type: ignore[misc]
     direction = sae.decoder_rows(feature)[0].detach().float().cpu()
     coefficient = float(vector @ direction / (direction @ direction))

@@ -1,14 +1,14 @@
-"""The Switch SAE of the paper's own code: `ae.pt` and `config.json`; both ways.
+"""The Switch SAE of the paper's own code: `ae.pt` and `config.json`; read and written.
 
     p = softmax(router.weight @ (x - b_router));  e = argmax p
     acts = topk_k( p_e * relu(encoder.weight @ (x - b_dec)) ), features of expert e only
     x_hat = acts @ decoder + b_dec                     encoder.weight, decoder [F, d]
 
-Expert e owns features e * F/E to (e + 1) * F/E - 1. With `heaviside` p_e is left out.
+Expert e owns features e * F/E to (e + 1) * F/E - 1. With `heaviside`, p_e is left out.
 
-Beware k and heaviside are nowhere in the tensors. Its mixture of experts (`gate.*`: relu before
-       the softmax) and its always-on variant (one expert without a router row) compute what a
-       SwitchSAE can't.
+Beware The tensors tell neither k nor heaviside. Two variants compute what a SwitchSAE can't: the
+       mixture of experts (`gate.*`, with a relu before the softmax), and the one with an expert
+       that is always on, without a router row.
 
 Source: Mudide et al. 2024, arXiv:2410.08201, github.com/amudide/switch_sae.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
-from hf_switch_sae.formats.checkpoint import Foreign, Given, described, integer
+from hf_switch_sae.formats.checkpoint import Checkpoint, Given, integer, origin_fields
 from hf_switch_sae.formats.dense import lost_bound, write_checkpoint
 from hf_switch_sae.formats.dictionary_learning import CONFIG, WEIGHTS, place_of
 from hf_switch_sae.hub.source import Source
@@ -33,7 +33,7 @@ NAME = "switch_sae"
 
 
 def recognizes(source: Source) -> bool:
-    """By `ae.pt` and, in it, a decoder that is a bare parameter, or a class of this code."""
+    """Told by `ae.pt`, and a class of this code or a decoder that is a bare parameter."""
     if WEIGHTS not in source.files:
         return False
     kind = source.section(CONFIG, "trainer").get("dict_class")
@@ -44,11 +44,17 @@ def recognizes(source: Source) -> bool:
     )
 
 
-def read(source: Source, given: Given) -> Foreign:
-    """Take over a Switch SAE; raises ConversionError for its variants, or what is missing."""
+def read(source: Source, given: Given) -> Checkpoint:
+    """Take over a Switch SAE.
+
+    Raises:
+        ConversionError: one of its variants, or a missing parameter.
+    """
     trainer = source.section(CONFIG, "trainer")
     tensors = source.tensors(WEIGHTS)
     _refuse_variants(trainer, set(tensors.held), source)
+
+    # the tensors, and what they don't tell
     d = integer(trainer.get("activation_dim"), "activation_dim", source.where)
     F = integer(trainer.get("dict_size"), "dict_size", source.where)
     W_enc = tensors.take("encoder.weight", F, d)
@@ -76,43 +82,30 @@ def read(source: Source, given: Given) -> Foreign:
         acts = torch.zeros_like(acts).scatter(-1, ids, values)
         return acts, acts @ W_dec.float() + b_dec.float()
 
-    said, layer = trainer.get("submodule_name"), trainer.get("layer")
+    their_name, layer = trainer.get("submodule_name"), trainer.get("layer")
     place = place_of(trainer)
-    if place is None and said is None and isinstance(layer, int):
+    if place is None and their_name is None and isinstance(layer, int):
         place = hookpoint_of(layer)  # what the paper's scripts hook: transformer.h[layer]
     config = {
         **{"hidden_size": d, "num_features": F, "num_experts": E, "k": k},
         "apply_router_probs": not heaviside,
-        **described(source, given, NAME, place, said, trainer.get("lm_name")),
+        **origin_fields(source, given, NAME, place, their_name, trainer.get("lm_name")),
     }
     weights = {
         "W_enc": W_enc.reshape(E, F // E, d),
         "W_dec": W_dec.reshape(E, F // E, d),
         **{"b_dec": b_dec, "router.weight": router, "b_router": b_router},
     }
-    return Foreign(NAME, config, weights, formula)
-
-
-def _refuse_variants(trainer: dict[str, Any], names: set[str], source: Source) -> None:
-    kind = str(trainer.get("dict_class"))
-    if "gate.weight" in names or "moe" in kind.lower():
-        raise ConversionError(
-            f"{source.where} is a mixture of experts of the paper's code: its gate takes a relu "
-            "before the softmax over the chosen experts, which a SwitchSAE does not compute."
-        )
-    if "1on" in kind.lower() or "1on" in str(trainer.get("trainer_class")).lower():
-        raise ConversionError(
-            f"{source.where} has an expert that is always on, without a router row; in a SwitchSAE "
-            "every expert is routed."
-        )
+    return Checkpoint(NAME, config, weights, formula)
 
 
 def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     """Write `ae.pt` and `config.json` for `SwitchAutoEncoder`; returns what a user should know.
 
     Raises:
-        ConversionError: something its code does not compute, named.
+        ConversionError: the SAE has something that the paper's code does not compute.
     """
+    # refuse what the format can't hold
     c = sae.config
     needs = {
         "activation": (c.activation, "topk"),
@@ -126,6 +119,8 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
             raise ConversionError(f"{NAME} computes {name}={want!r} only, and this has {has!r}.")
     if c.num_experts == 1:
         raise ConversionError(f"{NAME} needs a router, and this SAE has one expert.")
+
+    # router and biases take the input scale in: softmax(W (s x - b)) = softmax(s W (x - b / s))
     s = sae.input_scale.float().cpu()
     with torch.no_grad():
         held = {
@@ -152,3 +147,17 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     tensors = {name: value.detach().clone() for name, value in held.items()}
     write_checkpoint(folder, {WEIGHTS: tensors, CONFIG: {"trainer": told}})
     return lost_bound(sae, NAME)
+
+
+def _refuse_variants(trainer: dict[str, Any], names: set[str], source: Source) -> None:
+    kind = str(trainer.get("dict_class"))
+    if "gate.weight" in names or "moe" in kind.lower():
+        raise ConversionError(
+            f"{source.where} is a mixture of experts of the paper's code: its gate takes a relu "
+            "before the softmax over the chosen experts, which a SwitchSAE does not compute."
+        )
+    if "1on" in kind.lower() or "1on" in str(trainer.get("trainer_class")).lower():
+        raise ConversionError(
+            f"{source.where} has an expert that is always on, without a router row; in a SwitchSAE "
+            "every expert is routed."
+        )

@@ -25,9 +25,8 @@ from hf_switch_sae import (
     inspect,
     load_all,
 )
-from hf_switch_sae.formats.checkpoint import Given
-from hf_switch_sae.formats.conversion import EXPORTS, FORMATS, Parity
-from hf_switch_sae.formats.parity import compare
+from hf_switch_sae.formats import EXPORTS, FORMATS, Given, Parity
+from hf_switch_sae.formats.parity import parity_with
 from hf_switch_sae.formats.sparsify import read as read_sparsify
 from hf_switch_sae.hub.source import open_source
 from hf_switch_sae.hub.tensors import read_tensors
@@ -84,12 +83,12 @@ def test_there_is_a_layout_of_every_format():
 
 @pytest.mark.parametrize("changed", ["W_dec", "b_dec", "W_enc"])
 def test_parity_sees_a_wrong_weight(tmp_path, changed):
-    foreign = read_sparsify(open_source(LAYOUTS["sparsify"](tmp_path)[0]), Given())
-    sae = foreign.build()
-    assert compare(sae, foreign.formula, "test").holds
+    checkpoint = read_sparsify(open_source(LAYOUTS["sparsify"](tmp_path)[0]), Given())
+    sae = checkpoint.build()
+    assert parity_with(sae, checkpoint.formula, "test").holds
     with torch.no_grad():
         getattr(sae, changed)[..., 3] += 0.01
-    found = compare(sae, foreign.formula, "test")
+    found = parity_with(sae, checkpoint.formula, "test")
     assert not found.holds
     assert "DOES NOT AGREE" in str(found)
 
