@@ -152,6 +152,9 @@ def definitions(module: pathlib.Path):
 
     def walk(node: ast.AST, path: str, public: bool):
         for child in ast.iter_child_nodes(node):
+            decorators = [getattr(each, "id", "") for each in getattr(child, "decorator_list", [])]
+            if "overload" in decorators:
+                continue  # the implementation follows
             if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 name, shown = f"{path}{child.name}", public and not child.name.startswith("_")
                 yield name, child, shown

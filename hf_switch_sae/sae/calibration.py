@@ -1,14 +1,112 @@
-"""What calibrated edits and checks rest on, accumulated batch by batch.
+"""Statistics that calibrated edits and checks rest on, measured once or kept up in training.
 
-How strongly and how often each feature fires, and how long a token's residual is.
+Room   batches of the residual stream -> an SAE's buffers: how strongly and how often each feature
+       fires, how long a token's residual is, and the threshold of a batch_topk SAE.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.sae.encoding import Encoded, EncodingSAE, encode_tokens
+
+_THRESHOLD_WEIGHT = 0.01  # of a batch of training in the running mean of batch_topk's threshold
+
+
+class CalibratedSAE(EncodingSAE, Protocol):
+    """What calibration needs of a SwitchSAE."""
+
+    feature_max: Tensor
+    feature_rate: Tensor
+    residual_norm: Tensor
+    statistics_tokens: Tensor
+    num_tokens_since_fired: Tensor
+
+    def encode(self, hidden_states: Tensor) -> SparseFeatures:
+        """Features of [..., d]."""
+
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`."""
+
+
+@torch.no_grad()
+def calibrate(sae: CalibratedSAE, batches: Iterable[Tensor]) -> None:
+    """What `SwitchSAE.calibrate` does; arguments and errors are its."""
+    batches = (batch[~sae.is_outlier(batch)] for batch in batches)
+    with _in_mode(sae, training=False), _threshold_restored_on_error(sae):
+        if sae.config.activation == "batch_topk":
+            batches = list(batches)
+            _set_threshold(sae, batches)
+        found = RunningStatistics(sae.config.num_features, sae.b_dec.device)
+        for batch in batches:
+            found.add(sae.encode(batch), batch)
+        if not found.tokens:
+            raise ValueError(
+                "calibrate() got no tokens: give at least one batch of the residual stream."
+            )
+    sae.feature_max.copy_(found.maximum)
+    sae.feature_rate.copy_(found.rate())
+    sae.residual_norm.copy_(found.median_norm())
+    sae.statistics_tokens.fill_(found.tokens)
+
+
+@torch.no_grad()
+def update_statistics(sae: CalibratedSAE, code: Encoded) -> None:
+    """Count which features fired in a batch of training; of batch_topk also move the threshold.
+
+    The threshold is a running mean of the smallest activation kept, in scaled units.
+    """
+    acts = code.acts
+    if not len(acts):
+        return
+    since = sae.num_tokens_since_fired.view(sae.config.num_experts, -1)
+    count_since_fired(since, acts, code.ids, code.tokens.expert_ids, code.counts_in_order)
+    if sae.config.activation != "batch_topk":
+        return
+    smallest = acts.where(acts > 0, torch.inf).amin().float() * sae.input_scale
+    moved = sae.threshold.lerp(smallest, _THRESHOLD_WEIGHT)
+    moved = torch.where(sae.threshold < 0, smallest, moved)  # below 0 it is not known yet
+    sae.threshold.copy_(torch.where(smallest.isfinite(), moved, sae.threshold))
+
+
+def _set_threshold(sae: CalibratedSAE, batches: Iterable[Tensor]) -> None:
+    """batch_topk: the mean over batches of the smallest activation that training would keep."""
+    borders = []
+    with _in_mode(sae, training=True):
+        for batch in batches:
+            acts = encode_tokens(sae, batch).acts
+            if (acts > 0).any():
+                borders.append(acts[acts > 0].amin().float() * sae.input_scale)
+    if borders:
+        sae.threshold.fill_(torch.stack(borders).mean())
+
+
+@contextmanager
+def _threshold_restored_on_error(sae: CalibratedSAE) -> Iterator[None]:
+    before = sae.threshold.clone() if sae.config.activation == "batch_topk" else None
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            sae.threshold.copy_(before)
+        raise
+
+
+@contextmanager
+def _in_mode(sae: CalibratedSAE, training: bool) -> Iterator[None]:
+    """batch_topk has one rule in training and another outside: choose one for a while."""
+    was_training = sae.training
+    sae.train(training)
+    try:
+        yield
+    finally:
+        sae.train(was_training)
 
 
 class RunningStatistics:
@@ -37,3 +135,25 @@ class RunningStatistics:
     def median_norm(self) -> Tensor:
         """0-d, median norm of the residual stream."""
         return torch.cat(self._norms).median()
+
+
+@torch.no_grad()
+def count_since_fired(
+    since: Tensor, acts: Tensor, ids: Tensor, expert_ids: Tensor, counts: Tensor | None
+) -> None:
+    """Bring `since` up to date: how many tokens its expert has seen since a feature was active.
+
+    Args:
+        since: [E, m] int64, changed in place.
+        acts, ids: [n, slots]; a slot of 0 is no firing.
+        expert_ids: [n, t], in [0, E).
+        counts: [n] bool, which tokens count; None for all.
+    """
+    seen = torch.ones_like(expert_ids)
+    fired = (acts > 0).long()
+    if counts is not None:
+        seen, fired = seen * counts[:, None], fired * counts[:, None]
+    visits = since.new_zeros(len(since)).index_add_(0, expert_ids.flatten(), seen.flatten())
+    since += visits[:, None]
+    firings = since.new_zeros(since.numel()).index_add_(0, ids.flatten(), fired.flatten())
+    since.masked_fill_(firings.view_as(since) > 0, 0)

@@ -12,21 +12,66 @@ Beware An offloaded group's weights are on `meta` outside its forward: accelerat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 from hf_switch_sae import ops
-from hf_switch_sae.errors import ConfigError
-from hf_switch_sae.ops.precision import wide, wide_dtype
+from hf_switch_sae.ops.precision import wide
 
 _T = TypeVar("_T")
 
-_CACHED_BYTES = 2 * 2**20  # of one weight, when a weight is changed block by block
+
+class Routed(NamedTuple):
+    """Tokens, and the experts that each of them goes to."""
+
+    x: Tensor
+    """[n, d], floating, in the LM's own units, less `b_dec` where the SAE subtracts it."""
+    expert_ids: Tensor
+    """[n, t] int64."""
+    gates: Tensor | None
+    """[n, t], the router's weights; None for 1."""
+    input_scale: Tensor
+    """[], what thresholds and the encoder's bias are divided by."""
+    center: Tensor | None = None
+    """[d], `b_dec`, if it has been taken off x: only its gradient is of interest."""
+    in_order: bool = False
+    """A promise that expert_ids [n, 1] rise, so that nothing has to be sorted."""
+
+    def visits_of(self, first: int, num_experts: int) -> tuple[Tensor, Routed]:
+        """The (token, expert) pairs [p] that go to some experts, and these as tokens of their own.
+
+        Pair p is of token p // t. Expert ids are then counted from `first`.
+        """
+        experts = self.expert_ids.reshape(-1)
+        pairs = (experts // num_experts == first // num_experts).nonzero()[:, 0]
+        gates = None if self.gates is None else self.gates.reshape(-1, 1)[pairs]
+        own = (experts[pairs] - first)[:, None]
+        x = self.x[pairs // self.expert_ids.shape[1]]
+        return pairs, Routed(x, own, gates, self.input_scale, self.center)
+
+
+class Rule(NamedTuple):
+    """Which of its experts' activations a token keeps."""
+
+    k: int | None
+    """The k largest; None: all that are active."""
+    threshold: Tensor | None = None
+    """[E, m] in scaled units, what an activation must exceed; None for 0."""
+    in_batch: bool = False
+    """The k * n largest of all tokens together instead, ties at the border included."""
+    counts: Tensor | None = None
+    """[n] bool, the tokens that `in_batch` is over; None for all."""
+
+    def of(self, first: int, num_experts: int) -> Rule:
+        """The rule of some experts alone."""
+        threshold = self.threshold
+        return self._replace(
+            threshold=None if threshold is None else threshold[first : first + num_experts]
+        )
 
 
 class ExpertGroup(nn.Module):
@@ -75,115 +120,56 @@ class Experts(nn.ModuleList):
             parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
         )
 
-    def encode(
-        self,
-        x: Tensor,
-        expert_ids: Tensor,
-        gates: Tensor | None,
-        k: int | None,
-        threshold: Tensor | None,
-        batch_topk: bool,
-        center: Tensor | None,
-        input_scale: Tensor,
-        in_order: bool = False,
-        counts: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As `ops.routed_encode`, over the groups.
-
-        `threshold` [E, m] and `b_enc` are in scaled units: divided by `input_scale` [] here, where
-        only one expert's may be needed.
-        """
-
-        def encode(g: ExpertGroup, *tensors: Any) -> tuple[Tensor, Tensor]:
-            return _encode(g, *tensors, k=k, batch_topk=batch_topk and alone, in_order=in_order)
-
-        first, alone = next(iter(self)), len(self) == 1
+    def encode(self, tokens: Routed, rule: Rule) -> tuple[Tensor, Tensor]:
+        """As `ops.routed_encode`, over the groups: acts, ids [n, slots] on the tokens' device."""
+        x, alone = tokens.x, len(self) == 1
         if alone or not len(x):
-            given = x, expert_ids, gates, threshold, center, input_scale, counts
-            acts, ids = first(encode, *given)
+            rule = rule if alone else rule._replace(in_batch=False)
+            acts, ids = next(iter(self))(_encode, tokens, rule)
             return acts.to(x.device), ids.to(x.device)
-        if batch_topk:
-            # the border lies between all groups' features: first keep all, then the k * n largest
-            wanted, k = k, None
-        parts = []
-        (n, t), size = expert_ids.shape, self.experts_per_group
-        pair_experts, pair_gates = (
-            expert_ids.reshape(-1),
-            None if gates is None else gates.reshape(-1, 1),
-        )
+        # with `in_batch` the border lies between all groups' features: each first keeps all of its
+        in_group = Rule(None if rule.in_batch else rule.k, rule.threshold)
+        (n, t), parts = tokens.expert_ids.shape, []
         for index, group in enumerate(self):
-            pairs = (pair_experts // size == index).nonzero()[:, 0]
+            first = index * self.experts_per_group
+            pairs, own = tokens.visits_of(first, self.experts_per_group)
             if len(pairs):
-                own = slice(index * size, (index + 1) * size)
-                acts, ids = group(
-                    encode,
-                    x[pairs // t],
-                    (pair_experts[pairs] - own.start)[:, None],
-                    None if pair_gates is None else pair_gates[pairs],
-                    None if threshold is None else threshold[own],
-                    center,
-                    input_scale,
-                    None,
-                )
-                parts.append(
-                    (pairs, acts.to(x.device), ids.to(x.device) + index * self.features_per_group)
-                )
+                acts, ids = group(_encode, own, in_group.of(first, self.experts_per_group))
+                ids = ids.to(x.device) + index * self.features_per_group
+                parts.append((pairs, acts.to(x.device), ids))
         acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t))
-        return ops.keep_largest(acts, ids, wanted if batch_topk else k, batch_topk, counts)
+        return ops.keep_largest(acts, ids, rule.k, rule.in_batch, rule.counts)
 
-    def reconstruct_with(
-        self,
-        candidates: Tensor,
-        k: int,
-        x: Tensor,
-        expert_ids: Tensor,
-        gates: Tensor | None,
-        input_scale: Tensor,
-        in_order: bool = False,
-    ) -> Tensor:
+    def reconstruct_with(self, candidates: Tensor, k: int, tokens: Routed) -> Tensor:
         """[n, d]: what some features alone would make of the tokens, decoder bias left out.
 
         Args:
             candidates: [E, m] bool, the features that may be active.
-            k: how many of them per token, the largest; as the other arguments, as of `encode`.
+            k: how many of them per token, the largest.
+            tokens: n of them.
         """
         threshold = torch.where(candidates, 0.0, torch.inf)
-        acts, ids = self.encode(
-            x, expert_ids, gates, k, threshold, False, None, input_scale, in_order
-        )
-        return self.decode(acts, ids, in_order)
+        acts, ids = self.encode(tokens, Rule(k, threshold))
+        return self.decode(acts, ids, tokens.in_order)
 
     @torch.no_grad()
     def errors_of_each(
-        self,
-        wanted: Tensor,
-        x: Tensor,
-        gates: Tensor | None,
-        k: int | None,
-        threshold: Tensor | None,
-        input_scale: Tensor,
+        self, wanted: Tensor, x: Tensor, gates: Tensor | None, input_scale: Tensor, rule: Rule
     ) -> Tensor:
         """[n, E]: the squared error of each token, had that expert been its only one.
 
         Args:
             wanted: [n, d], what to reconstruct, decoder bias left out.
+            x: [n, d], what the experts see of them.
             gates: [n, 1] or None, the weight that any of them would have had.
-            x, k, threshold, input_scale: as of `encode`.
+            input_scale, rule: as of `encode`.
         """
         n, num_experts = len(x), len(self) * self.experts_per_group
         expert_ids = torch.arange(num_experts, device=x.device).repeat_interleave(n)[:, None]
         gates = None if gates is None else gates.repeat(num_experts, 1)
-        acts, ids = self.encode(
-            x.repeat(num_experts, 1),
-            expert_ids,
-            gates,
-            k,
-            threshold,
-            False,
-            None,
-            input_scale,
-            in_order=True,
-        )
+        everywhere = x.repeat(num_experts, 1)
+        tokens = Routed(everywhere, expert_ids, gates, input_scale, in_order=True)
+        acts, ids = self.encode(tokens, rule)
         found = self.decode(acts, ids).view(num_experts, n, -1)
         return (wanted - found).square().sum(-1).T
 
@@ -219,24 +205,11 @@ class Experts(nn.ModuleList):
         return total
 
 
-def _encode(
-    group: ExpertGroup,
-    x: Tensor,
-    expert_ids: Tensor,
-    gates: Tensor | None,
-    threshold: Tensor | None,
-    center: Tensor | None,
-    input_scale: Tensor,
-    counts: Tensor | None,
-    *,
-    k: int | None,
-    batch_topk: bool,
-    in_order: bool,
-) -> tuple[Tensor, Tensor]:
+def _encode(group: ExpertGroup, tokens: Routed, rule: Rule) -> tuple[Tensor, Tensor]:
     """As `Experts.encode`, of one group; expert ids and feature ids are counted within it."""
     W_enc: Tensor = group.W_enc
     b_enc: Tensor | None = group.b_enc
-    first = 0
+    expert_ids, threshold, first = tokens.expert_ids, rule.threshold, 0
     one_on_cpu = expert_ids.numel() == 1 and expert_ids.device.type == "cpu"
     if one_on_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         # views of the one expert needed: what is divided below may be as long as the dictionary
@@ -246,17 +219,17 @@ def _encode(
         threshold = None if threshold is None else threshold[own]
         b_enc = None if b_enc is None else b_enc[own]
     acts, ids = ops.routed_encode(
-        x,
+        tokens.x,
         W_enc,
-        None if b_enc is None else (wide(b_enc) / input_scale).to(W_enc.dtype),
+        None if b_enc is None else (wide(b_enc) / tokens.input_scale).to(W_enc.dtype),
         expert_ids,
-        gates,
-        k,
-        None if threshold is None else threshold / input_scale,
-        batch_topk,
-        center,
-        in_order,
-        counts,
+        tokens.gates,
+        rule.k,
+        None if threshold is None else threshold / tokens.input_scale,
+        rule.in_batch,
+        tokens.center,
+        tokens.in_order,
+        rule.counts,
     )
     return acts, ids + first * W_enc.shape[1]
 
@@ -274,53 +247,6 @@ def _in_pair_order(
         # an empty slot repeats the row's first id, so that it still names the token's own expert
         out_ids[pairs] = torch.cat([ids, ids[:, :1].expand(-1, short)], 1)
     return out_acts, out_ids
-
-
-def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of tensors [..., d] of one shape, in views [rows, d]; on a CPU so few at a time
-    that they stay in cache. What is a single row, or not laid out row by row, comes as it is; of
-    what is sharded over processes, the part that is this one's.
-
-    Raises:
-        ConfigError: it is sharded within rows.
-    """
-    tensors = tuple(held_here(t, whole_rows=True) for t in tensors)
-    if tensors[0].ndim < 2 or not all(t.is_contiguous() for t in tensors):
-        yield tensors
-        return
-    rows = [t.flatten(0, -2) for t in tensors]
-    num, d = rows[0].shape
-    block = max(1, _CACHED_BYTES // max(1, d * rows[0].element_size()))
-    if rows[0].device.type != "cpu":
-        block = max(1, num)
-    yield from zip(*(torch.split(r, block) for r in rows), strict=True)
-
-
-def held_here(weight: Tensor, whole_rows: bool = False) -> Tensor:
-    """The part of a weight [..., d], sharded over processes (FSDP2), that is this process's.
-
-    Raises:
-        ConfigError: with `whole_rows`: its rows are cut, so that their lengths can't be kept here.
-    """
-    if not isinstance(weight, DTensor):
-        return weight
-    if whole_rows and any(place.is_shard(dim=weight.ndim - 1) for place in weight.placements):
-        raise ConfigError(
-            "a decoder is sharded within its rows, which are to keep length 1: shard experts or "
-            "features."
-        )
-    return weight.to_local()
-
-
-def project_rows(grads: Tensor, rows: Tensor) -> None:
-    """Take away in place what of gradients [..., d] lies along their rows of length 1."""
-    grads.addcmul_(rows, (grads * rows).sum(-1, keepdim=True), value=-1)
-
-
-def normalize_rows(rows: Tensor) -> None:
-    """Scale rows [..., d] in place to length 1, measured in at least float32; rows of 0 stay."""
-    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide_dtype(rows))
-    rows.div_(length.clamp_min_(1e-12))
 
 
 class _SplitExperts(Chunk):

@@ -1,46 +1,106 @@
-"""The losses that only training asks for: some of them try other experts or features.
+"""All losses of a forward pass: the formulas on plain tensors, and what each is given of a code.
 
-Written for a code in the order of experts (`encoded.py`), with the SAE that made it; the formulas
-are those of `losses.py`.
+Room   a code (`encoding.py`) and its reconstruction -> losses by name, 0-d, with gradient.
+       FVU is in `fvu.py`. Some losses try other experts or features than the tokens had.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hf_switch_sae.ops.precision import wide, wide_dtype
-from hf_switch_sae.sae.config import SwitchSAEConfig
-from hf_switch_sae.sae.encoding import Encoded, as_ordered
-from hf_switch_sae.sae.experts import Experts
+from hf_switch_sae.sae.encoding import Encoded, EncodingSAE, as_ordered
+from hf_switch_sae.sae.experts import Rule
 from hf_switch_sae.sae.fvu import WholeBatch, fvu_of
 
+_MEANS = ("router_z_loss", "router_best_expert_loss", "l1_loss", "auxk_loss")
+"""Losses that are means over a part of a batch; the others are told of the whole batch."""
 
-class TrainedSAE(Protocol):
-    """What these losses need of a SwitchSAE."""
 
-    config: SwitchSAEConfig
-    experts: Experts
-    b_dec: torch.nn.Parameter
-    input_scale: Tensor
+class TrainedSAE(EncodingSAE, Protocol):
+    """What losses need of a SwitchSAE."""
+
     num_tokens_since_fired: Tensor
 
     def dead_features(self) -> Tensor:
         """[num_features] bool."""
 
 
-def training_losses(
-    sae: TrainedSAE, code: Encoded, y: Tensor, y2: Tensor | None
-) -> dict[str, Tensor]:
-    """Losses that a part of a batch has a share of, by name.
+class Losses(NamedTuple):
+    """What a forward pass found."""
+
+    loss: Tensor
+    """0-d: all below, each times its coefficient."""
+    fvu: Tensor
+    """0-d."""
+    others: dict[str, Tensor]
+    """By their names in `SwitchSAEOutput`, 0-d; those that were not measured are left out."""
+    reconstruction: Tensor
+    """[n, d], as the tokens came, in the LM's units."""
+
+
+def losses_of(
+    sae: TrainedSAE, code: Encoded, hidden_states: Tensor, whole: WholeBatch | None
+) -> Losses:
+    """Reconstruct tokens and measure every loss that their SAE's config asks for.
 
     Args:
-        y: [n, d], the reconstruction in order, without `b_dec`.
-        y2: the same by the second choices, see `second_reconstruction`; None if not wanted.
+        sae: in training it measures the losses of training too.
+        code: of hidden_states, sorted where that helps.
+        hidden_states: [..., d].
+        whole: the batch that these tokens are a part of; None: all of it.
     """
+    config, router = sae.config, code.router
+    y = sae.experts.decode(code.acts, code.ids, in_order=code.order is not None)
+    fvu, reconstruction = _error(code, y, hidden_states, whole)
+    losses: dict[str, Tensor] = {}
+    if router is not None:
+        logits, probs, expert_ids = router
+        losses["router_aux_loss"] = balance_of(probs, expert_ids, code.counts, whole)
+        if config.router_z_loss_coef:
+            losses["router_z_loss"] = router_z_loss_of(logits, code.counts)
+    y2 = None
+    if sae.training:
+        if router is not None and config.second_expert_loss_coef:
+            y2 = _second_reconstruction(sae, code, router)
+        losses |= _training_losses(sae, code, y, y2)
+    if whole is not None:  # a mean over this part counts for its share of the whole
+        tokens = len(code.z) if code.counts is None else code.counts.sum()
+        share = tokens / whole.tokens
+        losses |= {name: losses[name] * share for name in _MEANS if name in losses}
+    if y2 is not None:
+        losses["second_expert_loss"], _ = _error(code, y2, hidden_states, whole)
+    loss = config.fvu_loss_coef * fvu
+    for name, value in losses.items():
+        loss = loss + getattr(config, f"{name}_coef") * value
+    return Losses(loss, fvu, losses, reconstruction)
+
+
+def _error(
+    code: Encoded, y: Tensor, hidden_states: Tensor, whole: WholeBatch | None
+) -> tuple[Tensor, Tensor]:
+    """FVU and reconstruction [n, d] of y [n, d], the decoded code in order, without `b_dec`."""
+    add = torch.add if code.inverse is None else Tensor.add_
+    reconstruction = add(as_ordered(y, code.inverse), code.bias.to(y.dtype))
+    if code.unit is None:
+        return fvu_of(code.z, y, code.counts_in_order, whole, code.bias), reconstruction
+    # with a normalized input the error is that of the LM's own units
+    reconstruction = code.unit.back(reconstruction)
+    x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
+    return fvu_of(x, reconstruction, code.counts, whole), reconstruction
+
+
+# ---------------------------------------------------------------- in training
+
+
+def _training_losses(
+    sae: TrainedSAE, code: Encoded, y: Tensor, y2: Tensor | None
+) -> dict[str, Tensor]:
+    """The losses of training, from y and y2 [n, d]: first and (None: not wanted) second choices."""
     config = sae.config
     found = {"auxk_loss": _auxk_loss(sae, code, y)}
     if config.l1_loss_coef:
@@ -53,38 +113,25 @@ def training_losses(
     return found
 
 
-def count_features(sae: TrainedSAE, code: Encoded) -> None:
-    """Add a batch to `num_tokens_since_fired`."""
-    since = sae.num_tokens_since_fired.view(sae.config.num_experts, -1)
-    count_since_fired(since, code.acts, code.ids, code.seen.expert_ids, code.counts_in_order)
-
-
-def second_reconstruction(
+def _second_reconstruction(
     sae: TrainedSAE, code: Encoded, router: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
-    """What each token's second choice alone makes of it, [n, d], in order, without `b_dec`.
+    """[n, d], in order, without `b_dec`: each token by the router's second choice alone.
 
-    With the weight that the first choice had, as a constant; of batch_topk the border is that of
-    the second choices' activations.
+    With the weight that the first choice had, as a constant. A batch_topk SAE draws the border
+    among the second choices' own activations.
     """
-    config, seen = sae.config, code.seen
     if not len(code.z):
         return torch.zeros_like(code.z)
     logits, _, first = router
     second = logits.detach().scatter(1, first, -torch.inf).argmax(-1, keepdim=True)
-    in_batch = config.activation == "batch_topk"
-    acts, ids = sae.experts.encode(
-        seen.x,
-        as_ordered(second, code.order),
-        None if seen.gates is None else seen.gates.detach(),
-        config.k,
-        code.threshold,
-        in_batch,
-        code.bias if config.subtract_b_dec else None,
-        sae.input_scale,
-        counts=code.counts_in_order if in_batch else None,
+    gates = code.tokens.gates
+    tokens = code.tokens._replace(
+        expert_ids=as_ordered(second, code.order),
+        gates=None if gates is None else gates.detach(),
+        in_order=False,
     )
-    return sae.experts.decode(acts, ids)
+    return sae.experts.decode(*sae.experts.encode(tokens, code.rule))
 
 
 def _auxk_loss(sae: TrainedSAE, code: Encoded, y: Tensor) -> Tensor:
@@ -92,22 +139,17 @@ def _auxk_loss(sae: TrainedSAE, code: Encoded, y: Tensor) -> Tensor:
 
     Dead before this batch is counted. Only their own rows get a gradient.
     """
-    none, config, seen = code.z.new_zeros((), dtype=wide_dtype(y)), sae.config, code.seen
+    none, config, tokens = code.z.new_zeros((), dtype=wide_dtype(y)), sae.config, code.tokens
     if not config.auxk_loss_coef or not len(code.z):
         return none
     dead = sae.dead_features().view(config.num_experts, -1)
     found = int(dead.sum(1).max())  # waits for the device: how many slots there are to be
     if not found:
         return none
-    explained = sae.experts.reconstruct_with(
-        dead,
-        min(config.k_aux or max(1, config.hidden_size // 2), found),
-        seen.x.detach(),
-        seen.expert_ids,
-        None if seen.gates is None else seen.gates.detach(),
-        sae.input_scale,
-        in_order=code.order is not None,
-    )
+    slots = min(config.k_aux or max(1, config.hidden_size // 2), found)
+    gates = None if tokens.gates is None else tokens.gates.detach()
+    tokens = tokens._replace(x=tokens.x.detach(), gates=gates, center=None)
+    explained = sae.experts.reconstruct_with(dead, slots, tokens)
     rest = (code.z - y).detach()
     # an error of nothing at all, as of a single token, has no share
     return fvu_of(rest, explained, code.counts_in_order).nan_to_num(0.0, 0.0, 0.0)
@@ -126,18 +168,13 @@ def _best_expert_loss(sae: TrainedSAE, code: Encoded, logits: Tensor) -> Tensor:
     tried = torch.arange(0, len(logits), config.num_experts, device=logits.device)
     if not len(tried):
         return logits.sum()
-    places = tried if code.places is None else code.places[tried]
+    at = tried if code.inverse is None else code.inverse[tried]
     gates = None
     if config.apply_router_probs and not config.norm_topk_prob:
         gates = logits.detach()[tried].softmax(-1).amax(-1, keepdim=True)
-    errors = sae.experts.errors_of_each(
-        code.z[places],
-        code.seen.x[places],
-        gates,
-        None if config.k is None else min(config.k, config.features_per_expert),
-        code.threshold,
-        sae.input_scale,
-    )
+    k = None if config.k is None else min(config.k, config.features_per_expert)
+    rule = Rule(k, code.rule.threshold)
+    errors = sae.experts.errors_of_each(code.z[at], code.tokens.x[at], gates, sae.input_scale, rule)
     return router_best_expert_loss_of(
         logits[tried],
         wide(errors),
@@ -159,6 +196,9 @@ def _better_of_two_loss(
         sae.config.router_best_expert_temperature,
         code.counts_in_order,
     )
+
+
+# ---------------------------------------------------------------- formulas
 
 
 def balance_of(
@@ -230,25 +270,3 @@ def l1_loss_of(acts: Tensor, lengths: Tensor, counts: Tensor | None) -> Tensor:
     if counts is None:
         return sums.sum() / max(1, len(sums))
     return sums.where(counts, 0).sum() / counts.sum().clamp_min(1)
-
-
-@torch.no_grad()
-def count_since_fired(
-    since: Tensor, acts: Tensor, ids: Tensor, expert_ids: Tensor, counts: Tensor | None
-) -> None:
-    """Bring `since` up to date: how many tokens its expert has seen since a feature was active.
-
-    Args:
-        since: [E, m] int64, changed in place.
-        acts, ids: [n, slots]; a slot of 0 is no firing.
-        expert_ids: [n, t], in [0, E).
-        counts: [n] bool, which tokens count; None for all.
-    """
-    seen = torch.ones_like(expert_ids)
-    fired = (acts > 0).long()
-    if counts is not None:
-        seen, fired = seen * counts[:, None], fired * counts[:, None]
-    visits = since.new_zeros(len(since)).index_add_(0, expert_ids.flatten(), seen.flatten())
-    since += visits[:, None]
-    firings = since.new_zeros(since.numel()).index_add_(0, ids.flatten(), fired.flatten())
-    since.masked_fill_(firings.view_as(since) > 0, 0)

@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,38 +32,39 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from hf_switch_sae import ops
-from hf_switch_sae.errors import ConfigError, FeatureIdError, WidthError
+from hf_switch_sae.errors import ConfigError, FeatureIdError
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.lm.fingerprint import base_model_fields
 from hf_switch_sae.lm.hookpoints import resolve
-from hf_switch_sae.ops.precision import wide
-from hf_switch_sae.sae.calibration import RunningStatistics
+from hf_switch_sae.sae.calibration import calibrate, update_statistics
 from hf_switch_sae.sae.config import SwitchSAEConfig
-from hf_switch_sae.sae.encoding import Encoded, Seen, _counted, _is_infinite, _mask_of, as_ordered
-from hf_switch_sae.sae.experts import (
-    ExpertGroup,
-    Experts,
-    Router,
-    normalize_rows,
-    project_rows,
-    register_checkpoint_layout,
-    row_blocks,
+from hf_switch_sae.sae.encoding import (
+    Encoded,
+    as_ordered,
+    bias_of,
+    check_width,
+    counted_of,
+    encode_tokens,
+    mask_of,
+    outliers_among,
+    rows_of,
 )
-from hf_switch_sae.sae.fvu import WholeBatch, batch_sums, fvu_of
+from hf_switch_sae.sae.experts import ExpertGroup, Experts, Router, register_checkpoint_layout
+from hf_switch_sae.sae.fvu import WholeBatch, batch_sums
 from hf_switch_sae.sae.input_norm import normalized, unit_of
-from hf_switch_sae.sae.losses import (
-    balance_of,
-    count_features,
-    router_z_loss_of,
-    second_reconstruction,
-    training_losses,
-)
+from hf_switch_sae.sae.losses import losses_of
 from hf_switch_sae.sae.output import SwitchSAEOutput
+from hf_switch_sae.sae.rows import normalize_rows, project_rows, row_blocks
 from hf_switch_sae.sae.single_token import plan_of
 
-_MEANS = ("router_z_loss", "router_best_expert_loss", "l1_loss", "auxk_loss")
-"""Losses that know their own part of a batch alone; the others are told of the whole."""
-_OTHER_LOSSES = ("router_aux_loss", *_MEANS, "second_expert_loss")
+_OTHER_LOSSES = [
+    "router_aux_loss",
+    "router_z_loss",
+    "router_best_expert_loss",
+    "l1_loss",
+    "auxk_loss",
+    "second_expert_loss",
+]
 """All of `SwitchSAEOutput` but fvu; the coefficient of each is `<name>_coef` in the config."""
 
 
@@ -117,10 +117,6 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     outlier_norm: Tensor
     statistics_tokens: Tensor
     num_tokens_since_fired: Tensor
-    # older checkpoints don't have it
-    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [  # type: ignore[misc]
-        "num_tokens_since_fired"
-    ]
     # Sessions and foreign formats lie on higher floors. `hf_switch_sae/__init__.py` sets these:
     _open_session: ClassVar[Callable[..., Any]]  # sessions.attach.attach
     _load_foreign: ClassVar[Callable[..., Any]]  # formats.loading.load_foreign
@@ -331,10 +327,10 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         if (plan := plan_of(self, self.config, hidden_states)) is not None:
             if hidden_states.shape[-1] != plan.width:
-                self._check_width(hidden_states)
+                check_width(hidden_states, plan.width)
             acts, ids = plan.encode(hidden_states.cpu())
             return SparseFeatures(acts, ids, plan.num_features)
-        return self._features(self._encode(hidden_states), hidden_states.shape)
+        return self._features(encode_tokens(self, hidden_states), hidden_states.shape)
 
     def decode(self, features: SparseFeatures, hidden_states: Tensor | None = None) -> Tensor:
         """Reconstruction [..., hidden_size] of features: linear in the activations, plus `b_dec`.
@@ -354,7 +350,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if (plan := plan_of(self, self.config, features.acts)) is not None:
             _check_dictionary(features, plan.num_features)
             return plan.decode(features.acts.cpu(), features.ids.cpu())
-        delta, bias = self.decode_delta(features), self._bias()
+        delta, bias = self.decode_delta(features), bias_of(self)
         norm = self.config.input_norm
         if norm != "none":
             if hidden_states is None:
@@ -400,57 +396,25 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             WidthError: the last dimension is not `hidden_size`.
             ValueError: a mask that is not of these tokens.
         """
-        self._check_width(hidden_states)
-        mask = _mask_of(hidden_states, attention_mask)
+        check_width(hidden_states, len(self.b_dec))
+        mask = mask_of(hidden_states, attention_mask)
         if mask is not None:
             # masked tokens may be nan, and nan times no gradient would still be nan
             hidden_states = hidden_states.where(mask[..., None] | hidden_states.isfinite(), 0)
-        code = self._encode(hidden_states, sort=True, mask=mask)
-        counts = code.counts
-        y = self.experts.decode(code.acts, code.ids, in_order=code.order is not None)
-        fvu, reconstruction = self._error(code, y, hidden_states, whole_batch)
-        losses: dict[str, Tensor] = {}
-        if code.router is not None:
-            logits, probs, expert_ids = code.router
-            losses["router_aux_loss"] = balance_of(probs, expert_ids, counts, whole_batch)
-            if self.config.router_z_loss_coef:
-                losses["router_z_loss"] = router_z_loss_of(logits, counts)
-        y2 = None
-        if self.training:
-            if code.router is not None and self.config.second_expert_loss_coef:
-                y2 = second_reconstruction(self, code, code.router)
-            losses |= training_losses(self, code, y, y2)
-            self._follow(code)
-        if whole_batch is not None:  # these are of this part, which is a share of the whole
-            share = (len(code.z) if counts is None else counts.sum()) / whole_batch.tokens
-            losses |= {name: losses[name] * share for name in _MEANS if name in losses}
-        if y2 is not None:
-            losses["second_expert_loss"], _ = self._error(code, y2, hidden_states, whole_batch)
-        loss = self.config.fvu_loss_coef * fvu
-        for name, value in losses.items():
-            loss = loss + getattr(self.config, f"{name}_coef") * value
-        none = torch.zeros_like(fvu)
+        code = encode_tokens(self, hidden_states, sort=True, mask=mask)
+        found = losses_of(self, code, hidden_states, whole_batch)
+        if self.training:  # after the losses, which ask what was dead before this batch
+            update_statistics(self, code)
+        none = torch.zeros_like(found.fvu)
         output = SwitchSAEOutput(
-            loss=loss,
-            reconstruction=reconstruction.reshape(hidden_states.shape).to(hidden_states),
+            loss=found.loss,
+            reconstruction=found.reconstruction.reshape(hidden_states.shape).to(hidden_states),
             features=self._features(code, hidden_states.shape),
             router_logits=None if code.router is None else code.router[0],
-            fvu=fvu,
-            **{name: losses.get(name, none) for name in _OTHER_LOSSES},
+            fvu=found.fvu,
+            **{name: found.others.get(name, none) for name in _OTHER_LOSSES},
         )
         return output if return_dict or return_dict is None else output.to_tuple()
-
-    def _error(
-        self, code: Encoded, y: Tensor, hidden_states: Tensor, whole: WholeBatch | None
-    ) -> tuple[Tensor, Tensor]:
-        """FVU and reconstruction [n, d], in the LM's units whatever the SAE reads."""
-        add = torch.add if code.places is None else Tensor.add_
-        reconstruction = add(as_ordered(y, code.places), code.bias.to(y.dtype))
-        if code.unit is None:
-            return fvu_of(code.z, y, code.counts_in_order, whole, code.bias), reconstruction
-        reconstruction = code.unit.back(reconstruction)
-        x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
-        return fvu_of(x, reconstruction, code.counts, whole), reconstruction
 
     @torch.no_grad()
     def batch_sums(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -463,11 +427,11 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         Raises:
             WidthError, ValueError: as `forward`.
         """
-        self._check_width(hidden_states)
-        x, expert_ids, e = self._rows_of(hidden_states), None, self.config.num_experts
-        mask = _mask_of(hidden_states, attention_mask)
+        check_width(hidden_states, len(self.b_dec))
+        x, expert_ids, e = rows_of(self, hidden_states), None, self.config.num_experts
+        mask = mask_of(hidden_states, attention_mask)
         mask = None if mask is None else mask.reshape(-1).to(self.device)
-        counts = _counted(self._outliers_among(x), mask)
+        counts = counted_of(outliers_among(self, x), mask)
         if e > 1:
             t, norm = self.config.num_experts_per_token, self.config.input_norm
             seen = x if norm == "none" else normalized(x, norm)[0]
@@ -486,134 +450,13 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         norm: Tensor = hidden_states.float().norm(dim=-1)
         return norm > self.outlier_norm.to(hidden_states.device)
 
-    def _bias(self) -> Tensor:
-        """`b_dec` in the LM's own units, float32."""
-        return wide(self.b_dec) / self.input_scale
-
-    def _rows_of(self, hidden_states: Tensor) -> Tensor:
-        """[..., hidden_size] -> [n, hidden_size] where the SAE is."""
-        return hidden_states.reshape(-1, len(self.b_dec)).to(self.device)
-
-    def _encode(
-        self, hidden_states: Tensor, sort: bool = False, mask: Tensor | None = None
-    ) -> Encoded:
-        """The tokens' code; with `sort`, in the order of experts where each has one.
-
-        `mask` [...] bool: of which tokens batch_topk takes its activations in training.
-        """
-        self._check_width(hidden_states)
-        x, config = self._rows_of(hidden_states), self.config
-        bias, unit = self._bias(), None
-        fixed, centered = bias.detach(), config.subtract_b_dec
-        outlier = self._outliers_among(x)
-        if config.input_norm != "none":
-            x, unit = normalized(x, config.input_norm)
-        mask = None if mask is None else mask.reshape(-1).to(self.device)
-        counts = in_order = _counted(outlier, mask)
-        if outlier is not None:  # encoded as nothing: it may be infinite
-            x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
-        router, order, places, gates = None, None, None, None
-        if config.num_experts == 1:
-            expert_ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
-        else:
-            router = self.router(x, self.b_router, self.input_scale, config.num_experts_per_token)
-            expert_ids, gates = router[2], self._gates(router[1], router[2])
-        one_each = config.num_experts > 1 and config.num_experts_per_token == 1
-        if sort and one_each and len(self.experts) == 1 and len(x) > 1:
-            order, _ = ops.sort_by_expert(expert_ids, config.num_experts)
-            places = torch.empty_like(order)
-            places[order] = torch.arange(len(order), device=order.device)
-            # not by indexing: the gradient of that sorts what lies in order already
-            x, expert_ids = x.index_select(0, order), expert_ids.index_select(0, order)
-            gates = None if gates is None else gates.index_select(0, order)
-            in_order = None if counts is None else counts.index_select(0, order)
-        # less a constant: the bias gets its gradient by column sums, so that none of z is needed
-        ours = order is not None and centered and not x.requires_grad and x.dtype == fixed.dtype
-        z = x.sub_(fixed) if ours else x - fixed
-        x = z if centered else x
-        in_batch = config.activation == "batch_topk" and self.training
-        threshold = self._threshold_in_use()
-        acts, ids = self.experts.encode(
-            x,
-            expert_ids,
-            gates,
-            config.k if config.activation != "batch_topk" or in_batch else None,
-            threshold,
-            in_batch,
-            bias if centered else None,
-            self.input_scale,
-            in_order=order is not None,
-            counts=in_order if in_batch else None,
-        )
-        if outlier is not None:  # a bias may still have made it active
-            acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
-        seen = Seen(x, expert_ids, gates)
-        return Encoded(
-            z, bias, acts, ids, order, places, router, counts, in_order, threshold, seen, unit
-        )
-
-    def _check_width(self, hidden_states: Tensor) -> None:
-        width = self.b_dec.shape[0]
-        if hidden_states.shape[-1] != width:
-            raise WidthError(
-                f"the SAE reads a residual stream of width {width}; this one is "
-                f"{hidden_states.shape[-1]} wide (shape {list(hidden_states.shape)})."
-            )
-
     def _features(self, code: Encoded, shape: torch.Size) -> SparseFeatures:
         """The code as the tokens came; shape [..., hidden_size] is theirs."""
-        acts, ids = as_ordered(code.acts, code.places), as_ordered(code.ids, code.places)
+        acts, ids = as_ordered(code.acts, code.inverse), as_ordered(code.ids, code.inverse)
         if code.unit is not None:
             acts = (acts * code.unit.scale).to(acts.dtype)
         return SparseFeatures(acts, ids, self.config.num_features).reshape(*shape[:-1])
 
-    def _outliers_among(self, x: Tensor) -> Tensor | None:
-        """[n] bool of x [n, d]; None where it costs nothing to see that there are none."""
-        if torch.compiler.is_compiling():
-            return self.is_outlier(x)
-        if _is_infinite(self.outlier_norm):
-            return None
-        found = self.is_outlier(x)
-        return found if x.device.type != "cpu" or found.any() else None
-
-    def _gates(self, probs: Tensor, expert_ids: Tensor) -> Tensor | None:
-        if not self.config.apply_router_probs:
-            return None
-        gates = probs.gather(1, expert_ids)
-        return gates / gates.sum(1, keepdim=True) if self.config.norm_topk_prob else gates
-
-    def _threshold_in_use(self) -> Tensor | None:
-        """[E, m] in scaled units, or None where the activation rule has none now."""
-        rule = self.config.activation
-        if rule not in ("jumprelu", "batch_topk") or (rule == "batch_topk" and self.training):
-            return None
-        if rule == "batch_topk":
-            message = (
-                "this batch_topk SAE has no threshold yet, so it can't encode outside training: "
-                "train it, or call calibrate() on batches of the residual stream."
-            )
-            known = self.threshold[0] >= 0
-            if torch.compiler.is_compiling():
-                torch._assert_async(known, message)
-            elif not known:
-                raise ConfigError(message)
-        return self.threshold.reshape(self.config.num_experts, -1)
-
-    @torch.no_grad()
-    def _follow(self, code: Encoded, weight: float = 0.01) -> None:
-        """Count which features a batch of training had; of batch_topk also move the threshold, a
-        running mean of the smallest activation kept, in scaled units."""
-        acts = code.acts
-        if not len(acts):
-            return
-        count_features(self, code)
-        if self.config.activation != "batch_topk":
-            return
-        smallest = acts.where(acts > 0, torch.inf).amin().float() * self.input_scale
-        followed = torch.where(self.threshold < 0, smallest, self.threshold.lerp(smallest, weight))
-        self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
-
-    @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Measure what calibrated edits and checks rest on, and store it in the buffers.
 
@@ -631,53 +474,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             ValueError: no tokens at all.
             WidthError: the last dimension is not `hidden_size`.
         """
-        found = RunningStatistics(self.config.num_features, self.device)
-        batches = (batch[~self.is_outlier(batch)] for batch in batches)
-        with self._in_mode(training=False), self._restored_on_error():
-            if self.config.activation == "batch_topk":
-                batches = list(batches)
-                self._set_threshold(batches)
-            for batch in batches:
-                found.add(self.encode(batch), batch)
-            if not found.tokens:
-                raise ValueError(
-                    "calibrate() got no tokens: give at least one batch of the residual stream."
-                )
-        self.feature_max.copy_(found.maximum)
-        self.feature_rate.copy_(found.rate())
-        self.residual_norm.copy_(found.median_norm())
-        self.statistics_tokens.fill_(found.tokens)
-
-    def _set_threshold(self, batches: Iterable[Tensor]) -> None:
-        """batch_topk: the mean of the batches' borders."""
-        borders = []
-        with self._in_mode(training=True):
-            for batch in batches:
-                acts = self._encode(batch).acts
-                if (acts > 0).any():
-                    borders.append(acts[acts > 0].amin().float() * self.input_scale)
-        if borders:
-            self.threshold.fill_(torch.stack(borders).mean())
-
-    @contextmanager
-    def _restored_on_error(self) -> Iterator[None]:
-        before = self.threshold.clone() if self.config.activation == "batch_topk" else None
-        try:
-            yield
-        except BaseException:
-            if before is not None:
-                self.threshold.copy_(before)
-            raise
-
-    @contextmanager
-    def _in_mode(self, training: bool) -> Iterator[None]:
-        """batch_topk has one rule in training and another outside: choose one for a while."""
-        was_training = self.training
-        self.train(training)
-        try:
-            yield
-        finally:
-            self.train(was_training)
+        calibrate(self, batches)
 
     def attach(self, lm: nn.Module, at: int | str | None = None, **options: Any) -> Any:
         """Attach to a running language model; returns the `Session`. Options as of `attach`.

@@ -21,8 +21,8 @@ from torch.optim.adam import Adam
 from hf_switch_sae import ops
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.lm.hookpoints import unwrap
-from hf_switch_sae.sae.experts import held_here, normalize_rows, project_rows, row_blocks
 from hf_switch_sae.sae.model import SwitchSAE
+from hf_switch_sae.sae.rows import held_here, normalize_rows, project_rows, row_blocks
 
 
 class SwitchSAEAdam(Adam):

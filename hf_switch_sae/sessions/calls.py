@@ -47,6 +47,7 @@ class Owner:
         )
 
     def remove(self) -> None:
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
 

@@ -279,7 +279,9 @@ class _Recorder:
 
     def _lacking(self, document: Document) -> tuple[str, ...]:
         """The stores without a document: a kill between two appends leaves them unlike."""
-        return tuple(n for n, store in self._stores.items() if not store.has_document(document.number))
+        return tuple(
+            n for n, store in self._stores.items() if not store.has_document(document.number)
+        )
 
     def _record(
         self, documents: list[Document], names: tuple[str, ...], room: float

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae import SwitchSAE, SwitchSAEAdam, SwitchSAEConfig
+from hf_switch_sae.sae import encoding
 from hf_switch_sae.sae.output import SwitchSAEOutput
 from hf_switch_sae.training.initialization import directions_of, start_features_at
 
@@ -144,8 +145,8 @@ class Variant(SwitchSAE):
 
     rule, mixed, temperature, mean = "p", 0.0, 1.0, 0.4
 
-    def _gates(self, probs: Tensor, expert_ids: Tensor) -> Tensor | None:
-        gates = super()._gates(probs, expert_ids)
+    def gates(self, probs: Tensor, expert_ids: Tensor) -> Tensor | None:
+        gates = _the_packages_own_gates(self, probs, expert_ids)
         if gates is None or self.rule == "p":
             return gates
         if self.rule == "root":
@@ -156,6 +157,10 @@ class Variant(SwitchSAE):
         if self.training:
             self.mean += 0.02 * (float(gates.detach().mean()) - self.mean)
         return gates / self.mean * (1 - self.mixed) + self.mixed
+
+
+_the_packages_own_gates = encoding.gates_of
+encoding.gates_of = Variant.gates  # every SAE of this script is a Variant
 
 
 def start(run: Run, cache: Path) -> Variant:

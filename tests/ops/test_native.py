@@ -300,7 +300,7 @@ def test_a_cache_that_is_a_file_is_no_cache(fresh_machine, tmp_path):
 
 _TOO_LITTLE_MEMORY = """
 import resource, torch
-from hf_switch_sae.ops import native
+from hf_switch_sae.ops.native import kernels as native
 
 n, k = 2**16, 64
 coefs, ids, x = torch.ones(n, k), torch.zeros(n, k, dtype=torch.int64), torch.ones(n, 1)

@@ -6,7 +6,7 @@ from helpers.saes import KINDS, D, E, K, M, config, make, regroup, rows, whole_g
 from torch import Tensor
 
 from hf_switch_sae import ConfigError, SwitchSAE
-from hf_switch_sae.sae.losses import count_since_fired
+from hf_switch_sae.sae.calibration import count_since_fired
 from hf_switch_sae.training.saes import SAEsTogether
 
 EXACT = {"atol": 1e-9, "rtol": 1e-9}
@@ -168,19 +168,6 @@ def test_auxk_of_no_features_or_no_tokens_is_refused_with_the_switch_that_turns_
 def test_a_negative_coefficient_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name}=-1 must not be negative"):
         config(**{name: -1})
-
-
-def test_a_checkpoint_of_before_the_counter_loads_without_a_word(tmp_path):
-    sae = make()
-    sae.num_tokens_since_fired += 7
-    state = {k: v for k, v in sae.state_dict().items() if k != "num_tokens_since_fired"}
-    sae.save_pretrained(tmp_path, state_dict=state)
-    loaded, info = SwitchSAE.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values()), info
-    assert not loaded.num_tokens_since_fired.any()
-
-
-# ---------------------------------------------------------------- the router's losses
 
 
 @pytest.mark.parametrize("kind", ["switch", "two_experts"])

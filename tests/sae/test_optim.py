@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hf_switch_sae import BackendError, ConfigError, SwitchSAE, SwitchSAEAdam, use_backend
-from hf_switch_sae.sae import experts
+from hf_switch_sae.sae import rows as weight_rows
 
 
 def train_both(kind, groups=1, max_grad_norm=0.05):
@@ -40,7 +40,7 @@ def train_both(kind, groups=1, max_grad_norm=0.05):
 @pytest.mark.parametrize("groups", [1, 2], ids="groups_{}".format)
 @pytest.mark.parametrize("cached", [2**21, 100], ids=["one_block", "many_blocks"])
 def test_a_step_is_clip_projection_adam_and_unit_rows(monkeypatch, cached, groups, max_grad_norm):
-    monkeypatch.setattr(experts, "_CACHED_BYTES", cached)
+    monkeypatch.setattr(weight_rows, "_CACHED_BYTES", cached)
     mine, theirs, _, _ = train_both("switch_with_bias", groups, max_grad_norm=max_grad_norm)
     torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mine.W_dec.norm(dim=-1), torch.ones(mine.W_dec.shape[:2]))
