@@ -1,4 +1,4 @@
-"""Which edits can't be live at once: those whose order would decide."""
+"""Which edits can't be live at once: those whose result would depend on their order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_switch_sae.errors import EditError
 
 
 def check_conflicts(edits: Sequence[Edit]) -> None:
-    """EditError if two edits set one feature on tokens that may be the same; `Steer` only adds."""
+    """EditError if two edits may set the same feature on the same token; `Steer` only adds."""
     setting = [edit for edit in edits if not isinstance(edit, Steer)]
     for index, one in enumerate(setting):
         for other in setting[:index]:
@@ -24,6 +24,7 @@ def check_conflicts(edits: Sequence[Edit]) -> None:
 
 
 def _shared(one: Edit, other: Edit) -> str:
+    """The features that both edits set, as the beginning of a sentence; "" if there are none."""
     if one.features is None or other.features is None:
         return "features are"
     both = sorted(set(one.features) & set(other.features))  # type: ignore[arg-type]
@@ -37,12 +38,15 @@ def _shared(one: Edit, other: Edit) -> str:
 
 
 def _may_overlap(one: Edit, other: Edit) -> bool:
+    """Whether some token may be in the scope of both, judged without the tokens."""
     if one.rows is not None and other.rows is not None and not set(one.rows) & set(other.rows):  # type: ignore[arg-type]
         return False
     if isinstance(one.positions, str) and isinstance(other.positions, str):
         return {one.positions, other.positions} != {"prompt", "generated"}
+    # positions that can be listed are compared; masks and names may overlap with anything
     here, there = _listed(one.positions), _listed(other.positions)
     if isinstance(here, range) and isinstance(there, range):
+        # two steps repeat together, so one period tells
         first = max(here.start, there.start)
         last = min(here.stop, there.stop, first + math.lcm(here.step, there.step))
         return any(at in here and at in there for at in range(first, last))
@@ -53,7 +57,7 @@ def _may_overlap(one: Edit, other: Edit) -> bool:
 
 
 def _listed(positions: Positions) -> range | tuple[int, ...] | None:
-    """The positions as a container, where that is known without the tokens."""
+    """The positions as a container, if they are known without the tokens."""
     if isinstance(positions, slice):
         return range(
             positions.start or 0,

@@ -1,11 +1,9 @@
 """From edits and a token's features to the delta that is added to its residual.
 
-    new residual = residual + decode(edited features) - decode(features)
-
-The SAE's own error stays in the stream, so an edit changes what it names and nothing else.
-
-Beware Decoder rows and calibrated amounts are looked up once, when the edits are prepared: an SAE
-       that is trained further needs its edits set again.
+Room   new residual = residual + decode(edited features) - decode(features)
+       The SAE's own error stays in the stream, so an edit changes what it names and nothing else.
+Beware Decoder rows and calibrated amounts are looked up once, when the edits are prepared: if the
+       SAE is trained further, its edits must be set again.
 """
 
 from __future__ import annotations
@@ -16,7 +14,16 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.edits.conflicts import check_conflicts
-from hf_switch_sae.edits.kinds import EDITS, Clamp, Edit, Patch, Positions, Scale, Steer, Unit
+from hf_switch_sae.edits.kinds import (
+    EDITS,
+    Clamp,
+    Edit,
+    Patch,
+    Positions,
+    Scale,
+    Steer,
+    StrengthUnit,
+)
 from hf_switch_sae.errors import EditError
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
 from hf_switch_sae.lm.positions import Tokens
@@ -24,7 +31,7 @@ from hf_switch_sae.sae.model import SwitchSAE
 
 
 class PreparedEdits:
-    """Edits checked against one SAE, with everything that does not depend on the tokens looked up.
+    """Edits checked against one SAE; what does not depend on the tokens is already looked up.
 
     Raises:
         FeatureIdError: a feature outside the dictionary.
@@ -39,8 +46,8 @@ class PreparedEdits:
             if not isinstance(edit, tuple(EDITS.values())):
                 raise EditError(f"an edit is one of {sorted(EDITS)}; got {edit!r}.")
         check_conflicts(self.edits)
-        self._parts = [_Part(sae, edit) for edit in self.edits]
-        self.needs_features = any(part.needs_features for part in self._parts)
+        self._prepared = [_PreparedEdit(sae, edit) for edit in self.edits]
+        self.needs_features = any(each.needs_features for each in self._prepared)
 
     def __bool__(self) -> bool:
         return bool(self.edits)
@@ -51,31 +58,32 @@ class PreparedEdits:
         """What to add to each token, and which tokens are edited at all.
 
         Args:
-            features: [B, T] features of the residual as it arrived; None if no edit needs them.
+            features: of the residual as it arrived, tokens [B, T]; None if no edit needs them.
             tokens: where the B x T tokens stand.
 
         Returns:
-            delta in the SAE's dtype and device, [B, T, hidden_size] or as it is broadcast to that;
-            edited [B, T] bool on the tokens' device, or None if all are.
+            delta [B, T, hidden_size], or a shape that broadcasts to it, in the SAE's dtype and on
+            its device; edited [B, T] bool on the tokens' device, or None if all are.
         """
         total: Tensor | None = None
         edited: Tensor | None = None
         everywhere = False
-        for part in self._parts:
-            where = part.where(features, tokens)
-            change = part.change(features, tokens)
+        for each in self._prepared:
+            where = each.where(features, tokens)
+            change = each.change(features, tokens)
             if where is None:
                 everywhere = True
             else:
                 edited = where if edited is None else edited | where
+                # nothing is added to tokens out of scope
                 change = change * where.to(change.device)[..., None]
             total = change if total is None else total + change
         assert total is not None, "no edits"
         return total, None if everywhere else edited
 
 
-class _Part:
-    """One edit, prepared."""
+class _PreparedEdit:
+    """One edit, with the decoder rows of its features and its amounts as numbers."""
 
     def __init__(self, sae: SwitchSAE, edit: Edit) -> None:
         self.sae, self.edit = sae, edit
@@ -90,12 +98,13 @@ class _Part:
                 f"the patch's features are of an SAE with {edit.source.num_features} features; "
                 f"this one has {sae.config.num_features}."
             )
-        # Never inference tensors, even if set there: a later pass may need their gradient.
+        # Not as inference tensors, even if the edit is set in inference mode: a later pass may need
+        # their gradient.
         with torch.inference_mode(False), torch.no_grad():
             self.rows = sae.decoder_rows(self.ids)
             if isinstance(edit, Steer | Clamp):
                 self.sizes = _sizes(sae, self.ids, self.rows, edit.unit)
-            # what a number says is known now; a tensor may be in training
+            # a number is known now; a tensor may be trained, so it is read at each pass
             self._along = self._value = None
             if isinstance(edit, Steer) and not isinstance(edit.strength, Tensor):
                 self._along = self._steered(edit.strength)
@@ -103,26 +112,25 @@ class _Part:
                 self._value = self._amounts(edit.value)
 
     def _when(self) -> tuple[int, float]:
+        """The feature of `when`, and the activation that it must exceed."""
         when = self.edit.when
         return when if isinstance(when, tuple) else (when, 0.0)  # type: ignore[return-value]
 
     def _amounts(self, amount: float | Tensor) -> Tensor:
-        """[len(ids)] in the LM's own units."""
+        """The amount for each feature, [len(ids)], in the LM's own units."""
         amount = amount.to(self.rows.device) if isinstance(amount, Tensor) else amount
         return (amount * self.sizes).to(self.rows.dtype)
 
     def where(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor | None:
-        """[B, T] bool: the tokens this edit applies to; None for all of them."""
+        """The tokens this edit applies to, [B, T] bool; None for all of them."""
+        # padding is never edited
         edit, here = self.edit, None if tokens.all_real else tokens.real
-        positions = edit.positions
-        if not isinstance(positions, str):
-            here = _both(here, _positions_mask(positions, tokens))
-        elif positions != "all" and not tokens.all_are(positions):
-            here = _both(here, tokens.prompt if positions == "prompt" else ~tokens.prompt)
+        if (inside := _at_positions(edit.positions, tokens)) is not None:
+            here = _both(here, inside)
         if edit.rows is not None:
             rows = torch.as_tensor(edit.rows, device=tokens.row.device)
             last = int(tokens.row.max()) if tokens.row.numel() else -1
-            if int(rows.max()) > last:
+            if int(rows.max()) > last:  # a mistake, not an edit of nothing
                 raise EditError(
                     f"{type(edit).__name__} names row {int(rows.max())}, but this batch has "
                     f"rows 0 to {last}."
@@ -139,7 +147,7 @@ class _Part:
         return here
 
     def change(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor:
-        """[B, T, d] or [1, 1, d], before the scope is applied."""
+        """What the edit adds if it applies, [B, T, d], or [1, 1, d] if that is the same for all."""
         edit = self.edit
         if isinstance(edit, Steer):
             return self._along if self._along is not None else self._steered(edit.strength)
@@ -148,6 +156,7 @@ class _Part:
             source = _aligned(edit.source.to(features.device, features.dtype), tokens)
             if edit.features is None:
                 return self.sae.decode_delta(source) - self.sae.decode_delta(features)
+            # the change of each activation, times the decoder rows
             wanted = source.select(self._ids) - features.select(self._ids)
         elif isinstance(edit, Clamp):
             value = self._value if self._value is not None else self._amounts(edit.value)
@@ -159,16 +168,18 @@ class _Part:
         return wanted.to(self.rows.dtype) @ self.rows
 
     def _steered(self, strength: float | Tensor) -> Tensor:
-        """[1, 1, d]."""
+        """The sum of the decoder rows, each times its amount, [1, 1, d]."""
         return (self._amounts(strength)[None, :, None] * self.rows).sum(1, keepdim=True)
 
 
 def _both(some: Tensor | None, others: Tensor) -> Tensor:
+    """The tokens in both masks; None is all tokens."""
     return others if some is None else some & others
 
 
-def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: Unit) -> Tensor:
-    """[len(ids)] activations of strength 1, in the LM's own units."""
+def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: StrengthUnit) -> Tensor:
+    """The activation of each feature at strength 1, [len(ids)], in the LM's own units."""
+    # how large an activation 1.0 stands for
     if unit == "raw":
         size = torch.ones(len(ids))
     elif int(sae.statistics_tokens.item()) == 0:
@@ -189,16 +200,20 @@ def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: Unit) -> Tensor:
     return size.to(rows.device, torch.promote_types(rows.dtype, torch.float32))
 
 
-def _positions_mask(positions: Positions, tokens: Tokens) -> Tensor:
+def _at_positions(positions: Positions, tokens: Tokens) -> Tensor | None:
+    """The tokens at these positions, [B, T] bool; None for all of them."""
     at = tokens.position
     if isinstance(positions, str):
-        everywhere = torch.ones_like(tokens.prompt)
-        return {"all": everywhere, "prompt": tokens.prompt, "generated": ~tokens.prompt}[positions]
+        # usually a pass has prompt tokens only, or generated ones: then no mask is needed
+        if positions == "all" or tokens.all_are(positions):
+            return None
+        return tokens.prompt if positions == "prompt" else ~tokens.prompt
     if isinstance(positions, slice):
         start, step = positions.start or 0, positions.step or 1
         inside = (at >= start) & ((at - start) % step == 0)
         return inside if positions.stop is None else inside & (at < positions.stop)
     if isinstance(positions, Tensor):
+        # a mask without rows holds for every row
         mask = positions.to(at.device)
         mask = mask[None].expand(int(tokens.row.max()) + 1, -1) if mask.ndim == 1 else mask
         if len(mask) <= int(tokens.row.max()):
@@ -212,7 +227,10 @@ def _positions_mask(positions: Positions, tokens: Tokens) -> Tensor:
 
 
 def _aligned(source: SparseFeatures, tokens: Tokens) -> SparseFeatures:
-    """The source's features at each token's row and position, [B, T, k]; beyond its end, any."""
+    """The source's features at each token's row and position, [B, T, k].
+
+    Tokens beyond the source's end get its last features; `where` leaves them out.
+    """
     source = source if len(source.shape) == 2 else source.reshape(1, -1)
     rows = tokens.row if source.shape[0] > 1 else torch.zeros_like(tokens.row)
     if int(rows.max()) >= source.shape[0]:

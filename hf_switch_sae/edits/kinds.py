@@ -1,14 +1,12 @@
-"""What to change in a token's features, as the user says it, and as JSON.
+"""What to change in a token's features, as the user writes it, and as JSON.
 
-Edits are small frozen objects, checked when they are made. Every edit reads the features of the
-residual as it arrived, and their deltas add up (`deltas.py`); so they combine, order does not
-matter, and two edits that set one feature on one token contradict each other.
-
-Strengths have a unit: "max" (1.0 is the feature's own recorded maximum), "norm" (1.0 is the typical
-norm of the residual stream at this place) or "raw" (the LM's own units).
-
-Beware Feature ids count over all experts. Setting a feature of an expert that the token is not
-       routed to is allowed: its activation was 0, and decode is linear over all of them.
+Room   Edits are small frozen objects, checked when they are made. All of them read the features of
+       the residual as it arrived, and their deltas add up (`deltas.py`). So edits combine, their
+       order does not matter, and two that set one feature on one token contradict each other.
+       Strengths have a unit: "max" (1.0 is the feature's own recorded maximum), "norm" (1.0 is the
+       typical norm of the residual stream at this hookpoint) or "raw" (the LM's own units).
+Beware Feature ids count over all experts. An edit may set a feature of an expert that the token is
+       not routed to: its activation was 0, and decode is linear over the features of all experts.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from torch import Tensor
 from hf_switch_sae.errors import EditError
 from hf_switch_sae.features import SparseFeatures
 
-Unit = Literal["max", "norm", "raw"]
+StrengthUnit = Literal["max", "norm", "raw"]
 Positions: TypeAlias = (
     'Literal["all", "prompt", "generated"] | int | slice | Sequence[int] | Tensor'
 )
@@ -35,6 +33,8 @@ Positions: TypeAlias = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Scope:
+    """Which tokens an edit applies to; `Steer` says what the fields mean."""
+
     rows: int | Sequence[int] | None = None
     positions: Positions = "all"
     when: int | tuple[int, float] | None = None
@@ -47,7 +47,7 @@ class _Scope:
             _set(self, "when", _checked_when(self.when))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: the class under "edit", and every field that is not its default."""
+        """As JSON-able: the class under "edit", and every field that differs from its default."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         defaults = {f.name: f.default for f in fields(self)}
         kept = {name: value for name, value in given.items() if not _same(value, defaults[name])}
@@ -65,6 +65,8 @@ class _Scope:
 
 @dataclass(frozen=True, eq=False)
 class _OfFeatures(_Scope):
+    """An edit that names its features."""
+
     features: int | Sequence[int]
 
     def __post_init__(self) -> None:
@@ -74,26 +76,29 @@ class _OfFeatures(_Scope):
 
 @dataclass(frozen=True, eq=False)
 class Steer(_OfFeatures):
-    """Add each feature's decoder row, `strength` times the unit, to the residual.
+    """Add each feature's decoder row, times `strength` in the given unit, to the residual.
 
-    Nothing is encoded for it, unless `when` asks.
+    The SAE does not encode for it, unless `when` is given.
 
     Args:
         features: one id or several.
-        strength: any sign; a 0-d tensor may require grad (its gradient: the feature's attribution).
+        strength: of any sign. A 0-d tensor may require grad: its gradient is the feature's
+            attribution.
         unit: "max", "norm" or "raw".
-        rows: batch rows as the user gave them, beams and return sequences not counted; None: all.
+        rows: batch rows as the user passed them, whatever beams or return sequences `generate`
+            adds; None for all.
         positions: "all", "prompt", "generated" (what `generate` appends), absolute positions (an
             int, ints or a slice), or a bool mask [positions] or [rows, positions]. Padding is never
             edited.
-        when: a feature that must be active on the token, or (feature, activation to exceed, raw).
+        when: a feature that must be active on the token, or a pair of a feature and the activation
+            that it must exceed, in raw units.
 
     Raises:
         EditError: a strength that is not finite, an unknown unit, a negative or malformed position.
     """
 
     strength: float | Tensor = 1.0
-    unit: Unit = "max"
+    unit: StrengthUnit = "max"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +108,7 @@ class Steer(_OfFeatures):
 
 @dataclass(frozen=True, eq=False)
 class Scale(_OfFeatures):
-    """Multiply each feature's activation by `factor`; scope arguments and errors as for `Steer`."""
+    """Multiply each feature's activation by `factor`; other arguments and errors as for `Steer`."""
 
     factor: float | Tensor = 1.0
 
@@ -114,15 +119,18 @@ class Scale(_OfFeatures):
 
 @dataclass(frozen=True, eq=False)
 class Ablate(_OfFeatures):
-    """Set each feature's activation to 0: `Scale` with factor 0; scope, errors as for `Steer`."""
+    """Set each feature's activation to 0; arguments and errors as for `Steer`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clamp(_OfFeatures):
-    """Set each activation to `value` times the unit, active or not; the rest as for `Steer`."""
+    """Set each feature's activation to `value` in the given unit; the rest as for `Steer`.
+
+    Features that are not active on a token are set too, unless `when` asks for one of them.
+    """
 
     value: float | Tensor = 0.0
-    unit: Unit = "max"
+    unit: StrengthUnit = "max"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,10 +144,10 @@ class Patch(_Scope):
 
     Args:
         source: features [positions, k] or [rows, positions, k] of the other run, from position 0
-            on; tokens beyond its end are left alone. One row serves all rows.
-        features: which to set; None: all of them, those that are not active in `source` to 0.
+            on. A single row serves all rows; tokens beyond its end are not edited.
+        features: the features to set; None for all. Those not active in `source` are set to 0.
 
-    Scope arguments and errors as for `Steer`.
+    Other arguments and errors as for `Steer`.
     """
 
     source: SparseFeatures
@@ -164,8 +172,9 @@ def edit_from_dict(data: dict[str, Any]) -> Edit:
     """The edit that `to_dict` wrote.
 
     Raises:
-        EditError: not the name of an edit, or arguments it does not have.
+        EditError: an unknown edit, or arguments that it does not have.
     """
+    # a copy, as it is taken apart
     data = dict(data) if isinstance(data, Mapping) else {"edit": None, "given": data}
     name = data.pop("edit", None)
     kind = EDITS.get(str(name))
@@ -184,7 +193,7 @@ def edit_from_dict(data: dict[str, Any]) -> Edit:
 
 
 def _from_plain(value: dict[str, Any]) -> slice | Tensor | SparseFeatures:
-    """A field that `_plain` wrote as a dict."""
+    """The value of a field that `_plain` wrote as a dict."""
     try:
         if "slice" in value:
             start, stop, step = value["slice"]
@@ -203,12 +212,14 @@ def _set(edit: _Scope, name: str, value: Any) -> None:
 
 
 def _ints(value: int | Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
+    """One integer or several as a tuple, or EditError naming the argument they were given for."""
     items: Any = value.tolist() if isinstance(value, Tensor) else value
-    if not isinstance(items, bool):
-        with suppress(TypeError):  # not one, so several
+    if not isinstance(items, bool):  # True is an integer to Python, but no feature or row
+        with suppress(TypeError):  # not an integer, so several
             items = (operator.index(items),)
     try:
         items = tuple(items)
+        # 2.0 is taken for 2, as it may come from JSON; 2.5 is left out and counted below
         ints = tuple(int(item) for item in items if int(item) == item)
     except (TypeError, ValueError):
         raise EditError(f"{name} takes an int or several; got {value!r}.") from None
@@ -230,6 +241,7 @@ def _checked_positions(positions: Positions) -> Positions:
             )
         return positions
     if isinstance(positions, slice):
+        # None is a default that is fine, and a step of 0 is not
         if min(positions.start or 0, positions.stop or 0, (positions.step or 1) - 1) < 0:
             raise EditError(
                 "positions are absolute and count from 0, so a slice can't count from the end; "
@@ -247,6 +259,7 @@ def _checked_positions(positions: Positions) -> Positions:
 
 
 def _checked_when(when: Any) -> int | tuple[int, float]:
+    # a feature, or a feature and at most one finite number
     feature, *least = when if isinstance(when, tuple | list) else (when,)
     numbers = len(least) <= 1 and all(isinstance(n, int | float) for n in least)
     if not numbers or not all(map(math.isfinite, least)):
@@ -277,11 +290,12 @@ def _check_unit(unit: str) -> None:
 
 
 def _same(value: Any, default: Any) -> bool:
+    """Whether a field has its default; a tensor never has, and 1 is not True."""
     return type(value) is type(default) and not isinstance(value, Tensor) and value == default
 
 
 def _plain(value: Any) -> Any:
-    """A field as JSON has it."""
+    """The value of a field as JSON-able."""
     if isinstance(value, slice):
         return {"slice": [value.start, value.stop, value.step]}
     if isinstance(value, SparseFeatures):

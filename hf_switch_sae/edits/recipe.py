@@ -1,4 +1,4 @@
-"""Edits together with the SAE they are meant for: a file that is kept and published beside it."""
+"""Edits together with the SAE they are meant for, in a file that is published beside it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 from hf_switch_sae.edits.kinds import Edit, edit_from_dict
 from hf_switch_sae.errors import EditError
-from hf_switch_sae.files import written_beside
+from hf_switch_sae.files import write_json
 from hf_switch_sae.sae.config import SwitchSAEConfig
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Edits with the SAE they are meant for: a JSON of a few lines, published next to the SAE.
+    """Edits with the SAE they are meant for, saved as a JSON file of a few lines.
 
     Args:
         sae: Hub id or folder of the SAE.
         edits: in any order.
         revision: commit of the SAE's repository.
-        hookpoint: the place, if it is not the SAE's own.
+        hookpoint: where to edit, if not at the SAE's own hookpoint.
     """
 
     sae: str
@@ -32,11 +32,12 @@ class Recipe:
 
     @classmethod
     def of(cls, config: SwitchSAEConfig, *edits: Edit) -> Recipe:
-        """Edits for a loaded SAE, pinned to the commit it was loaded at; `config` is the SAE's.
+        """Edits for a loaded SAE with this config, pinned to the commit it was loaded at.
 
         Raises:
-            EditError: the SAE was made or loaded here, so it has no address to name.
+            EditError: the SAE was made here, so it has no address.
         """
+        # the Hub if it came from there, else the folder it was loaded from
         source = config.source or {}
         name = source.get("repo") or config._name_or_path or source.get("folder")
         if not name:
@@ -44,7 +45,7 @@ class Recipe:
         return cls(name, edits, source.get("revision"), config.hookpoint)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, without what is not set."""
+        """The recipe as JSON-able, without fields that are not set."""
         named = {"sae": self.sae, "revision": self.revision, "hookpoint": self.hookpoint}
         return {
             **{k: v for k, v in named.items() if v is not None},
@@ -53,8 +54,7 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; a file that is there already is replaced."""
-        with written_beside(Path(path)) as beside:
-            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -62,8 +62,9 @@ class Recipe:
 
         Raises:
             FileNotFoundError: no such file.
-            EditError: not a recipe, or an edit that is not one.
+            EditError: the file is not a recipe, or one of its edits is malformed.
         """
+        # whatever a malformed file raises becomes one error that names it
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(data, dict):
@@ -76,7 +77,7 @@ class Recipe:
             ) from None
 
     def diff(self, other: Recipe) -> list[str]:
-        """What tells this recipe from another, one line each: "- " only here, "+ " only there."""
+        """The lines in which two recipes differ: "- " for this one's, "+ " for the other's."""
         here, there = _lines(self), _lines(other)
         return [f"- {line}" for line in here if line not in there] + [
             f"+ {line}" for line in there if line not in here

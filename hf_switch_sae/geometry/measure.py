@@ -88,19 +88,8 @@ def measure_geometry(
     found = _neighbors(columns, torch.arange(config.num_features), columns, shape, device)
     count = min(config.num_features, _NULL_ROWS)
     null = _null(config.num_features, config.hidden_size, count, shape, seed, device)
-    # the table of features, and the figures made from it
     rate = sae.feature_rate.cpu() if int(sae.statistics_tokens) else None
     alignment, router = _router_alignment(sae, encoder, device)
-    table = {
-        "expert": torch.arange(config.num_features, dtype=torch.int32) // shape[1],
-        "nearest": found.ids.to(torch.int32),
-        "cosine": found.values["any"],
-        "within": found.values["within"],
-        "between": found.values["between"],
-        "alignment": alignment,
-        "rate": torch.full((config.num_features,), torch.nan) if rate is None else rate,
-        **_map_columns(drawn, config.num_features),
-    }
     return Geometry(
         sae=_about(sae),
         seed=seed,
@@ -110,7 +99,7 @@ def measure_geometry(
         similarity=_similarity(found, null, shape),
         router=router,
         clusters=None if drawn is None else drawn.to_dict(),
-        table=table,
+        table=_table(found, shape[1], alignment, rate) | _map_columns(drawn, config.num_features),
     )
 
 
@@ -348,6 +337,22 @@ def _router_alignment(
         },
     }
     return gap.float(), told
+
+
+def _table(
+    found: _Neighbors, features_per_expert: int, alignment: Tensor, rate: Tensor | None
+) -> dict[str, Tensor]:
+    """`Geometry.table`, without the places on the maps."""
+    num_features = len(found.ids)
+    return {
+        "expert": torch.arange(num_features, dtype=torch.int32) // features_per_expert,
+        "nearest": found.ids.to(torch.int32),
+        "cosine": found.values["any"],
+        "within": found.values["within"],
+        "between": found.values["between"],
+        "alignment": alignment,
+        "rate": torch.full((num_features,), torch.nan) if rate is None else rate,
+    }
 
 
 def _map_columns(drawn: FeatureMaps | None, num_features: int) -> dict[str, Tensor]:
