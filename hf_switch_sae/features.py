@@ -1,10 +1,10 @@
 """The sparse code of tokens, and the only currency between the rooms.
 
-A token's features are k pairs (act, id). Nothing here is ever as wide as the dictionary except
-`to_dense()`, which a user asks for by name.
+A token's features are k pairs (act, id). Nothing here is as wide as the dictionary, except what
+`to_dense()` returns.
 
-Beware A slot whose act is 0 is padding: its id names some feature of the token's own expert, and
-       means nothing. Count a feature as active only where its act is > 0.
+Beware A slot whose act is 0 is padding: its id names some feature of the token's own expert, but
+       means nothing. A feature is active only where its act is > 0.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class SparseFeatures:
 
 
 def _checked_ints(feature_ids: Sequence[int] | Tensor, num_features: int) -> Sequence[int]:
-    """As `check_feature_ids`, without a tensor where plain ints are given."""
+    """Like `check_feature_ids`, but plain ints come back as they are: no tensor is made."""
     if isinstance(feature_ids, list | tuple) and all(
         type(feature) is int and 0 <= feature < num_features for feature in feature_ids
     ):
@@ -183,7 +183,7 @@ def _checked_ints(feature_ids: Sequence[int] | Tensor, num_features: int) -> Seq
 
 
 def check_feature_ids(feature_ids: int | Sequence[int] | Tensor, num_features: int) -> Tensor:
-    """The ids as int64 [n], or FeatureIdError naming the first that is no feature and the range."""
+    """The ids as int64 [n]; a FeatureIdError names the first that is no feature, and the range."""
     given = torch.as_tensor(feature_ids)
     if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
         # rounding 2.7 to 2, or reading a mask as ids 0 and 1, would quietly name other features
