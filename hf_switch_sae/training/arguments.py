@@ -1,9 +1,9 @@
-"""What a training run can be told: `transformers.TrainingArguments` and what an SAE needs besides.
+"""The arguments of a training run: `transformers.TrainingArguments`, and what an SAE needs besides.
 
-`SwitchSAETrainingArguments.preset("published", ...)` is the recipe of Mudide et al. 2024 as their
-code runs it (arXiv:2410.08201), without its defects: biases of their own, and no inert AuxK.
-`SAE_PRESETS` says what the SAE itself is in each recipe. What they rest on is in
-tests/bench/ABLATIONS.md.
+Room   `SwitchSAETrainingArguments.preset("published", ...)` is the recipe of Mudide et al. 2024 as
+       their code runs it (arXiv:2410.08201), without its defects: the router and the decoder have
+       biases of their own, and AuxK has an effect. `SAE_PRESETS` has the fields of the SAE itself.
+       Both presets rest on short runs, whose figures `tests/bench/ablations.py` reproduces.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ SAE_PRESETS: dict[str, dict[str, Any]] = {
     },
     "published": {},
 }
-"""Name -> fields of `SwitchSAEConfig` for an SAE that is trained so; its own defaults are the
-published ones, as an SAE needs a calibration before `batch_topk` means anything."""
+"""Name -> fields of `SwitchSAEConfig` for an SAE that is trained so. The config's own defaults are
+the published ones, because `batch_topk` means nothing in an SAE that has never been calibrated."""
 
-# what TrainingArguments has for models of text and can mean nothing here: name -> what it must be
+# arguments for models of text, which mean nothing for an SAE -> the only value allowed
 _WITHOUT_MEANING: dict[str, Any] = {
     "weight_decay": 0.0,
     "label_smoothing_factor": 0.0,
@@ -72,31 +72,31 @@ class SwitchSAETrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` for an SAE; batch sizes count tokens.
 
     Args:
-        loss: "relative" (fvu + balance, both free of scale, weighted by the SAE's config) or
-            "published" (squared error summed over the width, plus load_balance_alpha * hidden_size
-            * balance; the coefficients in the config are not used).
-        load_balance_alpha: of the published loss.
-        start: where a fresh SAE begins. "data": rows scaled to a mean square of 1, biases their
-            mean, the router towards their clusters, features at single rows. "geometric_median":
-            rows as they are, biases their geometric median. "none": as it is. The outlier norm is
-            that of the activations in any case.
-        start_rows: rows to measure that on.
-        learning_rate: of all SAEs; None: for each by the law.
-        learning_rate_law: "steps": what short runs found, see `rate_by_steps`. "published":
+        loss: "relative" (fvu + balance, neither of which depends on the rows' scale, weighted by
+            the SAE's config) or "published" (squared error summed over the width, plus
+            load_balance_alpha * hidden_size * balance; the config's coefficients are not used).
+        load_balance_alpha: weight of the balance term in the published loss.
+        start: how a fresh SAE is fitted to the data. "data" scales rows to a mean square of 1, sets
+            the biases to their mean, points the router at their clusters and each feature at a
+            row. "geometric_median" leaves rows as they are and sets the biases to their geometric
+            median. "none" does neither. All of them take over the activations' outlier norm.
+        start_rows: how many rows `start` looks at.
+        learning_rate: the same for all SAEs; None takes each SAE's from `learning_rate_law`.
+        learning_rate_law: "steps", fitted to short runs, see `rate_by_steps`; or "published":
             2e-4 / sqrt(num_features / 2**14), meant for 100,000 steps.
-        learning_rate_factor: times the law.
-        decay_share: share of the steps, the last, over which the learning rate falls to 0.
-        num_train_tokens: stop after so many tokens, of all processes together; instead of epochs
-            and `max_steps`.
-        calibration_rows: rows to measure features' strengths on at the end of the run; 0: none.
-        save_dtype: of what `save_model` writes: float32, bfloat16 or float16. Checkpoints are as
-            they are trained.
+        learning_rate_factor: multiplies the law.
+        decay_share: the last share of the steps, over which the learning rate falls to 0.
+        num_train_tokens: stop after so many tokens, counted over all processes; replaces epochs and
+            `max_steps`.
+        calibration_rows: rows on which features' strengths are measured at the end; 0 skips that.
+        save_dtype: dtype that `save_model` writes: float32, bfloat16 or float16. Checkpoints keep
+            the dtype of training.
 
     Raises:
-        ConfigError: values that contradict each other, or mean nothing for an SAE.
+        ConfigError: arguments contradict each other, or mean nothing for an SAE.
     """
 
-    output_dir: str | None = field(default="sae", metadata={"help": "Where to write it."})
+    output_dir: str | None = field(default="sae", metadata={"help": "Folder to write to."})
     per_device_train_batch_size: int = field(
         default=512, metadata={"help": "Tokens a step, of each device."}
     )
@@ -111,7 +111,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
         default="warmup_stable_decay", metadata={"help": "The schedule of the learning rate."}
     )
     warmup_steps: float = field(
-        default=0.05, metadata={"help": "Steps (below 1: share of them) of linear warm-up."}
+        default=0.05, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
     )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     logging_nan_inf_filter: bool = field(
@@ -124,13 +124,19 @@ class SwitchSAETrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Not needed: counters are reduced as they are counted."}
     )
     loss: str = field(default="relative", metadata={"help": "relative or published."})
-    load_balance_alpha: float = field(default=3.0, metadata={"help": "Of the published loss."})
+    load_balance_alpha: float = field(
+        default=3.0, metadata={"help": "Weight of balance in the published loss."}
+    )
     start: str = field(default="data", metadata={"help": "data, geometric_median or none."})
-    start_rows: int = field(default=16384, metadata={"help": "Rows to measure the start on."})
+    start_rows: int = field(default=16384, metadata={"help": "Rows that start looks at."})
     learning_rate_law: str = field(default="steps", metadata={"help": "steps or published."})
-    learning_rate_factor: float = field(default=1.0, metadata={"help": "Times the law."})
-    decay_share: float = field(default=0.3, metadata={"help": "Share of the steps of decay."})
-    num_train_tokens: int | None = field(default=None, metadata={"help": "Stop after so many."})
+    learning_rate_factor: float = field(default=1.0, metadata={"help": "Multiplies the law."})
+    decay_share: float = field(
+        default=0.3, metadata={"help": "Last share of the steps, for decay."}
+    )
+    num_train_tokens: int | None = field(
+        default=None, metadata={"help": "Stop after so many tokens."}
+    )
     calibration_rows: int = field(default=65536, metadata={"help": "Rows to calibrate on."})
     save_dtype: str = field(
         default="float32", metadata={"help": "Of the saved SAE: float32, bfloat16 or float16."}
@@ -148,6 +154,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
             ):
                 raise ConfigError("an SAE is sharded as a whole: fsdp version 2, policy NO_WRAP.")
         super().__post_init__()  # type: ignore[no-untyped-call]
+        # after it, as it turns words into the values that are compared here
         for name, wanted in _WITHOUT_MEANING.items():
             if getattr(self, name) != wanted:
                 raise ConfigError(
@@ -184,21 +191,21 @@ class SwitchSAETrainingArguments(TrainingArguments):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SwitchSAETrainingArguments:
-        """Arguments of a named recipe, and changes to it.
+        """The arguments of a named recipe, with changes.
 
         Args:
-            name: "default", or "published": the recipe of the paper's code.
-            changes: fields.
+            name: "default", or "published" for the recipe of the paper's code.
+            changes: fields to set to other values.
 
         Raises:
-            ConfigError: there is no such recipe.
+            ConfigError: there is no such recipe, or see above.
         """
         if name not in PRESETS:
             raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **changes})
 
     def rate_for(self, config: SwitchSAEConfig, steps: int) -> float:
-        """The learning rate of an SAE of this configuration in a run of so many steps."""
+        """The peak learning rate for an SAE of this config in a run of `steps` steps."""
         if self.learning_rate is not None:
             return float(self.learning_rate)
         if self.learning_rate_law == "published":
@@ -209,21 +216,21 @@ class SwitchSAETrainingArguments(TrainingArguments):
 
 
 def rate_by_steps(num_features: int, steps: int) -> float:
-    """The learning rate for a run of so many steps, of an SAE whose loss is free of scale.
+    """The learning rate for a run of `steps` steps with the relative loss.
 
-    Follows the best rates of short runs (195 to 1,953 steps of 512 tokens, 1,536 and 6,144
-    features, tests/bench/ABLATIONS.md): longer runs and wider SAEs want less; beyond that it is an
-    extrapolation. It is never above 0.006, over which no run was better.
+    Fitted to the best rates of short runs (195 to 1,953 steps of 512 tokens, 1,536 and 6,144
+    features): longer runs and wider SAEs need lower rates. Beyond those sizes it extrapolates. It
+    is never above 0.006, since no run was better above that.
     """
     law = 2.6e-3 * (num_features / 6144) ** -0.27 * (max(1, steps) / 1000) ** -0.35
     return float(min(law, 6e-3))
 
 
 def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields in a .yaml, .yml or .json file.
+    """Names and values from a .yaml, .yml or .json file; dashes in names become underscores.
 
     Raises:
-        ConfigError: there is no such file, or it does not hold names and values.
+        ConfigError: the file can't be read, or holds something else than names and values.
     """
     file = Path(path)
     try:
@@ -237,12 +244,12 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def sae_fields() -> set[str]:
-    """The fields that are an SAE's own, and not every configuration's."""
+    """The fields of `SwitchSAEConfig` that a config of any other model does not have."""
     own = set(SwitchSAEConfig.__annotations__) - {"model_type", "attribute_map"}
     return own | set(SwitchSAEConfig.attribute_map)
 
 
 def nearest(name: str, names: set[str]) -> str:
-    """A hint for a name that is none of these."""
+    """A hint for a name that is not one of `names`."""
     near = difflib.get_close_matches(name, sorted(names), n=1)
     return f"did you mean --{near[0]}?" if near else "see hf-switch-sae train --help."

@@ -1,4 +1,4 @@
-"""What an SAE needs of a step whose optimizer is not its own."""
+"""What an SAE needs at each step if its optimizer is not `SwitchSAEAdam`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from hf_switch_sae.sae.optim import SwitchSAEAdam
 
 
 class UnitRows(TrainerCallback):
-    """Keeps decoder rows at length 1 with an optimizer other than `SwitchSAEAdam`, which does."""
+    """Keeps decoder rows at length 1 under optimizers that don't; `SwitchSAEAdam` does."""
 
     def __init__(self, saes: Mapping[str, SwitchSAE]) -> None:
         self._saes = list(saes.values())
 
     def on_pre_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Project the gradient."""
-        if not _is_own(optimizer):
+        """Remove the part of the gradient that would change the rows' lengths."""
+        if not isinstance(unwrapped(optimizer), SwitchSAEAdam):
             for sae in self._saes:
                 sae.project_decoder_grad()
 
     def on_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Scale the rows."""
-        if not _is_own(optimizer):
+        """Scale the rows to length 1."""
+        if not isinstance(unwrapped(optimizer), SwitchSAEAdam):
             for sae in self._saes:
                 sae.normalize_decoder()
 
 
-def _is_own(optimizer: Any) -> bool:
-    return isinstance(getattr(optimizer, "optimizer", optimizer), SwitchSAEAdam)
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer itself, out of the wrapper that accelerate puts around it."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -1,7 +1,7 @@
-"""Where a fresh SAE begins, from some rows: scale, biases, router, features, what is no input.
+"""Fits a fresh SAE to some rows: its scale, biases, router, features and bound on outliers.
 
-Beware Experts of a router that starts at random all see the same tokens, and learn the same
-       features. With clusters of the data to start from they differ from the first step on.
+Beware With a random router all experts see the same kind of tokens and learn the same features.
+       If the router starts at clusters of the data, experts differ from the first step on.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hf_switch_sae.errors import NonFiniteError
 from hf_switch_sae.sae.model import SwitchSAE
 
 _ROUNDS = 25  # of k-means
-_ROUTER_GAIN = 4.0  # logits of a typical token are within this
+_ROUTER_GAIN = 4.0  # a typical token's router logits stay within plus and minus this
 
 
 def is_fresh(sae: SwitchSAE) -> bool:
-    """Whether an SAE has never been fitted to anything: its biases are 0, its scale is 1."""
+    """Whether an SAE was never fitted to anything: its biases are 0 and its scale is 1."""
     biases = [sae.b_dec] + ([sae.b_router] if sae.config.num_experts > 1 else [])
     untouched = not any(bool(bias.detach().any()) for bias in biases)
     return untouched and float(sae.input_scale) == 1.0 and int(sae.statistics_tokens) == 0
@@ -33,11 +33,11 @@ def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: st
     Args:
         sae: changed in place.
         rows: outliers among them are left out.
-        outlier_norm: becomes the SAE's; None: no token is an outlier.
-        how: "data", "geometric_median" or "none".
+        outlier_norm: becomes the SAE's own; None means that no token is an outlier.
+        how: "data", "geometric_median" or "none", see `SwitchSAETrainingArguments.start`.
 
     Raises:
-        NonFiniteError: a row is NaN or infinite, or all are the same.
+        NonFiniteError: a row is NaN or infinite, or all rows are 0.
     """
     sae.outlier_norm.fill_(math.inf if outlier_norm is None else outlier_norm)
     if how == "none":
@@ -58,13 +58,13 @@ def start_from(sae: SwitchSAE, rows: Tensor, outlier_norm: float | None, how: st
     center = center * sae.input_scale
     sae.b_dec.copy_(center)
     if sae.config.num_experts > 1:
-        sae.b_router.copy_(center)  # a copy: tied biases would be stepped twice
+        sae.b_router.copy_(center)  # copied, as the optimizer would step a shared bias twice
     if how == "data":
         _start_at_data(rows * sae.input_scale - center, sae)
 
 
 def _start_at_data(centered: Tensor, sae: SwitchSAE) -> None:
-    """The router towards the clusters of rows [n, d], then features at rows of their expert."""
+    """Point the router at clusters of rows [n, d], then features at rows of their expert."""
     if 1 < sae.config.num_experts <= len(centered):
         directions = directions_of(centered, sae.config.num_experts)
         sae.router.weight.copy_(directions * (_ROUTER_GAIN / math.sqrt(centered.shape[1])))
@@ -73,15 +73,16 @@ def _start_at_data(centered: Tensor, sae: SwitchSAE) -> None:
 
 @torch.no_grad()
 def start_features_at(centered: Tensor, sae: SwitchSAE, seed: int = 0) -> None:
-    """Features begin at rows that their expert is chosen for; those left over stay as they are.
+    """Point each feature at a row that its expert is chosen for.
 
-    A decoder row is a row of data less the mean of the expert's, at length 1, and the encoder's row
-    points the same way. No row is taken twice: features that begin equal stay equal.
+    A feature's decoder row becomes a row of data, minus the mean of its expert's rows, at length 1.
+    Its encoder row points the same way. If an expert has fewer rows than features, the features
+    left over stay as they are: two features with the same start would stay equal.
 
     Args:
-        centered: [n, d], in the SAE's scaled units and less its bias.
-        sae: changed in place; its router is where it begins.
-        seed: of which rows are taken.
+        centered: [n, d], in the SAE's scaled units and minus its bias.
+        sae: changed in place; its router must be initialized already.
+        seed: decides which rows are taken.
     """
     rows = torch.unique(centered, dim=0)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
@@ -92,13 +93,14 @@ def start_features_at(centered: Tensor, sae: SwitchSAE, seed: int = 0) -> None:
     for expert, (encoder, decoder) in enumerate(experts):
         own = rows[chosen == expert]
         own = own - own.mean(0)
+        # rows at the expert's mean have no direction
         own = normalize(own[own.norm(dim=-1) > 1e-3][: len(decoder)], dim=-1)
         encoder[: len(own)] = (own * encoder.norm(dim=-1).mean()).to(encoder)
         decoder[: len(own)] = own.to(decoder)
 
 
 def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-5) -> Tensor:
-    """[d], the point with the least sum of distances to rows [n, d], by Weiszfeld's iteration."""
+    """[d]: the point with the smallest sum of distances to rows [n, d], by Weiszfeld's method."""
     found = rows.mean(0)
     for _ in range(steps):
         weight = 1 / (rows - found).norm(dim=-1).clamp_min(1e-12)
@@ -110,17 +112,17 @@ def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-5) ->
 
 
 def directions_of(rows: Tensor, count: int, seed: int = 0) -> Tensor:
-    """[count, d] of length 1: the centers of rows [n, d], n >= count, by spherical k-means.
+    """[count, d] of length 1: centers of rows [n, d], n >= count, by spherical k-means.
 
     Args:
-        rows: taken relative to the origin, so center them first; their lengths play no part.
-        count: how many centers.
-        seed: of the rows that they begin at.
+        rows: only their directions from the origin count, so center them first.
+        count: the number of centers.
+        seed: decides at which rows the centers begin.
     """
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     rows = normalize(rows, dim=-1)
     centers = rows[order[:count].to(rows.device)]
     for _ in range(_ROUNDS):
         sums = torch.zeros_like(centers).index_add_(0, (rows @ centers.T).argmax(1), rows)
-        centers = normalize(sums + 1e-6 * centers, dim=-1)  # an empty one stays where it is
+        centers = normalize(sums + 1e-6 * centers, dim=-1)  # an empty cluster stays put
     return centers

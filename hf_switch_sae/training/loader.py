@@ -1,7 +1,7 @@
-"""Activations as the `DataLoader` that `transformers.Trainer` takes: batches, lengths, a cursor.
+"""Activations -> a `DataLoader` for `transformers.Trainer`.
 
-Beware `Trainer` skips the batches of an epoch that a resumed run has had, by drawing them. Here the
-       cursor already stands behind them, so as many empty ones are handed out to be skipped.
+Beware A resumed `Trainer` skips the batches that the run has had by drawing them. Here the cursor
+       already stands behind those, so as many empty batches are handed out to be skipped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hf_switch_sae.activations.interface import Activations
 
 
 class Stream(IterableDataset):
-    """This process's batches; each pass over it goes on where the last ended.
+    """This process's batches; each pass over it continues where the last one ended.
 
     Args:
         activations: the rows.
-        batch_rows: rows a batch of this process.
+        batch_rows: rows per batch of this process.
         rank, world_size: which of how many processes this is.
     """
 
@@ -31,7 +31,9 @@ class Stream(IterableDataset):
         self._batches: Iterator[dict[str, Tensor]] | None = None
         rows = activations.num_rows
         self.length = None if rows is None else max(1, rows // (batch_rows * world_size))
+        """Batches per epoch; None if that is not known."""
         self.to_skip = 0
+        """How many empty batches to hand out first."""
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | None]:
         if self._batches is None:
@@ -48,12 +50,13 @@ class Stream(IterableDataset):
             yield batch
 
     def loader(self) -> DataLoader:
-        """As a DataLoader; it has a length where the activations have one."""
+        """As a DataLoader, which has a length if the activations have one."""
         kind = _Measured if self.length is not None else DataLoader
         return kind(self, batch_size=None, collate_fn=_as_is)
 
 
 class _Measured(DataLoader):
+    # `Trainer` plans epochs by a loader's length; the Stream has none if its rows are not counted
     def __len__(self) -> int:
         dataset: Any = self.dataset
         return int(dataset.length)

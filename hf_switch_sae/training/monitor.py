@@ -1,4 +1,4 @@
-"""What a run logs: sums since the last log, over all processes, and the mean of them when asked."""
+"""What a run logs: figures summed over steps and processes, and their means since the last log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hf_switch_sae.training.saes import MEASURED
 
 
 class Monitor:
-    """Measures of the steps since the last log; each process has those of its own rows.
+    """Sums of the measures since the last log, of this process's own rows.
 
     Args:
-        saes: by name.
+        saes: the SAEs by name.
     """
 
     def __init__(self, saes: Mapping[str, SwitchSAE]) -> None:
@@ -29,20 +29,21 @@ class Monitor:
         ]
 
     def add(self, measures: Sequence[Tensor]) -> None:
-        """Add a part of a step."""
+        """Add the measures of one part of a step, a tensor for each SAE."""
+        # summed where they are computed, without waiting for a GPU
         for at, measure in enumerate(measures):
             if self._sums[at].device != measure.device:
                 self._sums[at] = self._sums[at].to(measure.device)
             self._sums[at] += measure
 
     def end_step(self) -> None:
-        """All parts of a step have been added."""
+        """Count a step, all parts of which have been added."""
         self._steps += 1
 
     def take(self, reduce: Reduce) -> dict[str, float]:
-        """Means over the steps since the last time, of all processes; {} if there were none.
+        """Means over the steps since the last call, of all processes; {} if there were none.
 
-        Of several SAEs each figure but the loss is `<name>/<figure>`.
+        If there are several SAEs, each figure but the loss is named `<SAE>/<figure>`.
         """
         if not self._steps:
             return {}
@@ -56,6 +57,7 @@ class Monitor:
                 "l0": found["active"] / max(found["tokens"], 1),
                 "dead_share": float(sae.dead_features().float().mean()),
             }
+            # an SAE with a single expert has no router to report on
             if chosen := sums[len(MEASURED) :]:
                 figures["balance"] = found["balance"] / self._steps
                 figures["expert_load"] = max(chosen) * len(chosen) / max(sum(chosen), 1)
@@ -68,11 +70,11 @@ class Monitor:
         return logs
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of this process."""
+        """This process's sums, for a checkpoint."""
         return {"steps": self._steps, "sums": [each.cpu() for each in self._sums]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken."""
+        """Continue where the state was taken."""
         self._steps = state["steps"]
         self._sums = [each.clone() for each in state["sums"]]
 
@@ -81,15 +83,16 @@ class Monitor:
 def count_over_parts(
     sae: SwitchSAE, before: Tensor, sums: Tensor, fired: Tensor, reduce: Reduce
 ) -> None:
-    """Set `num_tokens_since_fired` as if a batch had come as a whole.
+    """Set `num_tokens_since_fired` to what it would be had the batch come in one piece.
 
     Args:
         sae: its counters are replaced.
-        before: they, before the batch.
-        sums: the whole's `batch_sums`.
-        fired: [F] bool, which features fired in this process's parts.
+        before: [num_features], the counters before the batch.
+        sums: the `batch_sums` of the whole batch.
+        fired: [num_features] bool, which features fired in this process's parts.
         reduce: adds up over processes.
     """
+    # a feature has seen the tokens of its own expert only
     experts = sae.config.num_experts
     seen = sums[-experts:] if experts > 1 else sums[:1]
     since = before.view(experts, -1) + seen.to(before.dtype)[:, None]

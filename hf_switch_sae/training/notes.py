@@ -1,4 +1,4 @@
-"""What an SAE came from, written beside it as training.json."""
+"""How an SAE was trained, written beside it as training.json."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hf_switch_sae.activations.interface import Activations
 from hf_switch_sae.hub.layout import NOTES
 from hf_switch_sae.sae.model import SwitchSAE
 
+# arguments that tell of a machine or an account (by prefix), and those that follow from others
 _PRIVATE = ("output_dir", "logging_dir", "hub_", "push_", "local_rank", "use_cpu", "disable_tqdm")
 _FOLLOWS = {"accelerator_config", "report_to", "run_name", "debug", "resume_from_checkpoint"}
 
@@ -21,7 +22,13 @@ _FOLLOWS = {"accelerator_config", "report_to", "run_name", "debug", "resume_from
 def write_notes(
     folder: Path, sae: SwitchSAE, activations: Activations, run: dict[str, Any]
 ) -> None:
-    """Write what an SAE came from beside it."""
+    """Write training.json for an SAE.
+
+    Args:
+        folder: the SAE's own.
+        sae, activations: what was trained, and on what.
+        run: what else to note: arguments, steps, tokens, log.
+    """
     notes = {
         "hookpoint": sae.config.hookpoint,
         "base_model": sae.config.base_model,
@@ -34,8 +41,8 @@ def write_notes(
 
 
 def arguments_of(args: Any) -> dict[str, Any]:
-    """Those of a run that differ from their defaults, without folders, hosts and tokens."""
-    # a second instance, for its defaults, would reset the accelerator
+    """A run's arguments that differ from their defaults, without folders, hosts and tokens."""
+    # defaults are read off the fields, as making a second instance would reset the accelerator
     default = {
         each.name: each.default_factory() if callable(each.default_factory) else each.default
         for each in fields(args)

@@ -1,8 +1,7 @@
-"""The SAEs of a run: built to fit their places, then joined to one module.
+"""The SAEs of a run: built for their hookpoints, then joined into one module.
 
 Room   {hookpoint: rows} -> the sum of the SAEs' losses, and what to log.
-
-Each SAE's parameters and losses are its own; together they share rows, step and schedule.
+How    Each SAE has its own parameters and its own loss. They share rows, steps and schedule.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.sae.output import SwitchSAEOutput
 
 MEASURED = ("loss", "fvu", "balance", "tokens", "active", "entropy")
-"""What the first entries of a measure are; after them how often each expert was chosen."""
+"""The first entries of a measure; after them comes how often each expert was chosen."""
 
 
 def check_loss(name: str, config: SwitchSAEConfig, rule: str) -> None:
-    """Raise ConfigError if the config asks for what a loss does not have."""
+    """Raise ConfigError if a config weights a term that the loss `rule` does not have."""
     for coef in ("l1_loss_coef", "second_expert_loss_coef"):
         if rule == "published" and getattr(config, coef):
             raise ConfigError(
@@ -41,9 +40,12 @@ class SAEsTogether(nn.Module):
     """SAEs trained over the same tokens.
 
     Args:
-        saes: by name; `config.hookpoint` is where each reads.
+        saes: by name; each reads at its `config.hookpoint`.
         rule: "relative" or "published", see `SwitchSAETrainingArguments.loss`.
-        load_balance_alpha: of the published loss.
+        load_balance_alpha: weight of the balance term in the published loss.
+
+    Raises:
+        ConfigError: a config weights a term that the loss does not have.
     """
 
     def __init__(self, saes: Mapping[str, SwitchSAE], rule: str, load_balance_alpha: float) -> None:
@@ -52,11 +54,11 @@ class SAEsTogether(nn.Module):
             check_loss(name, sae.config, rule)
         self.names = tuple(saes)
         self.saes = nn.ModuleList(saes.values())
-        self.places = tuple(str(sae.config.hookpoint) for sae in saes.values())
+        self.hookpoints = tuple(str(sae.config.hookpoint) for sae in saes.values())
         self.rule, self.load_balance_alpha = rule, load_balance_alpha
 
     def by_name(self) -> dict[str, SwitchSAE]:
-        """The SAEs."""
+        """The SAEs by name."""
         return dict(zip(self.names, self.saes, strict=True))  # type: ignore[arg-type]
 
     def forward(
@@ -69,14 +71,14 @@ class SAEsTogether(nn.Module):
 
         Args:
             streams: hookpoint -> [n, d].
-            wholes: for each SAE the batch that the rows are a part of.
-            only_sums: give `batch_sums` instead, one tensor for each SAE.
+            wholes: for each SAE the batch that the rows are a part of; None if they are all of it.
+            only_sums: return {"sums": the `batch_sums` of each SAE} instead.
 
         Returns:
-            loss: 0-d. measures: for each SAE [6 + E], see `MEASURED`. fired: for each [F] bool.
+            loss: 0-d. measures: [6 + E] for each SAE, see `MEASURED`. fired: [F] bool for each.
         """
         saes: dict[str, SwitchSAE] = self.by_name()
-        rows = [streams[place] for place in self.places]
+        rows = [streams[hookpoint] for hookpoint in self.hookpoints]
         if only_sums:
             return {"sums": [sae.batch_sums(x) for sae, x in zip(saes.values(), rows, strict=True)]}
         losses, measures, fired = [], [], []
@@ -95,30 +97,31 @@ class SAEsTogether(nn.Module):
         if self.rule == "relative":
             return output.loss
         assert whole is not None
+        # the squared error of a token, instead of its share of the variance
         alpha = self.load_balance_alpha * sae.config.hidden_size
         return output.fvu * (whole.deviation / whole.tokens) + alpha * output.router_aux_loss
 
 
 @torch.no_grad()
 def measure_of(sae: SwitchSAE, x: Tensor, output: SwitchSAEOutput, loss: Tensor) -> Tensor:
-    """[6 + E] float32 of rows x [n, d]: sums that add up over parts of a batch.
+    """[6 + E] float32 of rows x [n, d]: sums that add up over the parts of a batch.
 
-    Entropy is the router's over the experts, divided by that of an even choice: 0 for one that is
-    certain, 1 for one that doesn't care.
+    Entropy is that of the router's choice, divided by that of an even choice: 0 if it is certain, 1
+    if all experts are equally likely.
     """
     assert output.features is not None
     assert output.fvu is not None
     assert output.router_aux_loss is not None
-    counts = ~sae.is_outlier(x)
-    tokens = counts.sum()
+    is_real = ~sae.is_outlier(x)
+    tokens = is_real.sum()
     active = (output.features.acts > 0).sum()
-    entropy, chosen = tokens.new_zeros(()), counts.new_zeros(0)
+    entropy, chosen = tokens.new_zeros(()), is_real.new_zeros(0)
     if output.router_logits is not None:
         logp = output.router_logits.log_softmax(-1)
-        entropy = -(logp.exp() * logp).sum(-1).where(counts, 0).sum()
+        entropy = -(logp.exp() * logp).sum(-1).where(is_real, 0).sum()
         entropy = entropy / math.log(sae.config.num_experts)
         ids = output.router_logits.topk(sae.config.num_experts_per_token).indices
-        weight = counts.float().repeat_interleave(ids.shape[1])
+        weight = is_real.float().repeat_interleave(ids.shape[1])
         chosen = torch.zeros(sae.config.num_experts, device=ids.device)
         chosen.index_add_(0, ids.flatten(), weight)
     head = [loss.detach(), output.fvu, output.router_aux_loss, tokens, active, entropy]
@@ -127,24 +130,34 @@ def measure_of(sae: SwitchSAE, x: Tensor, output: SwitchSAEOutput, loss: Tensor)
 
 @torch.no_grad()
 def fired_of(sae: SwitchSAE, output: SwitchSAEOutput) -> Tensor:
-    """[num_features] bool, which were active."""
+    """[num_features] bool: which features were active."""
     assert output.features is not None
     ids, acts = output.features.ids.flatten(), output.features.acts.flatten()
     firings = torch.zeros(sae.config.num_features, dtype=torch.int32, device=ids.device)
     return firings.index_add_(0, ids, (acts > 0).int()) > 0
 
 
-Given = SwitchSAEConfig | SwitchSAE
+SAEOrConfig = SwitchSAEConfig | SwitchSAE
 
 
 def build_saes(
-    given: Given | Mapping[str, Given], lm: nn.Module | None, train_dataset: Any, seed: int
+    given: SAEOrConfig | Mapping[str, SAEOrConfig],
+    lm: nn.Module | None,
+    train_dataset: Any,
+    seed: int,
 ) -> dict[str, SwitchSAE]:
-    """SAEs by name, in float32 or more, each knowing its place and its language model.
+    """The SAEs of a run, by name, in float32 or wider.
+
+    Args:
+        given: what the trainer was given; one without a name is named by its hookpoint. The
+            hookpoint, and the language model if there is one, are filled in in its config.
+        lm: the language model, or None.
+        train_dataset: its hookpoint is the default, if it has just one.
+        seed: decides the random weights of new SAEs.
 
     Raises:
-        ConfigError: a place is missing, or what is given is no SAE and no configuration.
-        HookpointError: there is no such place.
+        ConfigError: a hookpoint is missing, or something is neither an SAE nor a config.
+        HookpointError: the language model has no such hookpoint.
     """
     several = given if isinstance(given, Mapping) else {"": given}
     if not several:
@@ -157,6 +170,7 @@ def build_saes(
         elif isinstance(each, SwitchSAE):
             _placed(each.config, lm, train_dataset)
             sae = each
+            # in 16 bits a small step would be lost to rounding
             if each.dtype.itemsize < 4:
                 nn.Module.float(each)
         else:
@@ -175,15 +189,15 @@ def readers_of(saes: Mapping[str, SwitchSAE]) -> dict[str, tuple[str, int]]:
 
 
 def _placed(config: SwitchSAEConfig, lm: nn.Module | None, train_dataset: Any) -> SwitchSAEConfig:
-    """The config with place and language model filled in."""
+    """The config with hookpoint and language model filled in."""
     if config.hookpoint is None:
-        places: tuple[str, ...] = getattr(train_dataset, "hookpoints", ())
-        if len(places) != 1:
+        hookpoints: tuple[str, ...] = getattr(train_dataset, "hookpoints", ())
+        if len(hookpoints) != 1:
             raise ConfigError(
                 "the SAE's config has no hookpoint: give one, such as 'layers.7.resid_post'"
-                + (f"; the activations have {', '.join(places)}." if places else ".")
+                + (f"; the activations have {', '.join(hookpoints)}." if hookpoints else ".")
             )
-        config.hookpoint = str(places[0])
+        config.hookpoint = str(hookpoints[0])
     if lm is not None:
         config.hookpoint = resolve(lm, config.hookpoint).name
         known = base_model_fields(lm)

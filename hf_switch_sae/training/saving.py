@@ -1,108 +1,56 @@
-"""The part of the trainer that writes and reads: checkpoints, saved SAEs, releases on the Hub."""
+"""The part of the trainer that saves and loads: checkpoints and finished SAEs."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from hf_switch_sae.activations.interface import Activations
 from hf_switch_sae.errors import NonFiniteError, SwitchSAEError, TrainingError
 from hf_switch_sae.evaluation.calibration import calibrate_on
 from hf_switch_sae.files import rounded
-from hf_switch_sae.hub.layout import CARD
-from hf_switch_sae.release.push import push
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.training import checkpoints, sharded
-from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
-from hf_switch_sae.training.monitor import Monitor
 from hf_switch_sae.training.notes import arguments_of, write_notes
+from hf_switch_sae.training.stepping import Stepping
 
 logger = logging.get_logger(__name__)
 
-_NOT_OF_THE_RUN = {"metrics", "source", "base_model", "base_model_revision"}
+_MAY_DIFFER = {"metrics", "source", "base_model", "base_model_revision"}
+_MAY_DIFFER |= {"base_model_fingerprint"}
 
 
-class Saving(Trainer):
-    """What `SwitchSAETrainer` saves and loads; see `checkpoints` for how it lies on the disk."""
+class Saving(sharded.Sharding, Stepping):
+    """How `SwitchSAETrainer` saves and loads; `checkpoints` says how it lies on the disk."""
 
-    args: SwitchSAETrainingArguments
-    saes: dict[str, SwitchSAE]
-    activations: Activations
     held_out: dict[str, dict[str, float]] | None = None
     command: str | None = None
-    """What was typed to start the run, to note beside its SAEs."""
-    _monitor: Monitor
-    _added: Callable[[Tensor], Tensor]
-
-    # --- sharded ---
-
-    def _plain_saes(self) -> dict[str, SwitchSAE]:
-        """The SAEs with whole weights; all processes must ask, and the first gets an answer."""
-        if not self.is_fsdp_enabled:
-            return self.saes
-        state, found = sharded.whole_state(self.model), {}
-        if self.args.should_save:
-            for at, (name, sae) in enumerate(self.saes.items()):
-                start = f"saes.{at}."
-                found[name] = SwitchSAE(sae.config)
-                found[name].load_state_dict(
-                    {key[len(start) :]: v for key, v in state.items() if key.startswith(start)}
-                )
-        return found
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        name = f"optimizer_{self.args.process_index}.pt"
-        torch.save(sharded.own_share(self._inner_optimizer()), Path(output_dir) / name)
-        if self.args.should_save:
-            scheduler: Any = self.lr_scheduler
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        path = Path(checkpoint) / f"optimizer_{self.args.process_index}.pt"
-        if not path.exists():
-            raise TrainingError(f"{path} is not there: go on with as many processes, sharded.")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        sharded.load_own_share(self._inner_optimizer(), state)
-        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        scheduler: Any = self.lr_scheduler
-        scheduler.load_state_dict(schedule)
-
-    def _inner_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+    """The command line that started the run, to note beside its SAEs."""
 
     # --- checkpoints ------------------------------------------------------------------------------
 
     def last_good_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole, if there is one."""
+        """The newest checkpoint that is whole; None if there is none."""
         try:
             return checkpoints.newest_good(Path(str(self.args.output_dir)), lambda _: None)
         except TrainingError:
             return None
 
     def _checkpoint_to_resume(self, wanted: Any) -> str | None:
+        """The checkpoint that `resume_from_checkpoint` means, checked; None to begin anew."""
         folder = Path(str(self.args.output_dir))
         if self.is_world_process_zero():
             checkpoints.remove_leftovers(folder)
+        # a command line and TrainingArguments give these as words
         if isinstance(wanted, str) and wanted.lower() in ("true", "false"):
             wanted = wanted.lower() == "true"
         if wanted is True:
@@ -122,12 +70,14 @@ class Saving(Trainer):
         return str(wanted)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As `Trainer._save_checkpoint`, but what has its name is whole."""
+        """As `Trainer._save_checkpoint`, but a folder with a checkpoint's name is always whole."""
         if trial is None:
             self.store_flos()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         partial = checkpoints.partial_of(folder)
         self._check_finite()
+        # three stages, each of them finished by all processes before the next begins: the first
+        # process makes the folder, all write to it, the first puts it in its place
         try:
             self._on_all(lambda: self.args.should_save and checkpoints.begin(folder))
             self._on_all(lambda: self._write_checkpoint(partial, folder))
@@ -146,7 +96,9 @@ class Saving(Trainer):
             checkpoints.rotate(folder.parent, self.args.save_total_limit, keep)
 
     def _write_checkpoint(self, partial: Path, folder: Path) -> None:
+        """Write this process's part of a checkpoint."""
         self._write_saes(partial)
+        # the best checkpoint may have been rotated away, or be this one, which is not there yet
         best = self.state.best_global_step
         if best is not None:
             path = folder.with_name(f"checkpoint-{best}")
@@ -172,6 +124,7 @@ class Saving(Trainer):
             checkpoints.put_in_place(partial, folder)
 
     def _note_callbacks(self) -> None:
+        """Note the states of callbacks in the trainer's state, as `Trainer` does."""
         for each in [*self.callback_handler.callbacks, self.control]:
             if isinstance(each, ExportableState):
                 noted: Any = self.state.stateful_callbacks
@@ -182,7 +135,7 @@ class Saving(Trainer):
                     noted[name] = each.state()
 
     def _on_all(self, act: Callable[[], Any]) -> None:
-        """Run on every process; if one fails, all raise."""
+        """Run on every process; if it fails on one, all of them raise instead of waiting for it."""
         failure: Exception | None = None
         try:
             act()
@@ -195,6 +148,7 @@ class Saving(Trainer):
             raise TrainingError("another process could not write its part of the checkpoint.")
 
     def _check_finite(self) -> None:
+        """Raise NonFiniteError on every process if a weight is NaN or infinite on any of them."""
         for name, sae in self.saes.items():
             weights = [getattr(w, "to_local", lambda w=w: w)() for w in sae.parameters()]
             bad = sum(int((~weight.isfinite()).sum()) for weight in weights)
@@ -218,6 +172,7 @@ class Saving(Trainer):
             with _no_bar():
                 found = SwitchSAE.from_pretrained(folder, dtype=sae.dtype)
             _check_same_run(found, sae, resume_from_checkpoint)
+            # sharded weights are loaded all at once, under the names they have in the whole model
             if self.is_fsdp_enabled:
                 at = list(self.saes).index(name)
                 whole |= {f"saes.{at}.{key}": value for key, value in found.state_dict().items()}
@@ -235,8 +190,9 @@ class Saving(Trainer):
         found = super()._prepare_for_training(  # type: ignore[no-untyped-call]
             max_steps, train_dataloader, resume_from_checkpoint
         )
-        if self.is_fsdp_enabled and hasattr(self._inner_optimizer(), "hold"):
-            self._inner_optimizer().hold(list(self.saes.values()))
+        # sharding has replaced the parameters that the optimizer was made with
+        if self.is_fsdp_enabled and self._own_optimizer is not None:
+            self._own_optimizer.hold(list(self.saes.values()))
         if resume_from_checkpoint is not None and not self.args.ignore_data_skip:
             path = Path(resume_from_checkpoint) / f"process_{self.args.process_index}.pt"
             if not path.exists():
@@ -249,12 +205,12 @@ class Saving(Trainer):
             self._monitor.load_state_dict(own["monitor"])
         return found
 
-    # --- saved SAEs -------------------------------------------------------------------------------
+    # --- finished SAEs ----------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save each SAE in the subfolder it is named by, as `args.save_dtype`, with its origin.
+        """Save each SAE to the subfolder of its name, in `args.save_dtype`, with training.json.
 
-        With `args.push_to_hub` it is pushed too.
+        With `args.push_to_hub` they are published too.
         """
         folder = Path(str(output_dir or self.args.output_dir))
         dtype = getattr(torch, self.args.save_dtype)
@@ -265,7 +221,7 @@ class Saving(Trainer):
     def _write_saes(
         self, folder: Path, dtype: torch.dtype | None = None, beside: bool = False
     ) -> None:
-        """Write every SAE; `beside`: each renamed into its place."""
+        """Write every SAE and its notes; with `beside` a file appears only once all are written."""
         for name, sae in self._plain_saes().items():
             if not self.args.should_save:
                 return
@@ -295,7 +251,7 @@ class Saving(Trainer):
         }
 
     def _calibrate(self) -> None:
-        """Measure what edits and cards need, at the end of the run."""
+        """Measure the statistics that edits and cards need, at the end of the run."""
         if not self.args.calibration_rows:
             return
         rows = self.activations.sample(self.args.calibration_rows)
@@ -303,94 +259,10 @@ class Saving(Trainer):
             for sae in self.saes.values():
                 calibrate_on(sae, rows[str(sae.config.hookpoint)])
 
-    # --- the Hub ----------------------------------------------------------------------------------
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Publish the SAEs as a release with a card, in one commit; see `push`.
-
-        Args:
-            commit_message: of the commit.
-            blocking: must be True: nothing goes on in the background.
-            token: by default `args.hub_token`, else the one you are logged in with.
-            revision: branch; by default `args.hub_revision`, else main.
-            private: whether a new repository is private; by default `args.hub_private_repo`.
-            kwargs: none.
-
-        Returns:
-            The commit's id; None on all processes but the first.
-
-        Raises:
-            HubError: the Hub refuses or can't be reached.
-        """
-        if kwargs or not blocking:
-            raise TrainingError(
-                f"push_to_hub takes no {', '.join(kwargs) or 'blocking=False'}: the card is made "
-                "from the SAEs' own files."
-            )
-        with tempfile.TemporaryDirectory() as staged:
-            self._write_saes(Path(staged), getattr(torch, self.args.save_dtype))
-            if not self.is_world_process_zero():
-                return None
-            return self._push(Path(staged), commit_message, token, revision, private)
-
-    def push_release(self, folder: Path, message: str) -> str:
-        """Publish the SAEs that `save_model` wrote into a folder, with what lies beside them."""
-        with tempfile.TemporaryDirectory() as staged:
-            for name in self.saes:
-                shutil.copytree(folder / name, Path(staged) / name)
-            if (readme := folder / CARD).exists():
-                shutil.copy(readme, staged)
-            return self._push(Path(staged), message)
-
-    def _push(
-        self,
-        folder: Path,
-        message: str | None,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-    ) -> str:
-        args = self.args
-        return push(
-            folder,
-            args.hub_model_id or Path(str(args.output_dir)).resolve().name,
-            private=args.hub_private_repo if private is None else private,
-            branch=revision or args.hub_revision or "main",
-            message=message,
-            token=token or args.hub_token,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy, args = self.args.hub_strategy, self.args
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        message = f"Training in progress, step {self.state.global_step}"
-        with tempfile.TemporaryDirectory() as staged:
-            for name in self.saes:
-                shutil.copytree(Path(checkpoint_folder) / name, Path(staged) / name)
-            self._push(Path(staged), message)
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = strategy == HubStrategy.CHECKPOINT
-            HfApi(token=args.hub_token).upload_folder(
-                repo_id=str(self.hub_model_id),
-                folder_path=checkpoint_folder,
-                path_in_repo="last-checkpoint" if last else Path(checkpoint_folder).name,
-                commit_message=f"{message}, checkpoint",
-                revision=args.hub_revision,
-            )
-
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    """Without transformers' progress bars, in the middle of the run's own."""
+    """Hide the bars of loading and saving, which would cut through the run's own."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -401,13 +273,13 @@ def _no_bar() -> Iterator[None]:
 
 
 def _check_same_run(found: SwitchSAE, sae: SwitchSAE, checkpoint: str) -> None:
-    """Raise TrainingError if a checkpoint's SAE is of another kind than the one to train."""
+    """Raise TrainingError if a checkpoint's SAE differs in its config from the one to train."""
     there, here = found.config.to_dict(), sae.config.to_dict()
-    names = set(type(sae.config).__annotations__) - _NOT_OF_THE_RUN
+    names = set(type(sae.config).__annotations__) - _MAY_DIFFER
     other = [
         f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
         for name in sorted(names)
-        if there.get(name) != here.get(name) and name != "base_model_fingerprint"
+        if there.get(name) != here.get(name)
     ]
     if other:
         raise TrainingError(

@@ -1,10 +1,8 @@
 """`transformers.Trainer` for Switch SAEs: from text or rows to saved SAEs.
 
 How    The model is `SAEsTogether`, the data loader hands out activations, the optimizer is
-       `SwitchSAEAdam`; the loop, schedule, logging and callbacks are the Trainer's own.
-Beware Losses are not means over tokens. Where a step's rows are spread over processes or
-       accumulated, all parts are looked at before the first is run: the sums over the whole (FVU's
-       denominator, how often each expert is chosen) make each part's loss its exact share.
+       `SwitchSAEAdam`. The loop, logging and callbacks are those of `Trainer`. The other parts:
+       `stepping.py` (optimizer, schedule, a step), `saving.py`, `sharded.py`, `publishing.py`.
 """
 
 from __future__ import annotations
@@ -12,36 +10,32 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_switch_sae.activations.interface import Activations
 from hf_switch_sae.activations.live import activations_for
 from hf_switch_sae.activations.settings import ActivationSettings
-from hf_switch_sae.errors import NonFiniteError, TrainingError
+from hf_switch_sae.errors import TrainingError
 from hf_switch_sae.evaluation.heldout import measure_held_out
-from hf_switch_sae.processes import added_up
-from hf_switch_sae.sae.fvu import WholeBatch
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.training.arguments import SwitchSAETrainingArguments
 from hf_switch_sae.training.callbacks import UnitRows
 from hf_switch_sae.training.initialization import is_fresh, start_from
 from hf_switch_sae.training.loader import Stream
-from hf_switch_sae.training.monitor import Monitor, count_over_parts
-from hf_switch_sae.training.saes import Given, SAEsTogether, build_saes, readers_of
-from hf_switch_sae.training.saving import Saving
+from hf_switch_sae.training.monitor import Monitor
+from hf_switch_sae.training.publishing import Publishing
+from hf_switch_sae.training.saes import SAEOrConfig, SAEsTogether, build_saes, readers_of
 from hf_switch_sae.training.sharded import gathered
-from hf_switch_sae.training.stepping import Stepping
 
 logger = logging.get_logger(__name__)
 
 
-class SwitchSAETrainer(Saving, Stepping):
+class SwitchSAETrainer(Publishing):
     """Trains one Switch SAE, or several at once, on a language model's residual streams.
 
         trainer = SwitchSAETrainer(
@@ -55,38 +49,39 @@ class SwitchSAETrainer(Saving, Stepping):
         trainer.save_model()
 
     It is a `transformers.Trainer`: callbacks, `report_to`, `save_total_limit`, `push_to_hub`,
-    `resume_from_checkpoint`, bf16, gradient accumulation, `torch_compile` and the rest are its own.
-    Checkpoints and what is saved have a subfolder for each SAE.
+    `resume_from_checkpoint`, bf16, gradient accumulation, `torch_compile` and the rest work as
+    there. Checkpoints and saved models have a subfolder for each SAE.
 
-    Several processes (`accelerate launch`) and gradient accumulation give the losses and gradients
-    of one process with the whole batch, to rounding: FVU is over the whole's variance, and the load
-    is balanced over the whole. What differs: `batch_topk` chooses within each part, and AuxK is a
-    mean of the parts' own, each over the variance of its own error.
+    Several processes (`accelerate launch`) and gradient accumulation give, up to rounding, the
+    losses and gradients of one process with the whole batch: FVU divides by the variance of the
+    whole batch, and the load is balanced over the whole batch. Two things differ: `batch_topk`
+    chooses within each part, and AuxK is the mean of the parts' own terms, each over the variance
+    of its own error.
 
     Args:
-        sae: a SwitchSAEConfig or a SwitchSAE, or {name: either} to train several over one pass of
-            the language model. A `hookpoint` in the config says where it reads. An SAE that was
-            trained before goes on from there; a fresh one starts from the data (`args.start`).
-            `SAE_PRESETS` has the fields of the recipe.
+        sae: a SwitchSAEConfig or a SwitchSAE, or {name: either} to train several in one pass of
+            the language model. The config's `hookpoint` says where it reads. An SAE that was
+            trained before continues from there; a fresh one starts from the data (`args.start`).
+            `SAE_PRESETS` has the fields of the recipes.
         lm: the language model, in eval mode; None if `train_dataset` is `Activations`.
-        args: what the run is told; batch sizes count tokens.
+        args: the run's arguments; batch sizes count tokens.
         train_dataset: texts, files, a folder, a Hub id or a `datasets` data set, as
             `text.read_documents` takes them; or `Activations`, such as `CachedActivations(folder)`.
-        eval_dataset: held out, likewise.
-        processing_class: the language model's tokenizer; for texts.
+        eval_dataset: held-out rows or text, likewise.
+        processing_class: the language model's tokenizer, if the data are texts.
         activation_settings: how text becomes rows.
-        callbacks, optimizers: as of `transformers.Trainer`.
+        callbacks, optimizers: as for `transformers.Trainer`.
 
     Raises:
-        ConfigError, HookpointError, WidthError, TextError, TrainingError: what was given does not
-            fit together; before anything is computed.
+        ConfigError, HookpointError, WidthError, TextError, TrainingError: the arguments do not fit
+            together. Raised before anything is computed.
     """
 
     args: SwitchSAETrainingArguments
 
     def __init__(
         self,
-        sae: Given | Mapping[str, Given],
+        sae: SAEOrConfig | Mapping[str, SAEOrConfig],
         lm: nn.Module | None = None,
         args: SwitchSAETrainingArguments | None = None,
         train_dataset: Any = None,
@@ -96,6 +91,7 @@ class SwitchSAETrainer(Saving, Stepping):
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        # a copy, because tokens are turned into steps in it
         args = copy.copy(args) if args is not None else SwitchSAETrainingArguments()
         saes = build_saes(sae, lm, train_dataset, args.seed)
         self.saes, self.lm, self._tokenizer = saes, lm, processing_class
@@ -104,7 +100,8 @@ class SwitchSAETrainer(Saving, Stepping):
         held_out = None
         if eval_dataset is not None:
             held_out = activations_for(readers_of(saes), eval_dataset, *given)
-        self._end_of(args)
+        self._set_end(args)
+
         together = SAEsTogether(saes, args.loss, args.load_balance_alpha)
         super().__init__(
             model=together,
@@ -114,24 +111,23 @@ class SwitchSAETrainer(Saving, Stepping):
             optimizers=optimizers,
         )
         self.train_dataset = self.activations
-        self.processing_class = None  # the language model's: no part of what is saved
+        self.processing_class = None  # the language model's, so it is not saved with the SAEs
+        # the Trainer must neither rescale losses nor look for labels
         self.model_accepts_loss_kwargs, self.can_return_loss = False, True
         self._monitor = Monitor(saes)
         self._fresh = {name: is_fresh(each) for name, each in saes.items()}
-        self._wholes: list[WholeBatch] | None = None
-        self._sums: list[Tensor] = []
-        self._before: list[Tensor] = []
-        self._fired: list[Tensor] = []
+        self._wholes = None
+        self._sums, self._before, self._fired = [], [], []
         self._parts = 0
-        self._clock = (time.monotonic(), 0)
+        self._clock = (time.monotonic(), 0)  # time and tokens at the last log
 
     @property
     def sae(self) -> SwitchSAE:
         """The SAE, or the first of several."""
         return next(iter(self.saes.values()))
 
-    def _end_of(self, args: SwitchSAETrainingArguments) -> None:
-        """Turn tokens into steps; raise TrainingError if nothing says when to stop."""
+    def _set_end(self, args: SwitchSAETrainingArguments) -> None:
+        """Turn `num_train_tokens` into steps; TrainingError if nothing says when to stop."""
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.num_train_tokens is not None:
             args.max_steps = max(1, math.ceil(args.num_train_tokens / batch))
@@ -154,16 +150,16 @@ class SwitchSAETrainer(Saving, Stepping):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """As `Trainer.train`; resumes from the newest checkpoint that is whole.
+        """Train, and measure the SAEs' statistics at the end; see `Trainer.train`.
 
         Args:
-            resume_from_checkpoint: True: the newest in `output_dir` that is undamaged, saying so if
-                that is not the last one; a run that has none yet begins. Or a checkpoint's folder.
-                By default `args.resume_from_checkpoint`.
+            resume_from_checkpoint: a checkpoint's folder. Or True for the newest undamaged one in
+                `output_dir`, with a warning if there are newer ones; if there are none at all the
+                run begins anew. By default `args.resume_from_checkpoint`.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite; the last checkpoint is kept.
-            TrainingError: a damaged checkpoint, one of another run, or no room for a new one.
+            TrainingError: a checkpoint is damaged or of another run, or the disk is full.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
@@ -172,24 +168,26 @@ class SwitchSAETrainer(Saving, Stepping):
             self._say(self._plan(checkpoint))
         if checkpoint is None:
             self._start()
+        # one process removes leftovers and all look for checkpoints; both must be over
         self.accelerator.wait_for_everyone()
         result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._calibrate()
         return result
 
     def _start(self) -> None:
-        """Fit fresh SAEs to the data."""
+        """Fit fresh SAEs to the data, as `args.start` says."""
         fresh = {name: sae for name, sae in self.saes.items() if self._fresh[name]}
         if not fresh:
             return
         bounds = self.activations.policy["outlier_norm"]
         rows = self.activations.sample(self.args.start_rows) if self.args.start != "none" else {}
         for sae in fresh.values():
-            place = str(sae.config.hookpoint)
-            some = rows.get(place, torch.empty(0))
-            start_from(sae, some, bounds.get(place), self.args.start)
+            hookpoint = str(sae.config.hookpoint)
+            some = rows.get(hookpoint, torch.empty(0))
+            start_from(sae, some, bounds.get(hookpoint), self.args.start)
 
     def _plan(self, checkpoint: str | None) -> str:
+        """What the run is about to do, in three lines."""
         args, batch = self.args, self.get_total_train_batch_size(self.args)
         steps, rates = self._planned_steps(), self.learning_rates
         sizes = ", ".join(
@@ -214,135 +212,34 @@ class SwitchSAETrainer(Saving, Stepping):
         if not self.args.disable_tqdm:
             logger.warning(text)
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """As the Trainer's; FSDP works on CPUs too, which accelerate leaves out."""
-        super().create_accelerator_and_postprocess()
-        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
-            state: Any = self.accelerator.state
-            state.distributed_type = DistributedType.FSDP
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            self.is_fsdp_enabled = True
-
     # --- data -------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """This process's rows."""
+        """This process's rows, as batches."""
         rows = self.args.train_batch_size
         share = (self.args.process_index, self.args.world_size)
         self._stream = Stream(self.activations, rows, *share)
         return self._stream.loader()
 
     def num_examples(self, dataloader: Any) -> int:
-        """Rows."""
+        """Rows per epoch; 0 if that is not known."""
         return self.activations.num_rows or 0
 
     def _init_training_state(self, *args: Any) -> Any:
         epochs, steps = super()._init_training_state(*args)
+        # steps that a resumed run has had: the Trainer skips them, see `loader`
         self._stream.to_skip = steps
         self._clock = (time.monotonic(), self.state.num_input_tokens_seen)
         return epochs, steps
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> Any:
-        """The rows of a step, on the device; where they are parts of a batch, what they add to."""
-        found, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        found = [
-            {name: rows.to(device, self._rows_dtype()) for name, rows in batch.items()}
-            for batch in found
-        ]
-        self._parts = len(found)
-        in_parts = self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1
-        self._fired, self._wholes, self._sums, self._before = [], None, [], []
-        if found and (in_parts or self.args.loss == "published"):
-            self._before = [sae.num_tokens_since_fired.clone() for sae in self.saes.values()]
-            self._sums = self._sums_over(found)
-            widths = (sae.config.hidden_size for sae in self.saes.values())
-            self._wholes = [
-                WholeBatch.of(each, width).to(self._rows_dtype())
-                for each, width in zip(self._sums, widths, strict=True)
-            ]
-        return found, items
-
-    def _rows_dtype(self) -> torch.dtype:
-        return self.sae.b_dec.dtype
-
-    @torch.no_grad()
-    def _sums_over(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """For each SAE `batch_sums` over a step's parts, of all processes."""
-        parts = [self.model_wrapped(batch, only_sums=True)["sums"] for batch in batches]
-        return [self._added(torch.stack(each).sum(0)) for each in zip(*parts, strict=True)]
-
-    def _added(self, tensor: Tensor) -> Tensor:
-        """Added up over processes."""
-        return added_up(tensor) if self.args.world_size > 1 else tensor
-
     # --- a step -----------------------------------------------------------------------------------
-
-    def training_step(
-        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Forward and backward of a part of a step."""
-        model.train()
-        for sae, before in zip(self.saes.values(), self._before, strict=False):
-            # which features are dead is told when a batch begins, not between its parts
-            sae.num_tokens_since_fired.copy_(before)
-        with self.compute_loss_context_manager():
-            found = model(inputs, self._wholes)
-        loss: Tensor = found["loss"]
-        if loss.device.type == "cpu" and not loss.isfinite():
-            raise self._not_finite(loss.detach(), inputs)
-        # processes' gradients are averaged, and their losses are shares that add up
-        self.accelerator.backward(loss * self.args.world_size)
-        self._monitor.add(found["measures"])
-        self._fired = (
-            [a | b for a, b in zip(self._fired, found["fired"], strict=True)]
-            if self._fired
-            else found["fired"]
-        )
-        self._parts -= 1
-        if not self._parts:
-            self._end_step()
-        done: Tensor = loss.detach() * self.args.world_size
-        return done
-
-    def _end_step(self) -> None:
-        self._monitor.end_step()
-        if self._sums:
-            for at, sae in enumerate(self.saes.values()):
-                count_over_parts(
-                    sae, self._before[at], self._sums[at], self._fired[at], self._added
-                )
-                if sae.config.activation == "batch_topk":
-                    sae.threshold.copy_(self._added(sae.threshold) / self.args.world_size)
-
-    def _not_finite(self, loss: Tensor, inputs: Mapping[str, Tensor]) -> NonFiniteError:
-        step = self.state.global_step
-        batch = self.get_total_train_batch_size(self.args)
-        bad = {name: int((~rows.isfinite()).any(-1).sum()) for name, rows in inputs.items()}
-        where = ", ".join(f"{count} at {name}" for name, count in bad.items() if count)
-        cause = (
-            f"the rows themselves are not finite ({where}): check the language model's dtype"
-            if where
-            else "the rows are finite: lower the learning rate, or clip more (max_grad_norm)"
-        )
-        last = self.last_good_checkpoint()
-        return NonFiniteError(
-            f"the loss is {float(loss)} at step {step + 1} (rows {step * batch:,} to "
-            f"{(step + 1) * batch - 1:,} of the run); {cause}. "
-            + (f"{last} is from before." if last else "There is no checkpoint before it.")
-        )
-
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        # on a GPU looking at each step's loss would wait for it
-        if (self.control.should_log or self.control.should_save) and not tr_loss.isfinite():
-            raise self._not_finite(tr_loss, {})
-        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
         rows = len(next(iter(inputs.values())))
         self.state.num_input_tokens_seen += rows * self.args.world_size
 
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:
-        """Of the routed experts and the router, forward and backward."""
+        """Operations of a step, forward and backward, by the routed experts and the router."""
         total = 0
         for sae in self.saes.values():
             c = sae.config
@@ -355,7 +252,7 @@ class SwitchSAETrainer(Saving, Stepping):
     # --- what is logged ---------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; a step's logs get fvu, l0, dead_share, expert load and tokens."""
+        """As `Trainer.log`, with fvu, l0, dead_share, expert_load, tokens and more at each step."""
         if "loss" in logs:
             found = self._monitor.take(self._added)
             own = self._own_optimizer
@@ -375,12 +272,15 @@ class SwitchSAETrainer(Saving, Stepping):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Measure on held-out rows: `eval_fvu`, `eval_l0`, `eval_dead_share`, ...
+        """Measure the SAEs on held-out rows: `eval_fvu`, `eval_l0`, `eval_dead_share`, ...
 
         Args:
-            eval_dataset: texts or `Activations`; the trainer's own by default.
-            ignore_keys: not used: there are no outputs to leave out.
-            metric_key_prefix: what the names begin with.
+            eval_dataset: texts or `Activations`; by default the trainer's own.
+            ignore_keys: not used, as there are no outputs to leave out.
+            metric_key_prefix: what each name begins with.
+
+        Returns:
+            The figures of `measure_held_out`, by name, with the SAE's name if there are several.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(dataset, Activations):
