@@ -91,6 +91,7 @@ LONG_FILES = {
 LONG_FUNCTIONS: dict[str, str] = {
     "compare.compare_saes": "its arguments are its options, each said in a line",
     "record.record_corpus": "its arguments are its options, each said in a line",
+    "pipeline.train_release": "its arguments are all one can say of a run, a line each",
     "record_corpus.record": "its arguments are all one can say of a recording, a line each",
 }
 

@@ -10,6 +10,7 @@ from hf_switch_sae.activations.stored import TensorActivations
 from hf_switch_sae.evaluation.calibration import calibrate
 from hf_switch_sae.evaluation.evaluate import evaluate
 from hf_switch_sae.training.arguments import SAE_PRESETS, SwitchSAETrainingArguments
+from hf_switch_sae.training.pipeline import TrainedRelease, train_release
 from hf_switch_sae.training.trainer import SwitchSAETrainer
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "SwitchSAETrainingArguments",
     "TensorActivations",
     "TokenPolicy",
+    "TrainedRelease",
     "cache_activations",
     "calibrate",
     "evaluate",
+    "train_release",
 ]
