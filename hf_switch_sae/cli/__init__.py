@@ -1,7 +1,9 @@
-"""The command line: one file a command, each a thin call of one public function.
+"""The command line: a file for each command, which calls one public function.
 
-Exit code 0: done. 1: an error of this package, or of files, disk and network, printed without a
-traceback. 2: wrong use.
+Room   `options` has what several commands can be told, `loading` and `tables` what they load and
+       print.
+How    stdout is the result alone; everything else goes to stderr. Exit code 0: done. 1: an error of
+       this package, or of files, disk and network, printed without a traceback. 2: wrong use.
 """
 
 from __future__ import annotations

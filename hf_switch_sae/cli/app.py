@@ -82,4 +82,4 @@ def options(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    """Options that stand before a command."""
+    """Options that come before a command."""

@@ -1,4 +1,4 @@
-"""`hf-switch-sae cache`: residual streams of a corpus, on disk, for many trainings."""
+"""`hf-switch-sae cache`: the residual streams of a corpus, on disk, to train from many times."""
 
 from __future__ import annotations
 
@@ -10,37 +10,56 @@ import typer
 from hf_switch_sae.activations.cache_reader import CachedActivations
 from hf_switch_sae.activations.cache_writer import cache_activations
 from hf_switch_sae.activations.settings import ActivationSettings
+from hf_switch_sae.cli.options import (
+    Boundary,
+    Column,
+    ContextLength,
+    Dataset,
+    DeviceMap,
+    GgufFile,
+    LmAddress,
+    LmDtype,
+    LmRevision,
+    Split,
+    TokensPerPass,
+)
 from hf_switch_sae.lm.loading import load_lm
 
 
 def cache(
-    lm: Annotated[str, typer.Argument(help="Hub id or folder of the language model.")],
-    dataset: Annotated[
-        str, typer.Argument(help="A .txt, .md, .jsonl or .parquet file, a folder, or a Hub id.")
-    ],
-    to: Annotated[Path, typer.Option(help="Folder of the cache, new or to go on with.")],
+    lm: LmAddress,
+    dataset: Dataset,
+    to: Annotated[Path, typer.Option(help="Folder of the cache, new or to continue.")],
     layer: Annotated[
-        list[str], typer.Option(help="Layer, hookpoint or module path; several times for several.")
+        list[str], typer.Option(help="Layer, hookpoint or module path; repeat it for several.")
     ],
-    column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
-    context: Annotated[int, typer.Option(min=1, help="Tokens the model sees at once.")] = 256,
-    boundary: Annotated[
-        str, typer.Option(help="Between documents: auto, bos, eos, none or a token's text.")
-    ] = "auto",
+    column: Column = "text",
+    split: Split = "train",
+    context: ContextLength = 256,
+    boundary: Boundary = "auto",
     outlier_factor: Annotated[
-        float, typer.Option(help="Leave out tokens of so many times the median norm; 0: none.")
+        float,
+        typer.Option(help="Leave out tokens over so many times the median norm; 0: none."),
     ] = 6.0,
-    tokens_per_pass: Annotated[int | None, typer.Option(min=1, help="Of the model.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop at about so many.")] = None,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="Most that files take.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the rows: bfloat16 or float32.")] = "bfloat16",
-    lm_dtype: Annotated[str, typer.Option(help="Of the language model.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of the language model.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
+    tokens_per_pass: TokensPerPass = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after about so many tokens.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes that the cache may take on disk.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the rows: bfloat16 or float32.")
+    ] = "bfloat16",
+    lm_dtype: LmDtype = "auto",
+    device_map: DeviceMap = None,
+    revision: LmRevision = None,
+    gguf_file: GgufFile = None,
 ) -> None:
-    """Harvest the residual streams of a corpus for training; goes on where it was."""
+    """Store the residual streams of a corpus, for training.
+
+    What is in the cache already is not computed again.
+    """
     places = [int(place) if place.isdecimal() else place for place in layer]
     model, tokenizer = load_lm(
         lm,

@@ -8,6 +8,20 @@ from typing import Annotated
 import typer
 
 from hf_switch_sae.cli.loading import load_sae
+from hf_switch_sae.cli.options import (
+    Boundary,
+    Column,
+    ContextLength,
+    Dataset,
+    DeviceMap,
+    GgufFile,
+    LmAddress,
+    LmDtype,
+    LmRevision,
+    SaeAddress,
+    Split,
+    Subfolder,
+)
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.lm.loading import load_lm
 from hf_switch_sae.text.documents import read_documents
@@ -16,28 +30,27 @@ from hf_switch_sae.training.checkpoints import begin, move_files
 
 
 def calibrate_sae(
-    sae: Annotated[str, typer.Argument(help="Hub id or folder of the SAE, converted ones too.")],
-    lm: Annotated[str, typer.Argument(help="Hub id or folder of its language model.")],
-    dataset: Annotated[
-        str, typer.Argument(help="A .txt, .md, .jsonl or .parquet file, a folder, or a Hub id.")
-    ],
+    sae: SaeAddress,
+    lm: LmAddress,
+    dataset: Dataset,
     output_dir: Annotated[
         Path | None, typer.Option(help="Where to save it; by default the SAE's own folder.")
     ] = None,
-    subfolder: Annotated[str, typer.Option(help="Where the SAE lies in its repository.")] = "",
+    subfolder: Subfolder = "",
     rows: Annotated[int, typer.Option(min=1, help="Tokens to measure on.")] = 65536,
-    column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
-    context: Annotated[int, typer.Option(min=1, help="Tokens the model sees at once.")] = 256,
-    boundary: Annotated[
-        str, typer.Option(help="Between documents: auto, bos, eos, none or a token's text.")
-    ] = "auto",
-    lm_dtype: Annotated[str, typer.Option(help="Of the language model.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of the language model.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
+    column: Column = "text",
+    split: Split = "train",
+    context: ContextLength = 256,
+    boundary: Boundary = "auto",
+    lm_dtype: LmDtype = "auto",
+    device_map: DeviceMap = None,
+    revision: LmRevision = None,
+    gguf_file: GgufFile = None,
 ) -> None:
-    """Measure an SAE's statistics on text, and save it with them: edits rest on these."""
+    """Measure how strongly and how often an SAE's features fire.
+
+    The SAE is saved with these statistics, which edits take as their unit.
+    """
     folder = Path(sae) / subfolder
     if output_dir is None and not folder.is_dir():
         raise SwitchSAEError(f"{sae} is no folder here: say where to save it, with --output-dir.")
@@ -59,6 +72,8 @@ def calibrate_sae(
     settings = ActivationSettings(context=context, boundary=boundary)
     documents = read_documents(dataset, column=column, split=split)
     calibrate(switch_sae, model, documents, tokenizer, rows, settings)
+
+    # whole or not at all, as the SAE may be replaced by its calibrated self
     target = output_dir or folder
     partial = begin(target)
     switch_sae.save_pretrained(partial)

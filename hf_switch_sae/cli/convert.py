@@ -1,4 +1,4 @@
-"""`hf-switch-sae convert`: take over an SAE of another project, or write one for it."""
+"""`hf-switch-sae convert`: take over an SAE of another project, or write one of ours for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from safetensors import SafetensorError
 
+from hf_switch_sae.cli.options import GgufFile, Revision
 from hf_switch_sae.errors import ConversionError, HubError, TextError
 from hf_switch_sae.formats import EXPORTS, FORMATS
 from hf_switch_sae.formats import convert as convert_checkpoint
@@ -23,35 +24,46 @@ def convert(
     source: Annotated[str, typer.Argument(help="Hub id, folder or file of the SAE.")],
     folder: Annotated[Path, typer.Argument(help="Where to save it; must not be there yet.")],
     to: Annotated[
-        str | None, typer.Option(help=f"Write for another project: {', '.join(EXPORTS)}.")
+        str | None, typer.Option(help=f"Write it for another project: {', '.join(EXPORTS)}.")
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help=f"What it is, if its files mislead: {', '.join(FORMATS)}.")
+        str | None, typer.Option(help=f"Its format, if its files mislead: {', '.join(FORMATS)}.")
     ] = None,
     subfolder: Annotated[str, typer.Option(help="Folder or single file within it.")] = "",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    revision: Revision = None,
     k: Annotated[int | None, typer.Option(help="Features per token.")] = None,
     layer: Annotated[int | None, typer.Option(help="Block of the language model, from 0.")] = None,
-    hookpoint: Annotated[str | None, typer.Option(help="E.g. layers.7.resid_post.")] = None,
+    hookpoint: Annotated[
+        str | None, typer.Option(help="Where it reads and writes, such as layers.7.resid_post.")
+    ] = None,
     base_model: Annotated[str | None, typer.Option(help="Hub id of the language model.")] = None,
     heaviside: Annotated[
-        bool | None, typer.Option(help="Router probability left out of the activations.")
+        bool | None, typer.Option(help="The router's probability is no part of activations.")
     ] = None,
-    experts_per_token: Annotated[int | None, typer.Option(help="Of a Scale-SAE.")] = None,
+    experts_per_token: Annotated[
+        int | None, typer.Option(help="For a Scale-SAE: experts that encode a token.")
+    ] = None,
     input_scale: Annotated[
-        float | None, typer.Option(help="What the residual stream is multiplied with.")
+        float | None, typer.Option(help="What the residual stream is multiplied by.")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="Of a BatchTopK without one.")] = None,
-    dict_class: Annotated[str | None, typer.Option(help="Of dictionary_learning.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="For a BatchTopK SAE without one: its threshold.")
+    ] = None,
+    dict_class: Annotated[
+        str | None, typer.Option(help="For dictionary_learning: the class.")
+    ] = None,
     lm: Annotated[
-        str | None, typer.Option(help="Language model to measure FVU with, on --text.")
+        str | None, typer.Option(help="A language model to measure FVU with, on --text.")
     ] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in the LM's folder.")] = None,
+    gguf_file: GgufFile = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text file; its first 512 tokens are used.")
+        Path | None, typer.Option(help="A text file; its first 512 tokens are used.")
     ] = None,
 ) -> None:
-    """Take over an SAE of another project, and check it against its format's formula."""
+    """Take over an SAE of another project, or write one for it.
+
+    What is taken over is checked against its format's own formula.
+    """
     given: dict[str, Any] = {
         **{"k": k, "layer": layer, "hookpoint": hookpoint, "base_model": base_model},
         **{"heaviside": heaviside, "experts_per_token": experts_per_token},
@@ -61,7 +73,7 @@ def convert(
     if to is not None:
         with_to = {"--format": format, "--lm": lm, "--gguf-file": gguf_file, "--text": text}
         if asked := [option for option, value in with_to.items() if value is not None]:
-            raise typer.BadParameter(f"{', '.join(asked)} can't be had together with --to.")
+            raise typer.BadParameter(f"{', '.join(asked)} can't go together with --to.")
         writer_of(to)  # before anything is fetched
         for note in export_sae(_load(source, where, given), folder, to):
             print(note)
@@ -75,7 +87,7 @@ def convert(
 
 
 def _load(name: str, where: dict[str, Any], given: dict[str, Any]) -> SwitchSAE:
-    """An SAE of ours, or of another project with what its files don't tell."""
+    """An SAE of ours, or of another project, with what the user tells of it."""
     known = {option: value for option, value in given.items() if value is not None}
     if known and is_ours(open_source(name, **where).json(CONFIG)):
         options = ", ".join(f"--{option.replace('_', '-')}" for option in known)

@@ -15,12 +15,15 @@ def demo(
         int | None, typer.Option(help="Feature to steer along, instead of the recipe's.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="Steering strength in units of the feature's maximum.")
+        float | None, typer.Option(help="Steering strength, in units of the feature's maximum.")
     ] = None,
     sae: Annotated[
-        str | None, typer.Option(help="Hub id or folder of an SAE of that model; ours by default.")
+        str | None, typer.Option(help="Hub id or folder of an SAE of that model; by default ours.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of each answer.")] = 60,
 ) -> None:
-    """Show the features of a prompt on SmolLM2-135M-Instruct, then steer its answer."""
+    """Read a small language model's features, then steer it.
+
+    The model is SmolLM2-135M-Instruct.
+    """
     run_demo(sae or SAE, prompt, feature, strength, max_new_tokens)

@@ -11,6 +11,23 @@ import typer
 from accelerate import Accelerator
 
 from hf_switch_sae.cli.loading import load_sae, split_address
+from hf_switch_sae.cli.options import (
+    AllowMismatch,
+    Boundary,
+    Column,
+    ContextLength,
+    Dataset,
+    DeviceMap,
+    GgufFile,
+    LmAddress,
+    LmDtype,
+    LmRevision,
+    SaeAddress,
+    Split,
+    Subfolder,
+    TokensPerPass,
+)
+from hf_switch_sae.cli.tables import print_table
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.evaluation.evaluate import shown_digits, write_metrics
 from hf_switch_sae.hub.layout import METRICS
@@ -20,43 +37,46 @@ from hf_switch_sae.training import ActivationSettings, evaluate
 
 
 def evaluate_sae(
-    sae: Annotated[str, typer.Argument(help="Hub id or folder of the SAE.")],
-    lm: Annotated[str, typer.Argument(help="Hub id or folder of its language model.")],
-    dataset: Annotated[
-        str,
-        typer.Argument(help="Held-out text: a .txt, .md, .jsonl or .parquet file, or a Hub id."),
-    ],
+    sae: SaeAddress,
+    lm: LmAddress,
+    dataset: Dataset,
     also: Annotated[
         list[str] | None,
         typer.Option(
-            help="Another SAE of that place, in the same pass: folder or Hub id, :subfolder."
+            help="Another SAE of the same hookpoint, measured in the same pass: a folder or a Hub "
+            "id, either with :subfolder."
         ),
     ] = None,
-    subfolder: Annotated[str, typer.Option(help="Where the SAE lies in its repository.")] = "",
-    column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
-    context: Annotated[int, typer.Option(min=1, help="Tokens the model sees at once.")] = 256,
+    subfolder: Subfolder = "",
+    column: Column = "text",
+    split: Split = "train",
+    context: ContextLength = 256,
     packing: Annotated[
-        str, typer.Option(help="packed: documents joined and cut; windows: each by itself; auto.")
+        str,
+        typer.Option(
+            help="packed: documents are joined and cut; windows: each by itself; or auto."
+        ),
     ] = "auto",
-    boundary: Annotated[
-        str, typer.Option(help="Between documents: auto, bos, eos, none or a token's text.")
-    ] = "auto",
+    boundary: Boundary = "auto",
     skip_special: Annotated[bool, typer.Option(help="Leave out special tokens.")] = True,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
-    tokens_per_pass: Annotated[int | None, typer.Option(min=1, help="Of the model.")] = None,
-    lm_dtype: Annotated[str, typer.Option(help="Of the language model.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of the language model.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
-    allow_mismatch: Annotated[
-        bool, typer.Option(help="Accept another language model than the SAE's.")
-    ] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many tokens.")
+    ] = None,
+    tokens_per_pass: TokensPerPass = None,
+    lm_dtype: LmDtype = "auto",
+    device_map: DeviceMap = None,
+    revision: LmRevision = None,
+    gguf_file: GgufFile = None,
+    allow_mismatch: AllowMismatch = False,
     write: Annotated[
         bool, typer.Option("--write", help=f"Store the figures as {METRICS} in the SAE's folder.")
     ] = False,
 ) -> None:
-    """Measure FVU, L0, dead share, CE recovered and KL of an SAE on held-out text."""
+    """Measure what an SAE loses on held-out text.
+
+    That is FVU, L0, the share of dead features, CE recovered and KL.
+    """
+    # wrong addresses are told before anything is loaded
     named = _addresses(sae, subfolder, also or [], write)
     process = Accelerator(cpu=not torch.accelerator.is_available())  # joins those of a launcher
     settings = ActivationSettings(
@@ -69,6 +89,8 @@ def evaluate_sae(
     saes = {name: load_sae(*address) for name, address in named.items()}
     places = {each.config.hookpoint for each in saes.values()} - {None}
     documents = read_documents(dataset, column=column, split=split)
+
+    # a model without its head would get a random one, and with it wrong predictions
     model, tokenizer = load_lm(
         lm,
         lm_dtype,
@@ -86,12 +108,12 @@ def evaluate_sae(
 
 
 def _show(found: dict[str, dict[str, Any]], write: bool) -> None:
-    """Print the figures, as they are stored if they are to be."""
+    """Print the figures with the digits they are stored with, and store them if asked to."""
     shown = {
         name: write_metrics(Path(name), figures) if write else shown_digits(figures)
         for name, figures in found.items()
     }
-    print(table(shown))
+    _print_figures(shown)
     for name in found if write else ():
         print(f"stored in {Path(name) / METRICS}", file=sys.stderr)
 
@@ -99,7 +121,11 @@ def _show(found: dict[str, dict[str, Any]], write: bool) -> None:
 def _addresses(
     sae: str, subfolder: str, also: list[str], write: bool
 ) -> dict[str, tuple[str, str]]:
-    """Where each SAE would lie -> its address and subfolder; checked before anything is loaded."""
+    """Folder of each SAE -> its address and subfolder.
+
+    Raises:
+        SwitchSAEError: an SAE is given twice, or there is no folder to write to.
+    """
     found: dict[str, tuple[str, str]] = {}
     for name, below in [(sae, subfolder), *(split_address(each) for each in also)]:
         folder = Path(name) / below
@@ -113,25 +139,19 @@ def _addresses(
     return found
 
 
-def table(shown: dict[str, dict[str, Any]]) -> str:
-    """Figures by SAE, one a line, and what they were measured on."""
-    first = next(iter(shown.values()))
-    on = first["measured_on"]
+def _print_figures(shown: dict[str, dict[str, Any]]) -> None:
+    """Print a table with a column for each SAE, and what the figures were measured on."""
     names = [name for each in shown.values() for name in each]
     rows = [
         [name, *(str(each.get(name, "")) for each in shown.values())]
         for name in dict.fromkeys(names)
         if name not in ("measured_on", "density")
     ]
-    if len(shown) > 1:
-        rows.insert(0, ["", *(Path(name).name for name in shown)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    print_table(rows, ["", *(Path(name).name for name in shown)] if len(shown) > 1 else ())
+
+    on = next(iter(shown.values()))["measured_on"]
     bound = "none" if on["outlier_norm"] is None else f"norms over {on['outlier_norm']:.5g}"
     files = ", ".join(file["name"] for file in on["dataset"].get("files", ()))
     text = files or on["dataset"].get("name") or "a list of texts"
-    said = f"{on['contexts']} contexts of {on['context']} tokens of {text}; outliers: {bound}"
-    return "\n".join([*lines, f"at {on['hookpoint']}, {said}"])
+    contexts = f"{on['contexts']} contexts of {on['context']} tokens of {text}"
+    print(f"at {on['hookpoint']}, {contexts}; outliers: {bound}")

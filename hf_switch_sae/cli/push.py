@@ -17,16 +17,19 @@ def push(
     path: Annotated[Path, typer.Argument(help="Folder of a release, or a recipe's .json file.")],
     repo: Annotated[
         str | None,
-        typer.Argument(help="Where to; of a folder by default its name, as your own."),
+        typer.Argument(help="Hub id; by default the folder's name, in your own account."),
     ] = None,
     private: Annotated[
         bool | None, typer.Option(help="Whether a new repository is private.")
     ] = None,
-    branch: Annotated[str, typer.Option(help="Which to commit to.")] = "main",
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    card: Annotated[bool, typer.Option(help="Whether to write a card.")] = True,
+    branch: Annotated[str, typer.Option(help="Branch to commit to.")] = "main",
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    card: Annotated[bool, typer.Option(help="Write or renew the card.")] = True,
 ) -> None:
-    """Publish a release, its card and all, in one commit; prints the revision."""
+    """Publish a release in one commit, or a recipe.
+
+    Prints the revision.
+    """
     if not path.exists():
         raise HubError(f"there is no folder or file {path} to push.")
     if path.is_file():
@@ -40,8 +43,8 @@ def push(
         }
         if given := [option for option, is_given in of_a_release.items() if is_given]:
             raise typer.BadParameter(
-                f"{', '.join(given)} can't be had with a recipe, which is added to a repository "
-                "that is there: leave it out, or push a folder."
+                f"{', '.join(given)} can't go with a recipe, which is added to a repository that "
+                "is there already: leave it out, or push a folder."
             )
         print(push_recipe(Recipe.load(path), repo, path.stem))
         return

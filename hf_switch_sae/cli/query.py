@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers import AutoTokenizer
 
+from hf_switch_sae.cli.loading import load_tokenizer
+from hf_switch_sae.cli.options import Tokenizer, TokenizerGguf
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.store import Companion, FeatureStore, Hit
 
@@ -18,22 +19,27 @@ from hf_switch_sae.store import Companion, FeatureStore, Hit
 def query(
     store: Annotated[Path, typer.Argument(help="Folder of the store.")],
     feature: Annotated[
-        int | None, typer.Option(help="Where it is strongest; with --quantiles, a sample.")
+        int | None, typer.Option(help="Show where this feature fires most strongly.")
     ] = None,
-    coactivation: Annotated[int | None, typer.Option(help="What fires together with it.")] = None,
-    text: Annotated[str | None, typer.Option(help="What fires where this text occurs.")] = None,
-    quantiles: Annotated[bool, typer.Option(help="Sample the feature's whole range.")] = False,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many lines.")] = 10,
-    context: Annotated[int, typer.Option(min=0, help="Tokens before and after.")] = 8,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Hub id or folder; the store's own by default.")
+    coactivation: Annotated[
+        int | None, typer.Option(help="Show which features fire together with this one.")
     ] = None,
-    gguf_file: Annotated[
-        str | None, typer.Option(help="A GGUF file in the tokenizer's folder.")
+    text: Annotated[
+        str | None, typer.Option(help="Show which features fire where this text occurs.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    quantiles: Annotated[
+        bool, typer.Option(help="With --feature: sample its whole range of strengths.")
+    ] = False,
+    n: Annotated[int, typer.Option("-n", min=1, help="Lines to show.")] = 10,
+    context: Annotated[int, typer.Option(min=0, help="Tokens to show before and after.")] = 8,
+    tokenizer: Tokenizer = None,
+    gguf_file: TokenizerGguf = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
-    """Ask a store of recorded features; without an option, what it holds."""
+    """Ask a store of recorded features.
+
+    Without --feature, --coactivation or --text, it says what the store holds.
+    """
     if quantiles and feature is None:
         raise SwitchSAEError("--quantiles samples a feature's range: say which, with --feature.")
     if sum(asked is not None for asked in (feature, coactivation, text)) > 1:
@@ -42,7 +48,11 @@ def query(
     if feature is None and coactivation is None and text is None:
         _show(_overview(opened), as_json)
         return
-    opened.tokenizer = _tokenizer(opened, tokenizer, gguf_file, needed=text is not None)
+    try:
+        opened.tokenizer = load_tokenizer(opened, tokenizer, gguf_file)
+    except SwitchSAEError:
+        if text is not None or tokenizer or gguf_file:
+            raise  # else tokens are shown by their ids
     if coactivation is not None:
         _show([_companion(each) for each in opened.coactivation(coactivation, n)], as_json)
     elif text is not None:
@@ -103,17 +113,3 @@ def _show(lines: list[dict[str, Any]], as_json: bool) -> None:
             print(json.dumps(line))
         else:
             print("  ".join(f"{name} {value!r}" for name, value in line.items()))
-
-
-def _tokenizer(store: FeatureStore, name: str | None, gguf_file: str | None, needed: bool) -> Any:
-    where = {} if gguf_file is None else {"gguf_file": gguf_file}
-    known = name or (store.provenance.tokenizer or {}).get("name")
-    try:
-        if known:
-            return AutoTokenizer.from_pretrained(known, **where)
-        why = "the store names none"
-    except (OSError, ValueError) as err:
-        why = str(err)
-    if needed or name or gguf_file:
-        raise SwitchSAEError(f"no tokenizer ({why}): give one with --tokenizer.")
-    return None  # the tokens are then shown by their ids

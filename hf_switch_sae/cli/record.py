@@ -1,4 +1,4 @@
-"""`hf-switch-sae record`: features of a corpus, on disk."""
+"""`hf-switch-sae record`: the features of a corpus, on disk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from typing import Annotated
 import typer
 
 from hf_switch_sae.cli.loading import load_sae
+from hf_switch_sae.cli.options import (
+    AllowMismatch,
+    Column,
+    ContextLength,
+    Dataset,
+    DeviceMap,
+    GgufFile,
+    LmDtype,
+    LmRevision,
+    SaeAddress,
+    Split,
+    Subfolder,
+)
 from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.lm.loading import load_lm
 from hf_switch_sae.processes import rank_and_world
@@ -16,40 +29,44 @@ from hf_switch_sae.store import FeatureStore
 
 
 def record_corpus(
-    sae: Annotated[str, typer.Argument(help="Hub id or folder of the SAE.")],
-    dataset: Annotated[
-        str, typer.Argument(help="A .txt, .md, .jsonl or .parquet file, a folder, or a Hub id.")
-    ],
-    store: Annotated[Path, typer.Argument(help="Folder of the store, new or to go on with.")],
+    sae: SaeAddress,
+    dataset: Dataset,
+    store: Annotated[Path, typer.Argument(help="Folder of the store, new or to continue.")],
     lm: Annotated[
-        str | None, typer.Option(help="Hub id or folder of the language model; the SAE's own.")
+        str | None,
+        typer.Option(help="Hub id or folder of the language model; by default the SAE's own."),
     ] = None,
-    subfolder: Annotated[str, typer.Option(help="Where the SAE lies in its repository.")] = "",
-    at: Annotated[str | None, typer.Option(help="The place; the SAE's own by default.")] = None,
-    column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
-    context: Annotated[int, typer.Option(min=1, help="Tokens the model sees at once.")] = 512,
+    subfolder: Subfolder = "",
+    at: Annotated[str | None, typer.Option(help="Hookpoint; by default the SAE's own.")] = None,
+    column: Column = "text",
+    split: Split = "train",
+    context: ContextLength = 512,
     prefix: Annotated[str, typer.Option(help="Text before each window, not recorded.")] = "",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens a forward pass.")] = 4096,
-    max_documents: Annotated[int | None, typer.Option(min=0, help="Stop after so many.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a forward pass.")] = 4096,
+    max_documents: Annotated[
+        int | None, typer.Option(min=0, help="Stop after so many documents.")
+    ] = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(min=0, help="Stop after the file (see --shard-tokens) that reaches so many."),
     ] = None,
-    max_bytes: Annotated[int | None, typer.Option(min=0, help="Budget for tokens/.")] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Bytes that the tokens may take on disk.")
+    ] = None,
     shard_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens a file, about; recording stops between files.")
+        int, typer.Option(min=1, help="Tokens in a file, about; recording stops between files.")
     ] = 1 << 17,
-    dtype: Annotated[str, typer.Option(help="Of the language model.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of the language model.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
-    index: Annotated[bool, typer.Option(help="Build the index, if not under a launcher.")] = True,
-    allow_mismatch: Annotated[
-        bool, typer.Option(help="Accept another language model than the SAE's.")
-    ] = False,
+    dtype: LmDtype = "auto",
+    device_map: DeviceMap = None,
+    revision: LmRevision = None,
+    gguf_file: GgufFile = None,
+    index: Annotated[bool, typer.Option(help="Build the index; not done under a launcher.")] = True,
+    allow_mismatch: AllowMismatch = False,
 ) -> None:
-    """Record which features are active on every token of a corpus; goes on where it was."""
+    """Record which features fire on every token of a corpus.
+
+    What is in the store already is not recorded again.
+    """
     switch_sae = load_sae(sae, subfolder)
     name = lm or switch_sae.config.base_model
     if name is None:
@@ -76,7 +93,7 @@ def record_corpus(
         allow_mismatch=allow_mismatch,
     )
     assert isinstance(found, FeatureStore)
-    # the process of a launcher that ends first sees only a part of what there will be
+    # of several processes, the first to end sees only a part of what there will be
     alone = world == 1
     if index and alone and found.shards:
         found.index()
@@ -88,6 +105,6 @@ def record_corpus(
     )
     if index and not alone:
         print(
-            "not indexed, as other processes may still record: when all have ended, run "
+            "not indexed, as other processes may still be recording: when all have ended, run "
             f"python -c \"from hf_switch_sae import FeatureStore; FeatureStore('{store}').index()\""
         )

@@ -8,6 +8,7 @@ Every run of a comparison has the same recipe and tokens, but for what its words
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections import Counter
@@ -151,7 +152,7 @@ def fields_of(words: str) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise ConfigError(f"{word!r} in {words!r} is not name=value, such as num_experts=8.")
-        found[name.lstrip("-").replace("-", "_")] = _value(value)
+        found[name.lstrip("-").replace("-", "_")] = value_of(value)
     return found
 
 
@@ -191,13 +192,14 @@ def _split(own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def _value(text: str) -> Any:
-    plain = {"true": True, "false": False, "none": None}
-    if text.lower() in plain:
-        return plain[text.lower()]
-    for kind in (int, float):
+def value_of(word: str) -> Any:
+    """A value as it is written on a command line: a number, true, false, none, JSON or a text."""
+    named = {"true": True, "false": False, "none": None, "null": None}
+    if word.lower() in named:
+        return named[word.lower()]
+    for kind in (int, float, json.loads):
         try:
-            return kind(text)
+            return kind(word)
         except ValueError:
             continue
-    return text
+    return word
