@@ -1,9 +1,10 @@
-"""Which primitives compute: chosen by where the tensors lie, overridable, and able to say why not.
+"""Which backend computes: chosen by device and dtype, overridable, and able to say why not.
 
-A backend is a module with the five primitives that `reference.py` defines (`expert_products`,
-`relu_topk`, `gather_sum`, `row_dots`, `scatter_sum`) and `why_not(device, dtype)`; and, if it has a
-kernel for the optimizer, `adam_rows`. What else has kernels in one backend alone asks with `takes`
-whether it is the one: the sums over rows in `deviations`, and a single token in `token`.
+Room   A backend is a module with the five primitives that `reference.py` defines
+       (`expert_products`, `relu_topk`, `gather_sum`, `row_dots`, `scatter_sum`), `why_not(device,
+       dtype)`, and `adam_rows` if it has a kernel for the optimizer.
+How    Other kernels exist in one backend only: sums over rows (`deviations`) in Triton, a single
+       token (`native.token`) in C++. Their callers ask `takes` whether that backend is chosen.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ BACKENDS: dict[str, ModuleType] = {
     "eager": eager,
     "reference": reference,
 }
-"""Best first: the first that does not decline is taken."""
+"""Best first: the first that does not decline computes."""
 
-_asked_for: dict[object, str] = {}  # by blocks of `use_backend` that run, the newest last
+_asked_for: dict[object, str] = {}  # by the `use_backend` blocks now running, the newest last
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The primitives that compute on a device in a dtype.
+    """The backend that computes in a dtype on a device.
 
     Raises:
-        BackendError: the one asked for with `use_backend` declines.
+        BackendError: a backend was asked for with `use_backend`, and it declines.
     """
     if asked_for := (*_asked_for.values(),):
         name = asked_for[-1]
@@ -49,21 +50,20 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 
 def takes(name: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether that backend is the one to compute there; False too where the one asked for with
-    `use_backend` declines."""
+    """Whether that backend computes there; False also if one was asked for and declines."""
     try:
         return backend_for(device, dtype) is BACKENDS[name]
     except BackendError:
         return False
 
 
-@functools.cache  # where a call may cost less than the question
+@functools.cache  # a call on a CPU may take less time than finding the answer
 def _best_on_a_cpu(dtype: torch.dtype) -> ModuleType:
-    """Without Triton, whose interpreter is for tests."""
+    """The best without Triton, whose interpreter is only for tests."""
     return native if native.why_not(torch.device("cpu"), dtype) is None else eager
 
 
-@functools.cache  # asked several times a step, and the answer takes looking for a compiler
+@functools.cache  # asked several times a step, and the answer involves a search for a compiler
 def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return next(b for b in BACKENDS.values() if b.why_not(device, dtype) is None)
 
@@ -71,13 +71,13 @@ def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
 def explain_backends(
     device: str | torch.device, dtype: torch.dtype = torch.float32
 ) -> dict[str, str | None]:
-    """Why each backend declines to compute there, by name and best first; None: it would not.
+    """Why each backend declines to compute there, best first; None if it does not decline.
 
-    Of batches, and of what is trained: a single token in bfloat16 on a CPU, as in `generate`, is
+    This is about batches and training: a single token in bfloat16 on a CPU, as in `generate`, is
     computed by the native kernels too.
 
     Raises:
-        TypeError: `dtype` is none.
+        TypeError: `dtype` is not a torch.dtype.
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype is one of torch's, such as torch.bfloat16; got {dtype!r}.")
@@ -87,15 +87,15 @@ def explain_backends(
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend while the block runs, in all threads: for tests and comparisons.
+    """Compute with one backend while the block runs, in all threads; for tests and comparisons.
 
-    Of several blocks that run at once, the one begun last decides.
+    If several blocks run at once, the one begun last decides.
 
     Args:
         name: "triton", "native", "eager" or "reference".
 
     Raises:
-        BackendError: there is no such backend; or, when something is computed, it declines.
+        BackendError: there is no such backend, or it declines when something is computed.
     """
     if name not in BACKENDS:
         raise BackendError(f"no backend {name!r}: there are {', '.join(map(repr, BACKENDS))}.")

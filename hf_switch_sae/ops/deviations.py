@@ -1,7 +1,9 @@
-"""Sums over the rows of a batch that the losses rest on, as `reference` has them.
+"""The sums over a batch's rows that the losses need, as `reference` defines them.
 
-By the Triton kernels (`triton_deviations`) where those compute; else by torch's operators, on a CPU
-over as many rows at a time as stay in cache: no temporary is as large as the batch.
+How    The Triton kernels compute them where they can (`triton.deviations`), else torch's operators.
+       On a CPU these take as many rows at a time as fit into its cache, so that no temporary is as
+       large as the batch: squared sums of 8192 x 768 take half the time (`python -m
+       tests.bench.tricks eager`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
     """As `reference.column_sums`."""
     if _has_kernels(x):
         return triton_deviations.column_sums(x, counts)
+    # at least in float32, whatever the dtype of x
     total = torch.zeros(x.shape[1], dtype=wide_dtype(x), device=x.device)
     for rows in _blocks(x):
         total += _counted(x[rows].to(total.dtype), rows, counts).sum(0)
@@ -50,6 +53,7 @@ def scaled_errors(
     dtype, errors = wide_dtype(x, x_hat), torch.empty_like(x_hat)
     sums = torch.zeros(x.shape[1], dtype=dtype, device=x.device) if want_sums else None
     for rows in _blocks(x):
+        # compute in place if nothing has to be converted or masked
         place = errors[rows] if errors.dtype == dtype and counts is None else None
         part = torch.sub(x_hat[rows].to(dtype), x[rows], out=place).mul_(scale)
         part = _counted(part, rows, counts)
@@ -65,13 +69,13 @@ def _has_kernels(*parts: Tensor | None) -> bool:
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    """The rows of x [n, d]: on a CPU as many at a time as stay in cache."""
+    """Slices over the rows of x [n, d]: on a CPU, each fits into its cache."""
     size = max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def _squares(rows: Tensor) -> Tensor:
-    """The sum of the squares of rows [m, d], 0-d; on a CPU a dot product reads twice as fast."""
+    """The sum of squares of rows [m, d], 0-d; on a CPU a dot product is twice as fast as a norm."""
     if rows.device.type == "cpu":
         flat = rows.flatten()
         return flat.dot(flat)
@@ -80,5 +84,5 @@ def _squares(rows: Tensor) -> Tensor:
 
 
 def _counted(part: Tensor, rows: slice, counts: Tensor | None) -> Tensor:
-    """Rows [m, d] of at least float32, 0 where they do not count."""
+    """Rows [m, d] of at least float32, set to 0 where they do not count."""
     return part if counts is None else part.where(counts[rows, None], 0)

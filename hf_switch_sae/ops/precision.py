@@ -1,7 +1,7 @@
-"""A dtype for sums: float32, or float64 where that is what one is given.
+"""The dtype for sums: float32, or float64 if that is what the tensors have.
 
-Statistics, biases and the router are never computed in less; a float64 model is float64 throughout,
-which is how its formulas can be checked to the last digits.
+Statistics, biases and the router are never computed in less. A float64 model is float64 throughout,
+so that its formulas can be checked to the last digits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 if one of them is."""
+    """float32, or float64 if one of the tensors is."""
     double = any(x.dtype == torch.float64 for x in tensors)
     return torch.float64 if double else torch.float32
 

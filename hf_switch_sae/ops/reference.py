@@ -1,6 +1,6 @@
 """The definitions: what every backend must compute, written to be read.
 
-No speed, no options, autograd as it comes.
+They care neither for speed nor for memory, and leave gradients to autograd.
 
 Letters: n tokens, d hidden size, E experts, m features per expert, F = E * m features, t experts
     per token, k slots.
@@ -69,9 +69,9 @@ def routed_encode(
         gates: [n, t], float32 >= 0, the router's weights; None for 1. Taken as given: its own
             gradient is returned.
         k: features kept per token, 1 to t * m, or None for all that are active.
-        threshold: [E, m] or None; an activation must exceed it. A constant: gets no gradient.
-        batch_topk: k * n over the batch instead of k per token; ties at the border are all kept.
-        center: [d] or None, `b_dec`, if it has been taken off x: only its gradient is of interest.
+        threshold: [E, m] or None; an activation must exceed it. It gets no gradient.
+        batch_topk: keep k * n over the batch instead of k per token; ties at the border are kept.
+        center: [d] or None, the `b_dec` already subtracted from x; it only gets its gradient.
         in_order: a promise that expert_ids [n, 1] rise, so that nothing has to be sorted.
         counts: [n] bool, the tokens that `batch_topk` is over, k for each; others keep nothing.
             None: all.
@@ -104,7 +104,7 @@ def routed_encode(
         largest = torch.where(keep, acts, 0).flatten().sort(descending=True).values[:wanted]
         keep = keep & (acts >= largest[-1:].sum())  # 0 if no token counts
     slots = k if k is not None and not batch_topk else max(1, int(keep.sum(1).max()) if n else 1)
-    # Own features sort before foreign ones, so that padding ids are the token's own experts' too.
+    # Features of the token's own experts sort before others, so that padding names one of them too.
     own = mine.repeat_interleave(m, 1)
     rank = torch.where(keep, acts.detach(), torch.where(own, -1.0, -2.0))
     ids = rank.topk(slots, dim=1).indices
@@ -118,8 +118,8 @@ def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = Fal
         acts: [n, k]; a slot of 0 is padding and gets no gradient.
         ids: [n, k], integers in [0, F).
         W_dec: [F, d], or [E, m, d] whose rows are counted through.
-        in_order: all ids of a token are of one expert of W_dec [E, m, d], and tokens come in the
-            order of experts.
+        in_order: a promise that a token's ids are all of one expert of W_dec [E, m, d], and that
+            tokens are sorted by expert.
 
     Returns:
         [n, d]; `b_dec` is not added.
@@ -131,7 +131,7 @@ def sparse_decode(acts: Tensor, ids: Tensor, W_dec: Tensor, in_order: bool = Fal
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend can't compute there, as one sentence; None: it always can, slowly."""
+    """Why this backend can't compute there, in a sentence; always None: it can, slowly."""
     return None
 
 
@@ -142,8 +142,8 @@ def expert_products(
 
     Args:
         x: [n, d].
-        rows: [p] int64, the token of each pair, sorted by expert; None for row i itself, p = n.
-        W: [E, m, d], taken in the dtype of x, as is the bias.
+        rows: [p] int64, the token of each pair, sorted by expert; None if pair i is token i.
+        W: [E, m, d], converted to the dtype of x, as the bias is.
         bias: [E, m] or None.
         offsets: [E + 1] int64, from 0 to p, rising; an expert may have no pairs.
 
@@ -160,11 +160,11 @@ def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of relu(pre) in each row; of equal ones those of the lowest index.
 
     Args:
-        pre: [p, m]; nan is never chosen.
+        pre: [p, m]; nan counts as 0.
         k: 1 to m.
 
     Returns:
-        acts [p, k] in the dtype of pre, in no order; where fewer are positive, slots of 0.
+        acts [p, k] in the dtype of pre, in no order; if fewer are positive, the rest are 0.
         ids [p, k] int64 in [0, m), distinct among the slots above 0.
     """
     acts, ids = torch.where(pre > 0, pre, 0).sort(dim=1, descending=True, stable=True)
@@ -196,15 +196,15 @@ def scatter_sum(
 ) -> Tensor:
     """W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f; -> [num_rows, d] as x.
 
-    A feature that nobody names gets 0; a slot of 0 adds nothing.
+    A feature that no token names gets 0; a slot of 0 adds nothing.
 
     Args:
         coefs, ids: [n, k].
         x: [n, d], finite.
-        out: [num_rows, d], contiguous and as x: where to write it.
-        num_experts: the features are those of so many experts, one after the other, all ids of a
-            token are of one expert, and tokens come in the order of experts.
-        low: products may be taken in this dtype, as autocast's; not so the sums.
+        out: [num_rows, d], contiguous and in the dtype of x: where to write the result.
+        num_experts: a promise that rows belong to this many experts, one after another, that a
+            token's ids are all of one expert, and that tokens are sorted by expert.
+        low: a dtype, such as autocast's, in which products may be taken; sums may not.
     """
     values = torch.where((coefs != 0)[..., None], coefs[..., None].to(x.dtype) * x[:, None], 0)
     total = x.new_zeros(num_rows, x.shape[1]).index_add(0, ids.flatten(), values.flatten(0, 1))
@@ -229,16 +229,16 @@ def adam_rows(
 ) -> None:
     """One step of Adam, in place, on rows that may have to keep length 1.
 
-        g = scale * grad, less what of it lies along the row
+        g = scale * grad; with unit rows, minus its part along the row
         mean += (1 - beta1) * (g - mean)    square += (1 - beta2) * (g * g - square)
         weight -= lr * (mean / (1 - beta1**step)) / (sqrt(square / (1 - beta2**step)) + eps)
 
     Args:
         weight, grad, mean, square: [..., d]; all but grad are written.
-        step: how many there have been with this one; as scale and lr a number or a tensor [].
-        unit_rows: whether rows have length 1: only then the gradient along them is left out, and
-            they are scaled back to it.
-        scale: of the gradient, as clipping has it.
+        step: the number of this step, from 1. Like scale and lr, a number or a tensor [].
+        unit_rows: whether rows have length 1. Then the gradient along a row is left out, and the
+            row is scaled back to length 1.
+        scale: a factor for the gradient, from clipping.
 
     Source: Kingma and Ba 2014, arXiv:1412.6980; unit rows as in `SwitchSAE.project_decoder_grad`.
     """
@@ -256,9 +256,9 @@ def adam_rows(
 
 
 def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
-    """sum_n x[n]: x [n, d] -> [d], of the rows that count [n] bool, or of all; others may be nan.
+    """sum_n x[n]: x [n, d] -> [d], over rows that count [n] bool, or over all; others may be nan.
 
-    In float32, or float64 where the rows are, as the sums below.
+    In float32, or in float64 if x is; so are the sums below.
     """
     return _counted(wide(x), counts).sum(0)
 
@@ -266,9 +266,9 @@ def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
 def squared_sums(
     x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """sum |x - x_hat|^2 and sum |x - mean|^2, 0-d; 0 of what is None.
+    """sum |x - x_hat|^2 and sum |x - mean|^2, 0-d; 0 if x_hat or mean is None.
 
-    x, x_hat [n, d], mean [d], counts as above.
+    x, x_hat [n, d], mean [d]; counts as above.
     """
     none = wide(x).new_zeros(())
     error = none if x_hat is None else _counted(wide(x) - wide(x_hat), counts).square().sum()
@@ -279,7 +279,10 @@ def squared_sums(
 def scaled_errors(
     x: Tensor, x_hat: Tensor, scale: Tensor, counts: Tensor | None, want_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """scale [] * (x_hat - x): [n, d] as x_hat, 0 in rows that do not count; and its column sums."""
+    """scale [] * (x_hat - x), [n, d] in the dtype of x_hat, 0 in rows that do not count.
+
+    And, if wanted, its column sums [d].
+    """
     errors = _counted(scale * (wide(x_hat) - wide(x)), counts)
     return errors.to(x_hat.dtype), errors.sum(0) if want_sums else None
 

@@ -207,7 +207,7 @@ def test_without_a_compiler_that_can_torchs_operators_compute(fresh_machine, tmp
     assert make("switch")(rows(5)).loss.isfinite()
     with ops.use_backend("native"), pytest.raises(BackendError, match="declines"):
         make("switch")(rows(5))
-    assert not list((tmp_path / "cache").rglob("*.part"))
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
 
 
 @NATIVE

@@ -1,11 +1,10 @@
-"""The CPU's kernels, compiled on the machine they run on by its own C++ compiler.
+"""Compiles the CPU's kernels on the machine they run on, with its own C++ compiler.
 
-kernels.cpp -> a shared library in the user's cache -> functions. It takes seconds, once
-per machine; without a compiler everything works by torch's operators.
-
-Beware The compiler may use every instruction this CPU has, so a library is kept under a name that
-       tells CPUs, compilers and sources apart: a home may be shared by different machines. And to
-       load one that was cut short ends the process, so its name ends with its checksum.
+Room   kernels.cpp -> a shared library in the user's cache -> functions. This takes seconds, once
+       per machine; without a compiler torch's operators do the same work.
+Beware The compiler may use every instruction that this CPU has, and a home folder may be shared by
+       different machines. So a library's name tells CPUs, compilers and sources apart.
+       Loading a library that was cut short ends the process. So its name ends with its checksum.
 """
 
 from __future__ import annotations
@@ -23,20 +22,22 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from hf_switch_sae.files import scratch_beside
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = [
     *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math"),  # or square roots would be taken one by one
+    *("-fno-math-errno", "-fno-trapping-math"),  # else square roots are not vectorized
 ]
 _LONGEST_COMPILATION = 120  # seconds
-_lock = threading.Lock()  # a process forked while a thread compiles gets one of its own
+_lock = threading.Lock()  # a process that is forked while a thread compiles gets a new one
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
 _found: ctypes.CDLL | str | None = None
 
 
 def native_library() -> ctypes.CDLL | str:
-    """The library, compiled if it has not been; or why there is none, as one sentence."""
+    """The library, compiled if it is not there yet; or why there is none, as one sentence."""
     global _found
     if _found is None:
         with _lock:
@@ -54,7 +55,7 @@ def _load() -> ctypes.CDLL | str:
             return f"the native kernels need a C++ compiler, and {missing}: install g++ or clang++."
         folder, key = _cache(), _key(compiler)
         for path in folder.glob(f"native_{key}_*.so"):
-            with suppress(OSError):  # of another system that shares this home
+            with suppress(OSError):  # built by another system that shares this home
                 if path.stem == f"native_{key}_{_checksum(path)}":
                     return ctypes.CDLL(str(path))
         return ctypes.CDLL(str(_compile(compiler, folder, key)))
@@ -66,14 +67,14 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _compiler() -> list[str] | None:
-    """The command; CXX may have more than one word."""
+    """The compiler's command, which may have several words if CXX names it; None without one."""
     asked = shlex.split(os.environ.get("CXX", ""))
     commands = [asked] if asked else [["g++"], ["c++"], ["clang++"]]
     return next((command for command in commands if shutil.which(command[0])), None)
 
 
 def _key(compiler: list[str]) -> str:
-    """What the library depends on."""
+    """A hash of all that the library depends on: sources, compiler, flags and CPU."""
     done = subprocess.run([*compiler, "--version"], capture_output=True, timeout=30)
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -91,8 +92,10 @@ def _checksum(path: Path) -> str:
 
 
 def _cache() -> Path:
-    """A folder that only this user writes to, as what lies there is run; one for this process alone
-    where there is no such place."""
+    """A folder that only this user can write to, because what lies in it is run.
+
+    If the user's cache is no such place, it is a temporary folder for this process alone.
+    """
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_switch_sae"
     try:
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,17 +116,13 @@ def _is_own(folder: Path) -> bool:
 
 
 def _compile(compiler: list[str], folder: Path, key: str) -> Path:
-    """Beside where it is kept and renamed, as several processes may do so at once."""
-    handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
-    os.close(handle)
-    try:
+    """Compile under a hidden name and rename, as several processes may do so at once."""
+    with scratch_beside(folder / SOURCE.name) as part:
         subprocess.run(
-            [*compiler, *FLAGS, str(SOURCE), "-o", part],
+            [*compiler, *FLAGS, str(SOURCE), "-o", str(part)],
             capture_output=True,
             check=True,
             text=True,
             timeout=_LONGEST_COMPILATION,
         )
-        return Path(part).replace(folder / f"native_{key}_{_checksum(Path(part))}.so")
-    finally:
-        Path(part).unlink(missing_ok=True)
+        return part.replace(folder / f"native_{key}_{_checksum(part)}.so")
