@@ -1,8 +1,4 @@
-"""The end of a run: features' strengths measured, and what the SAE came from written beside it.
-
-<hookpoint>/config.json, model.safetensors     the SAE
-<hookpoint>/training.json                      policy, arguments, steps, tokens, versions
-"""
+"""Measures an SAE's statistics, such as each feature's strength, on text or rows."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from hf_switch_sae.activations.live import activations_for
 from hf_switch_sae.activations.settings import ActivationSettings
 from hf_switch_sae.sae.model import SwitchSAE
 
-_BATCH = 4096
+_BATCH = 4096  # rows at once
 
 
 def calibrate(
@@ -26,33 +22,34 @@ def calibrate(
     rows: int = 65536,
     settings: ActivationSettings | None = None,
 ) -> SwitchSAE:
-    """Measure an SAE's statistics on a language model and text, as at the end of a training run.
+    """Measure an SAE's statistics on a language model and text, as the end of training does.
 
     Args:
-        sae: changed in place (`SwitchSAE.calibrate`); its `outlier_norm` too, if it has none.
-        lm: the language model; None with `Activations`.
-        dataset: texts, or what else `text.read_documents` takes, or `Activations`.
+        sae: changed in place (`SwitchSAE.calibrate`), including its `outlier_norm` if it has none.
+        lm: the language model; None if `dataset` is `Activations`.
+        dataset: anything that `text.read_documents` takes, or `Activations`.
         tokenizer: the model's.
-        rows: how many to measure on.
+        rows: how many rows to measure on.
         settings: how text becomes rows.
 
     Returns:
-        The SAE.
+        The same SAE.
 
     Raises:
-        HookpointError, WidthError, TextError: the SAE, model and text don't fit.
+        HookpointError, WidthError, TextError: SAE, model and text do not fit together.
     """
-    place = str(sae.config.hookpoint)
-    readers = {"": (place, sae.config.hidden_size)}
+    hookpoint = str(sae.config.hookpoint)
+    readers = {"": (hookpoint, sae.config.hidden_size)}
     activations = activations_for(readers, dataset, lm, tokenizer, settings)
+    # before measuring, so that outliers are left out
     if torch.isinf(sae.outlier_norm):
-        bound = activations.policy["outlier_norm"].get(place)
+        bound = activations.policy["outlier_norm"].get(hookpoint)
         if bound is not None:
             sae.outlier_norm.fill_(bound)
-    calibrate_on(sae, activations.sample(rows)[place])
+    calibrate_on(sae, activations.sample(rows)[hookpoint])
     return sae
 
 
 def calibrate_on(sae: SwitchSAE, rows: Tensor) -> None:
-    """`SwitchSAE.calibrate` on rows [n, d] in batches; reduced dtypes are left as they are."""
+    """`SwitchSAE.calibrate` on rows [n, d], in batches."""
     sae.calibrate(part.to(sae.device) for part in torch.split(rows, _BATCH))

@@ -1,4 +1,4 @@
-"""How well SAEs do on rows they were not trained on, over all processes."""
+"""SAEs and held-out rows -> reconstruction, sparsity and use of experts, over all processes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from hf_switch_sae.processes import Reduce
 from hf_switch_sae.sae.fvu import WholeBatch, batch_sums
 from hf_switch_sae.sae.model import SwitchSAE
 
-_EDGES = tuple(at / 4 for at in range(-24, 1))  # of the density's bins: rates of 1e-6 to 1
-_FEW = 256  # rows a batch where it is not known how many there will be
+_EDGES = tuple(at / 4 for at in range(-24, 1))  # of the density's bins: rates from 1e-6 to 1
+_FEW = 256  # rows per batch if their number is not known: the last batch is dropped if not full
 
 
 class RowSums:
-    """What the figures of one SAE are made of: sums in float64, which add up over processes.
+    """The sums that one SAE's figures are made of, in float64; they add up over processes.
 
     Args:
-        sae: as it is to be used.
-        outlier_norm: rows over it are outliers; by default the SAE's own.
+        sae: in the mode it is to be measured in.
+        outlier_norm: rows with a larger norm are outliers, besides those that the SAE itself takes
+            for outliers.
     """
 
     def __init__(self, sae: SwitchSAE, outlier_norm: float | None = None) -> None:
@@ -34,14 +35,15 @@ class RowSums:
         chosen = config.num_experts if config.num_experts > 1 else 0
         self.batch = self.error.new_zeros(2 + config.hidden_size + chosen)
         self.outliers = self.error.new_zeros(2 + config.hidden_size)
-        """`batch_sums` of the rows over the norm."""
+        """`batch_sums` of the outliers."""
         self.outlier_error = self.error.clone()
         self.cosine = self.error.clone()
 
     def add(self, x: Tensor) -> None:
-        """Rows [n, d]."""
+        """Add rows [n, d]."""
         sae = self.sae
         x = x.to(sae.device).float()
+        # what the SAE leaves alone, or another one that is measured on the same rows
         outlier = sae.is_outlier(x)
         if self.outlier_norm is not None:
             outlier |= x.norm(dim=-1) > self.outlier_norm
@@ -51,7 +53,7 @@ class RowSums:
             return
         self.batch = self.batch + sae.batch_sums(x)
         features = sae.encode(x)
-        x_hat = sae.decode(features, x).double()
+        x_hat = sae.decode(features, x).double()  # the error of a good SAE is a small difference
         self.error += (x - x_hat).square().sum()
         self.cosine += torch.cosine_similarity(x.double(), x_hat, eps=1e-30).sum()
         self.fired.index_add_(0, features.ids.flatten(), (features.acts > 0).long().flatten())
@@ -63,7 +65,7 @@ class RowSums:
             self.outlier_error += (x - x_hat).double().square().sum()
 
     def figures(self, reduce: Reduce) -> dict[str, float]:
-        """Of all rows but outliers; `reduce` adds up over processes."""
+        """The figures that `measure_held_out` returns, over all rows but outliers."""
         config = self.sae.config
         whole = WholeBatch.of(reduce(self.batch), config.hidden_size)
         fired, tokens, error = reduce(self.fired), float(whole.tokens), reduce(self.error)
@@ -75,15 +77,18 @@ class RowSums:
             "dead_share": float((fired == 0).float().mean()),
         }
         if whole.chosen is not None:
-            share = whole.chosen / whole.chosen.sum()
+            share = whole.chosen / whole.chosen.sum()  # of tokens, per expert
             entropy = torch.special.entr(share).sum() / math.log(config.num_experts)
             found["expert_load"] = float(whole.chosen.max() / whole.chosen.mean())
             found["routing_entropy"] = float(entropy)
         return {**found, "tokens": tokens}
 
     def figures_of_all(self, reduce: Reduce) -> dict[str, float]:
-        """fvu_all_tokens, outliers included: they are reconstructed as the decoder's bias, and
-        what they deviate by is of the whole; and how many they are."""
+        """fvu_all_tokens, outliers included, and outlier_tokens, how many those are.
+
+        An outlier is reconstructed as the decoder's bias, and adds to the variance like any row.
+        """
+        # of `batch_sums` only the tokens and deviations: no expert is chosen for an outlier
         head = 2 + self.sae.config.hidden_size
         outliers = reduce(self.outliers)
         sums = reduce(self.batch)[:head] + outliers
@@ -92,11 +97,11 @@ class RowSums:
         return {"fvu_all_tokens": float(error / deviation), "outlier_tokens": float(outliers[0])}
 
     def density(self, reduce: Reduce) -> dict[str, list[float] | list[int] | int]:
-        """How many features are active how often: a histogram of log10 of their rates.
+        """How many features are active how often: a histogram of the log10 of their rates.
 
         Returns:
-            log10_edges: of the bins, the last of which includes its end. counts: features in each;
-            rarer ones than the first edge are in the first. never: features in none.
+            log10_edges: edges of the bins; the last bin includes its upper edge. counts: features
+            per bin; rates below the first edge are in the first. never: features never active.
         """
         fired = reduce(self.fired).double().cpu()
         rates = (fired / reduce(self.batch)[0].cpu().clamp_min(1))[fired > 0].log10()
@@ -118,25 +123,25 @@ def measure_held_out(
     sums: dict[str, RowSums] | None = None,
     outlier_norm: float | None = None,
 ) -> dict[str, dict[str, float]]:
-    """One pass over held-out rows; the activations are left where they were.
+    """Measure SAEs in one pass over held-out rows; the activations' cursor is put back.
 
     Args:
         saes: by name; each reads at its hookpoint.
-        activations: held-out rows; all SAEs see the same ones.
-        batch_rows: of each process at a time, at most.
-        rank, world_size: which process this is, of how many.
+        activations: held-out rows, the same for all SAEs.
+        batch_rows: rows per batch of each process, at most.
+        rank, world_size: which of how many processes this is.
         reduce: adds up over processes.
-        sums: is given each SAE's sums, for what else is to be known of these rows.
-        outlier_norm: rows over it are left out too.
+        sums: a dict to put each SAE's `RowSums` into, for further figures.
+        outlier_norm: rows with a larger norm are left out too.
 
     Returns:
-        For each SAE fvu (about the mean of all rows), mse (of an entry of the stream), cosine (of a
-        row and its reconstruction, the mean), l0, dead_share (features active on none of these
-        rows), tokens; and with several experts expert_load (largest over mean) and routing_entropy
-        (of the experts' shares, over that of equal ones: 1 is even).
+        For each SAE fvu (about the mean of all rows), mse (per entry of the stream), cosine (mean
+        over rows, of each with its reconstruction), l0, dead_share (share of features that are
+        active on none of these rows), tokens. With several experts also expert_load (largest over
+        mean) and routing_entropy (of the experts' shares, 1 if they are equal).
 
     Raises:
-        TrainingError: not one batch of rows, or none but outliers.
+        TrainingError: there is not one batch of rows, or all rows are outliers.
     """
     before = activations.state_dict()
     sums = {} if sums is None else sums
@@ -144,7 +149,7 @@ def measure_held_out(
     modes = {name: sae.training for name, sae in saes.items()}
     try:
         for sae in saes.values():
-            # of a batch_topk SAE whose threshold is not known yet, the rule of training is used
+            # a batch_topk SAE without a threshold yet is measured by the rule of training
             sae.train(sae.config.activation == "batch_topk" and bool((sae.threshold < 0).any()))
         size = _batch_rows(activations.num_rows, batch_rows, world_size)
         for streams in activations.batches(size, rank, world_size, epochs=1):
@@ -161,7 +166,7 @@ def measure_held_out(
 
 
 def _batch_rows(rows: int | None, most: int, world_size: int) -> int:
-    """Of a process, so that few rows are left over at the end: they are not measured."""
+    """Rows per batch of a process, chosen so that few are left over: those are not measured."""
     if rows is None:
         return min(most, _FEW)
     batches = -(-rows // (most * world_size))

@@ -1,4 +1,4 @@
-"""A SwitchSAE -> the kind of SAE that SAEBench measures: dense activations, and its names.
+"""A SwitchSAE -> an SAE as SAEBench wants it: dense activations, and its names for everything.
 
     from hf_switch_sae import SwitchSAE
     from hf_switch_sae.evaluation.saebench import SAEBenchAdapter
@@ -6,19 +6,16 @@
     sae = SAEBenchAdapter(SwitchSAE.from_pretrained(...), model_name="pythia-70m-deduped")
     # as a custom SAE of SAEBench: selected_saes = [("my_release", sae)]
 
-SAEBench asks no base class, but what its `BaseSAE` has (custom_saes/base_sae.py): `encode`,
-`decode`, `forward`, `W_enc`, `W_dec`, `b_enc`, `b_dec`, `cfg`, `device`, `dtype`, `to`,
-`check_decoder_norms`. All is in the language model's own units.
-
-Limits
-    `encode` is routed: a feature is active only on tokens of its expert, and acts include the
-    router's probability. `W_enc` and `b_enc` are all experts' rows side by side, so what is
-    computed from these alone is not the encoder: relu(x @ W_enc + b_enc) is the SAE with its router
-    left out.
-    Dense activations of n tokens take n * num_features numbers: choose small batches.
-    An outlier (`SwitchSAE.outlier_norm`) has no active feature, so SAEBench puts the decoder's bias
-    in its place; have special tokens left out of reconstruction
-    (`exclude_special_tokens_from_reconstruction`), or cross entropies are of that alone.
+How    SAEBench needs no base class, only the members of its `BaseSAE` (custom_saes/base_sae.py):
+       `encode`, `decode`, `forward`, `W_enc`, `W_dec`, `b_enc`, `b_dec`, `cfg`, `device`, `dtype`,
+       `to`, `check_decoder_norms`. All values are in the language model's own units.
+Beware `encode` is routed: a feature is active only on tokens of its expert, and acts include the
+       router's probability. `W_enc` and `b_enc` hold all experts' rows side by side, so
+       relu(x @ W_enc + b_enc) is not the encoder, but the SAE with its router left out.
+       Dense activations of n tokens take n * num_features numbers: choose small batches.
+       An outlier (`SwitchSAE.outlier_norm`) has no active feature, so SAEBench replaces it by the
+       decoder's bias. Leave special tokens out of the reconstruction
+       (`exclude_special_tokens_from_reconstruction`), or the cross entropies show only that.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from hf_switch_sae.sae.model import SwitchSAE
 
 @dataclass
 class SAEBenchMetadata:
-    """What newer versions of SAEBench read from `cfg.metadata`."""
+    """What newer versions of SAEBench read as `cfg.metadata`."""
 
     model_name: str
     hook_name: str
@@ -56,12 +53,12 @@ class SAEBenchConfig:
     """The fields of SAEBench's CustomSAEConfig."""
 
     model_name: str
-    """As TransformerLens knows it."""
+    """TransformerLens's name of the language model."""
     d_in: int
     d_sae: int
     hook_layer: int
     hook_name: str
-    """As TransformerLens names it."""
+    """TransformerLens's name of the hookpoint."""
     metadata: SAEBenchMetadata
     architecture: str = "switch"
     dtype: str = "float32"
@@ -79,7 +76,7 @@ class SAEBenchConfig:
     dataset_trust_remote_code: bool = False
     seqpos_slice: tuple[Any, ...] = (None,)
     training_tokens: int = -1
-    """SAEBench's own default is as negative: not known."""
+    """Negative as in SAEBench's own default: not known."""
     sae_lens_training_version: str | None = None
     neuronpedia_id: str | None = None
 
@@ -88,14 +85,14 @@ class SAEBenchAdapter(nn.Module):
     """A SwitchSAE in SAEBench's shape; see the module's header for limits.
 
     Args:
-        sae: put in eval mode; its weights are shared, not copied.
-        model_name: the language model as TransformerLens knows it; by default the SAE's base model.
-        hook_layer: by default that of the SAE's hookpoint.
-        context_size: which SAEBench uses in some of its evaluations.
+        sae: is put in eval mode; its weights are shared, not copied.
+        model_name: TransformerLens's name of the language model; by default the SAE's base model.
+        hook_layer: by default the layer of the SAE's hookpoint.
+        context_size: the context length for some of SAEBench's evaluations.
 
     Raises:
-        ConfigError: the SAE reads each token normalized (its `decode` needs the token, which
-            SAEBench does not pass), or model or place are not known.
+        ConfigError: the SAE normalizes each token, so its `decode` needs the token, which SAEBench
+            does not pass; or model or hookpoint are not known.
     """
 
     def __init__(
@@ -115,7 +112,7 @@ class SAEBenchAdapter(nn.Module):
         model_name = model_name or config.base_model
         if not model_name:
             raise ConfigError("the SAE's config names no base model: give model_name.")
-        layer, site = _place(config.hookpoint, hook_layer)
+        layer, site = _layer_and_site(config.hookpoint, hook_layer)
         self.sae = sae
         sae.train(False)
         hook_name = f"blocks.{layer}.hook_{site}"
@@ -132,7 +129,7 @@ class SAEBenchAdapter(nn.Module):
             metadata=SAEBenchMetadata(model_name=model_name, **about),  # type: ignore[arg-type]
             **about,  # type: ignore[arg-type]
         )
-        self._tell_cfg()
+        self._update_cfg()
 
     @property
     def W_enc(self) -> Tensor:
@@ -147,6 +144,7 @@ class SAEBenchAdapter(nn.Module):
     @property
     def b_enc(self) -> Tensor:
         """[d_sae]; 0 if the SAE has none."""
+        # the SAE adds it to scaled rows, SAEBench to rows in the model's units
         bias = self.sae.b_enc
         if bias is None:
             return self.W_dec.new_zeros(self.cfg.d_sae)
@@ -168,9 +166,9 @@ class SAEBenchAdapter(nn.Module):
         return self.sae.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> SAEBenchAdapter:
-        """As `nn.Module.to`; `cfg` says so too."""
+        """As `nn.Module.to`; `cfg` follows."""
         super().to(*args, **kwargs)
-        self._tell_cfg()
+        self._update_cfg()
         return self
 
     def encode(self, x: Tensor) -> Tensor:
@@ -189,18 +187,18 @@ class SAEBenchAdapter(nn.Module):
 
     @torch.no_grad()
     def check_decoder_norms(self) -> bool:
-        """Whether all decoder rows have length 1, to SAEBench's own tolerance."""
+        """Whether all decoder rows have length 1, within SAEBench's own tolerance."""
         reduced = self.dtype in (torch.bfloat16, torch.float16)
         error = (self.W_dec.float().norm(dim=1) - 1).abs().max()
         return bool(error <= (1e-2 if reduced else 1e-5))
 
-    def _tell_cfg(self) -> None:
+    def _update_cfg(self) -> None:
         self.cfg.device = str(self.device)
         self.cfg.dtype = str(self.dtype).removeprefix("torch.")
 
 
-def _place(hookpoint: str | None, layer: int | None) -> tuple[int, str]:
-    """Layer and TransformerLens's name of a residual stream before or after it."""
+def _layer_and_site(hookpoint: str | None, layer: int | None) -> tuple[int, str]:
+    """A hookpoint's layer, unless one is given, and TransformerLens's name of its site."""
     found = layer_of(hookpoint)
     if found is None and layer is None:
         raise ConfigError(
