@@ -1,4 +1,4 @@
-"""`hf-switch-sae compare`: SAEs of one place, trained and measured on the same rows."""
+"""`hf-switch-sae compare`: SAEs of one hookpoint, trained and measured on the same rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from hf_switch_sae import plots
 from hf_switch_sae.cli.loading import load_sae, split_address
 from hf_switch_sae.cli.options import as_typed, pairs_of, split_options, typed
+from hf_switch_sae.cli.tables import print_table
 from hf_switch_sae.comparison import SETS, compare, plan
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.hub.layout import COMPARISON, FIGURES
@@ -28,58 +29,80 @@ def compare_saes(
     context: typer.Context,
     cache: Annotated[Path, typer.Argument(help="Folder of activations to train on: see cache.")],
     held_out: Annotated[
-        Path, typer.Option("--held-out", "--held_out", help="Another, of other text.")
+        Path,
+        typer.Option("--held-out", "--held_out", help="Folder of activations to measure on."),
     ],
-    to: Annotated[Path, typer.Option(help="Folder of the comparison, new or to go on with.")],
+    to: Annotated[Path, typer.Option(help="Folder of the comparison, new or to continue.")],
     sae: Annotated[
         list[str] | None,
-        typer.Option(help="An SAE to measure too: folder or Hub id, :subfolder; several times."),
+        typer.Option(
+            help="An SAE to measure as well: a folder or a Hub id, either with :subfolder; repeat "
+            "it for several."
+        ),
     ] = None,
     train: Annotated[
         list[str] | None,
-        typer.Option(help='One to train, as "num_experts=8 num_features=6144"; several times.'),
+        typer.Option(
+            help='An SAE to train, as "num_experts=8 num_features=6144"; repeat it for several.'
+        ),
     ] = None,
     named: Annotated[
-        str | None, typer.Option("--set", help=f"SAEs to train: {', '.join(SETS)}.")
+        str | None, typer.Option("--set", help=f"A set of SAEs to train: {', '.join(SETS)}.")
     ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Of the set's dense SAE.")] = None,
-    experts: Annotated[int, typer.Option(min=2, help="Of the set's FLOP-matched SAE.")] = 8,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Features of the set's dense SAE.")
+    ] = None,
+    experts: Annotated[
+        int, typer.Option(min=2, help="Experts of the set's SAE with equal operations.")
+    ] = 8,
     layer: Annotated[
-        str | None, typer.Option(help="Hookpoint, if the caches have several.")
+        str | None, typer.Option(help="Layer or hookpoint, if the caches have several.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="default, or published: the paper's.")] = "default",
+    preset: Annotated[
+        str, typer.Option(help="The recipe: default, or published (the paper's).")
+    ] = "default",
     lm: Annotated[
         str | None,
-        typer.Option(help="The language model, to measure what its predictions lose too."),
+        typer.Option(help="The language model, to measure what its predictions lose as well."),
     ] = None,
     eval_dataset: Annotated[
         str | None,
-        typer.Option("--eval-dataset", "--eval_dataset", help="Held-out text for that."),
+        typer.Option(
+            "--eval-dataset", "--eval_dataset", help="Held-out text for these predictions."
+        ),
     ] = None,
     eval_tokens: Annotated[
         int | None,
-        typer.Option("--eval-tokens", "--eval_tokens", min=1, help="Of it, at most."),
+        typer.Option(
+            "--eval-tokens", "--eval_tokens", min=1, help="Most tokens of that text to use."
+        ),
     ] = None,
     eval_context: Annotated[
-        int, typer.Option("--eval-context", "--eval_context", min=1, help="Tokens at once.")
+        int,
+        typer.Option(
+            "--eval-context", "--eval_context", min=1, help="Tokens that the model sees at once."
+        ),
     ] = 256,
     gguf_file: Annotated[
         str | None,
-        typer.Option("--gguf-file", "--gguf_file", help="A GGUF file in the LM's folder."),
+        typer.Option(
+            "--gguf-file", "--gguf_file", help="A GGUF file in the language model's folder."
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="To measure on.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to measure on.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "--dry_run", help="Only say what would be trained.")
     ] = False,
 ) -> None:
-    """Train Switch SAEs and dense ones on one cache, and measure them on the same held-out rows.
+    """Train Switch and dense SAEs alike, and compare them.
 
-    CACHE comes first. The folder gets a subfolder for each SAE that is trained (what is there is
-    not trained again, an interrupted run goes on), comparison.json, and figures.
+    CACHE comes first. All SAEs train on its rows, and are measured on those of --held-out. --to
+    gets a subfolder for each SAE that is trained, comparison.json, and figures. An SAE that is
+    there already is not trained again, and an interrupted run continues.
 
-    Options are also the fields of transformers.TrainingArguments (--num_train_tokens, --bf16,
-    ...; --seed takes several) and of SwitchSAEConfig (--k, --activation, ...), for all runs; the
-    words of --train are such fields too, of one.
+    The fields of these classes are options too, for all runs: transformers.TrainingArguments
+    (--num_train_tokens, --bf16, ...; --seed takes several) and SwitchSAEConfig (--k, --activation,
+    ...). The words of --train are such fields, for one SAE.
     """
     run, of_sae, seeds = _told(context)
     told: list[Any] = list(train or [])
@@ -96,11 +119,13 @@ def compare_saes(
         ]
     elif width is not None:
         raise ConfigError(f"--width {width} is of a set: give --set {next(iter(SETS))}.")
+
     planned = plan(told, of_sae, run, seeds, preset)
     if dry_run:
         for each in planned:
             print(each.name)
         return
+
     saes = dict(_load(each) for each in sae or [])
     if len(saes) < len(sae or []):
         raise ConfigError("an SAE is given twice with --sae.")
@@ -115,8 +140,9 @@ def compare_saes(
         command=as_typed(context, {"device", "dry_run"}),
         more=_predictions(lm, gguf_file, eval_dataset, eval_tokens, eval_context),
     )
-    print(table(found))
-    # what was measured is there, whether it can be drawn or not
+    _show(found)
+
+    # the figures of a comparison are worth having even where they can't be drawn
     can_draw = plots.can_draw(lambda sentence: print(sentence, file=sys.stderr))
     figures = plots.draw_comparison(found, to / FIGURES) if can_draw else []
     for file in [to / COMPARISON, *figures]:
@@ -124,7 +150,7 @@ def compare_saes(
 
 
 def _load(address: str) -> tuple[str, SwitchSAE]:
-    """A short name and the SAE, not on a GPU yet."""
+    """A short name for an SAE, and the SAE itself, which stays on the CPU for now."""
     whole, subfolder = split_address(address)
     name = "-".join(part for part in (Path(whole).name, subfolder.replace("/", "-")) if part)
     loaded = load_sae(whole, subfolder)
@@ -135,7 +161,10 @@ def _load(address: str) -> tuple[str, SwitchSAE]:
 def _predictions(
     lm: str | None, gguf_file: str | None, text: str | None, tokens: int | None, length: int
 ) -> Any:
-    """What measures SAEs through the language model, if it is asked for; checked now."""
+    """A function that measures SAEs by the model's predictions; None if nobody asked for it.
+
+    What can be checked is checked now, as it is called after the training.
+    """
     if lm is None and text is None and gguf_file is None:
         return None
     if lm is None or text is None:
@@ -156,12 +185,11 @@ def _predictions(
     return measure
 
 
-def table(found: dict[str, Any]) -> str:
-    """Figures of each SAE, one a line, and the claims with what was found."""
+def _show(found: dict[str, Any]) -> None:
+    """Print a table with a row for each SAE, and what became of each claim."""
     saes = sorted(found["saes"], key=lambda each: float(each["fvu"]))
     columns = [name for name in _COLUMNS if any(name in each for each in saes)]
-    rows = [["SAE", "kFLOPs/token", "parameters", "tokens", *columns]]
-    rows += [
+    rows = [
         [
             each["name"],
             f"{each['flops_per_token']['total'] / 1000:,.0f}",
@@ -171,18 +199,11 @@ def table(found: dict[str, Any]) -> str:
         ]
         for each in saes
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            word.ljust(width) if at == 0 else word.rjust(width)
-            for at, (word, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    print_table(rows, ["SAE", "kFLOPs/token", "parameters", "tokens", *columns])
     for claim in found["claims"]:
-        lines += ["", f"{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}"]
-        lines += [f"  {part}" for part in claim["sentence"].split("; ")]
-    return "\n".join(lines)
+        print(f"\n{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+        for part in claim["sentence"].split("; "):
+            print(f"  {part}")
 
 
 def _told(context: typer.Context) -> tuple[dict[str, Any], dict[str, Any], list[int]]:

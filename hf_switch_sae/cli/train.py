@@ -9,7 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_switch_sae.cli.options import pairs_of, run_arguments, short, split_options, typed
+from hf_switch_sae.cli.options import (
+    COLUMN,
+    LM_DTYPE,
+    SPLIT,
+    Dataset,
+    DeviceMap,
+    GgufFile,
+    LmAddress,
+    LmRevision,
+    pairs_of,
+    run_arguments,
+    short,
+    split_options,
+    typed,
+)
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.lm.loading import has_head, load_lm
 from hf_switch_sae.training import (
@@ -28,40 +42,46 @@ _NUMBERS = {"cache_rows", "eval_tokens"}
 
 def train(
     context: typer.Context,
-    lm: Annotated[str, typer.Argument(help="Hub id or folder of the language model.")],
-    dataset: Annotated[
-        str, typer.Argument(help="A .txt, .md, .jsonl or .parquet file, a folder, or a Hub id.")
-    ],
+    lm: LmAddress,
+    dataset: Dataset,
     layer: Annotated[
         list[str] | None,
-        typer.Option(help="Layer, hookpoint or module path; several for an SAE at each."),
+        typer.Option(help="Layer, hookpoint or module path; repeat it for an SAE at each."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A .yaml or .json file of options.")] = None,
-    preset: Annotated[str | None, typer.Option(help="default, or published: the paper's.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The recipe: default, or published (the paper's).")
+    ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Folder of activations: filled first, then trained from.")
+        Path | None,
+        typer.Option(help="Folder of activations, which is filled first and then trained from."),
     ] = None,
-    cache_rows: Annotated[int | None, typer.Option(help="Fill it to so many tokens.")] = None,
+    cache_rows: Annotated[
+        int | None, typer.Option(help="Fill the cache to so many tokens.")
+    ] = None,
     eval_dataset: Annotated[
-        str | None, typer.Option(help="Held-out text, as DATASET: metrics.json is measured on it.")
+        str | None, typer.Option(help="Held-out text, as DATASET, to measure metrics.json on.")
     ] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Of it, at most.")] = None,
-    column: Annotated[str | None, typer.Option(help="The column with the text.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a Hub data set.")] = None,
-    lm_dtype: Annotated[str | None, typer.Option(help="Of the language model.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Where its weights go.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Commit of the language model.")] = None,
-    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file in LM's folder.")] = None,
+    eval_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of the held-out text to use.")
+    ] = None,
+    column: Annotated[str | None, COLUMN] = None,
+    split: Annotated[str | None, SPLIT] = None,
+    lm_dtype: Annotated[str | None, LM_DTYPE] = None,
+    device_map: DeviceMap = None,
+    revision: LmRevision = None,
+    gguf_file: GgufFile = None,
 ) -> None:
-    """Train an SAE, or one at each of several layers, and save it in --output_dir.
+    """Train SAEs on a language model, one at each layer named.
 
-    The folder is a release: config, weights and statistics of each SAE, training.json with the
-    command and its log, metrics.json, a card. Where LM is a folder, --base_model says its Hub id.
+    --output_dir becomes a release: config, weights and statistics of each SAE, training.json with
+    the command and its log, metrics.json, and a card. If LM is a folder, --base_model gives its Hub
+    id.
 
-    LM and DATASET come first. Options are also all fields of transformers.TrainingArguments
-    (--output_dir, --num_train_tokens, --learning_rate, --resume_from_checkpoint true, ...), of
-    SwitchSAEConfig (--num_features, --num_experts, --k, ...) and of ActivationSettings (--context,
-    --buffer_bytes, ...). The command line goes before --config.
+    LM and DATASET come first. The fields of these classes are options too:
+    transformers.TrainingArguments (--output_dir, --num_train_tokens, --learning_rate,
+    --resume_from_checkpoint true, ...), SwitchSAEConfig (--num_features, --num_experts, --k, ...)
+    and ActivationSettings (--context, --buffer_bytes, ...). The command line overrides --config.
     """
     if lm.startswith("--") or dataset.startswith("--"):
         raise ConfigError(
