@@ -1,11 +1,11 @@
 """Which language model an SAE belongs to: a model -> its fingerprint; two of them -> yes or no.
 
 A fingerprint is the architecture's sizes and a few sampled weights with their names. It survives
-dtype, path, wrappers and task heads, so a local copy is recognised; a fine-tune moves at least some
-of the samples, so it is told apart.
+dtype, path, wrappers and task heads, so a local copy is recognized; a fine-tune changes at least
+some of the samples, so it is told apart.
 
 Beware The residual stream's width is not always the config's hidden_size (see `streams`);
-       `attach` checks it again on the tensors. Weights that are quantised, sharded away or on
+       `attach` checks it again on the tensors. Weights that are quantized, sharded away or on
        `meta` can't be sampled and are left out.
 """
 
@@ -31,7 +31,7 @@ _TOLERANCE = 2**-8
 
 
 def fingerprint(lm: nn.Module) -> dict[str, Any]:
-    """What identifies a language model: its sizes, whether it is quantised, and sampled weights.
+    """What identifies a language model: its sizes, whether it is quantized, and sampled weights.
 
     Returns:
         A JSON-able dict: model_type, hidden_size, num_hidden_layers, vocab_size (None where the
@@ -68,7 +68,7 @@ def check_base_model(lm: nn.Module, name: str | None, expected: dict[str, Any] |
         name: the Hub id in the SAE's config, or None.
         expected: the fingerprint in the SAE's config, or None. It decides where weights can be
             compared; the name decides where they can't, or where one of the two models is
-            quantised.
+            quantized.
 
     Raises:
         BaseModelError: naming what differs.
@@ -133,7 +133,7 @@ class _Weight:
     name: str
     parameter: Tensor
     read: Callable[[], Tensor]
-    """The same with its numbers, from wherever they are: only a few weights are ever read."""
+    """The weight with its numbers, wherever they lie: only a few weights are ever read."""
 
     def entries(self) -> Tensor:
         weight = self.read().detach()
@@ -174,7 +174,8 @@ def _reader(base: nn.Module, name: str, weight: Tensor) -> Callable[[], Tensor] 
 def _sampled(weights: list[_Weight]) -> dict[str, list[float]]:
     """Entries of the first, middle and last matrix of each kind.
 
-    Of each kind, as a fine-tune may leave some alone; matrices, as norms mostly are left alone.
+    A fine-tune may change only some kinds, so each is sampled. It mostly leaves norms alone, so
+    only matrices are.
     """
     matrices = [weight for weight in weights if weight.parameter.ndim >= 2] or weights
     kinds: dict[str, list[_Weight]] = {}

@@ -1,7 +1,7 @@
 """Where an SAE reads and writes: from a name to a block of any Hugging Face model.
 
-Room   (model, "layers.7.resid_post" | 7 | module path) -> Hookpoint. Nothing is hooked here:
-       `attach` is the only room that registers hooks.
+Room   (model, "layers.7.resid_post" | 7 | module path) -> Hookpoint. Nothing is hooked here; that
+       is `hooks.py`.
 How    Every outermost list of blocks in the module tree is a candidate. Blocks that transformers
        records as hidden states, or as many of them as the config has layers, come first; then
        those of the text model; then those that `generate` decodes with. A tie is an error.
@@ -90,7 +90,7 @@ class Hookpoint:
     module: nn.Module = field(repr=False)
     site: Site
     layer: int | None
-    """Index of the block which it is or lies in; None outside of every stack."""
+    """Index of the block that it is, or lies in; None outside every stack."""
     blocks: ResidualBlocks | None
 
 
@@ -106,7 +106,7 @@ class _Stack:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile, PEFT, DataParallel, DDP, FSDP1 and DeepSpeed wrappers."""
+    """The model inside torch.compile, PEFT, DataParallel, DDP, FSDP1 and DeepSpeed wrappers."""
     while (inner := _inside_wrapper(model)) is not None:
         model = inner
     return model
@@ -407,8 +407,8 @@ def _find(root: nn.Module, path: str, stacks: list[_Stack]) -> tuple[str, nn.Mod
 def _may_lack_modules(path: str, name: str) -> bool:
     """Is `name` `path` with more modules before the list of blocks?
 
-    So differ text models alone and inside a multimodal one. From the list on the two must agree, or
-    an expert could be taken.
+    A text model has fewer modules there alone than inside a multimodal model. From the list of
+    blocks on, both paths must agree, or the path of an expert could match.
     """
     parts, whole = path.split("."), name.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))

@@ -1,8 +1,7 @@
-"""The language model that a command names."""
+"""A language model and its tokenizer by name, as far as its blocks are needed."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.utils import logging
 
 from hf_switch_sae.errors import HookpointError, SwitchSAEError
 from hf_switch_sae.lm.hookpoints import find_residual_blocks
+from hf_switch_sae.lm.names import layer_named
 
 
 def load_lm(
@@ -30,9 +30,9 @@ def load_lm(
         name: Hub id or folder.
         dtype, device_map, revision: as of `from_pretrained`.
         with_head: False for the residual stream alone, of any kind of model.
-        gguf_file: the name of a GGUF file in there, to be dequantised.
-        places: layers or hookpoints that will be read: blocks after the last of them are not
-            loaded, where the architecture lets one; all are by default.
+        gguf_file: the name of a GGUF file in there, to be dequantized.
+        places: layers or hookpoints that will be read. Blocks after the last of them are not
+            loaded, where the architecture allows; None: load all.
 
     Raises:
         SwitchSAEError: there is none at that address, or no such dtype.
@@ -73,20 +73,20 @@ def has_head(name: str, revision: str | None = None) -> bool:
 
 
 def blocks_up_to(places: Sequence[int | str]) -> int | None:
-    """How many blocks it takes to read some places; None where a name does not tell."""
-    found = [re.fullmatch(r"(?:layers\.)?(\d+)(?:\.resid_(?:pre|post))?", str(at)) for at in places]
-    return None if None in found else max(int(match[1]) for match in found if match) + 1
+    """How many blocks it takes to read these; None if one is a module path."""
+    layers = [layer_named(at) for at in places]
+    return None if None in layers else max(layer for layer in layers if layer is not None) + 1
 
 
 def _first_blocks(name: str, count: int | None, options: dict[str, Any]) -> Any:
-    """A model of which only so many blocks are loaded; None if that can't be, or saves nothing."""
+    """A model with only its first `count` blocks; None if that is not possible or saves nothing."""
     revision = {key: options[key] for key in options.keys() & {"revision"}}
     config = AutoConfig.from_pretrained(name, **revision)
     whole = getattr(config, "num_hidden_layers", None)
     if count is None or not isinstance(whole, int) or count >= whole:
         return None
     level = logging.get_verbosity()
-    logging.set_verbosity(40)  # else weights left out are listed as unexpected
+    logging.set_verbosity(40)  # transformers would list the weights left out as unexpected
     try:
         lm = AutoModel.from_pretrained(name, **options, num_hidden_layers=count)
         if len(find_residual_blocks(lm)) != count:
@@ -95,5 +95,5 @@ def _first_blocks(name: str, count: int | None, options: dict[str, Any]) -> Any:
         return None  # an architecture whose config says more of its layers than their number
     finally:
         logging.set_verbosity(level)
-    lm.config.num_hidden_layers = whole  # the model that this is a part of: its fingerprint
+    lm.config.num_hidden_layers = whole  # so that its fingerprint is the whole model's
     return lm

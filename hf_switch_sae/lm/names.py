@@ -20,6 +20,12 @@ def layer_of(hookpoint: str | None) -> tuple[int, Site] | None:
     return (int(match[1]), cast(Site, match[2])) if match else None
 
 
+def layer_named(at: int | str) -> int | None:
+    """7 of 7, "7", `layers.7` and `layers.7.resid_post`; None for a module path."""
+    match = re.fullmatch(rf"(?:layers\.)?(\d+)(?:\.(?:{'|'.join(SITES)}))?", str(at))
+    return int(match[1]) if match else None
+
+
 def hookpoint_of(layer: int | str, site: Site = "resid_post") -> str:
     """`layers.7.resid_post` of 7."""
     return f"layers.{layer}.{site}"

@@ -1,17 +1,15 @@
-"""Where the tokens of one forward pass stand: a model's call -> rows and absolute positions.
+"""Which row and position each token of a forward pass has: a model's call -> `Tokens`.
 
-A residual stream [B, T, d] does not say which of the user's rows a batch row came from (beams and
-return sequences multiply them), nor where in the text its T tokens stand (a KV cache hides what
-came before). Both follow from the call: attention mask, position ids, length of the cache, and what
-`generate` was given.
-
-Positions count real tokens from 0 in each row, so they do not depend on padding, caching or the
-number of tokens a step has; padding stands at -1 and is never edited.
-
-How    Most steps of a running model ask for nothing of this, and each tensor operator costs a good
-       part of what the SAE itself does: what `Tokens` says is worked out when it is asked for.
-Beware A cache grows while the blocks run: its length is read before the first of them. A mask is
-       read late, so until then it must not change in the columns of its call.
+Room   A residual stream [B, T, d] does not say which of the user's rows a batch row came from
+       (beams and return sequences multiply rows), nor where in the text its tokens stand (a KV
+       cache hides what came before). Both follow from the call: its attention mask, position ids
+       and cache, and what `generate` was given.
+       Positions count real tokens from 0 in each row, so padding, caching and the number of tokens
+       in a step do not move them. Padding has position -1 and is never edited.
+How    Most steps never ask, and each tensor operator costs about as much as a good part of the SAE
+       itself. So `Tokens` works out each of its answers when it is first asked for.
+Beware A cache grows while the blocks run, so its length is read before the first block. A mask is
+       read late: until then it must not change in the columns of its call.
 """
 
 from __future__ import annotations
@@ -40,15 +38,15 @@ class Generation:
     seen: int = 0
     """Columns run so far, for caches that don't know their length."""
     mask: _Mask | None = None
-    """The last that told of all columns so far, for models that get none once they have a cache."""
+    """The last mask of all columns so far, for models that get no mask once they have a cache."""
 
 
 @dataclass
 class Call:
-    """What bears on positions in one call of the module that owns a stack of blocks."""
+    """One call of the module that owns a stack of blocks: its arguments that decide positions."""
 
     mask: Any = None
-    """attention_mask as given: 2-D, 4-D, a dict of 4-D ones, or what else a kernel takes."""
+    """attention_mask as given: 2-D, 4-D, a dict of 4-D masks, or whatever else a kernel takes."""
     decoder_mask: Any = None
     position_ids: Tensor | None = None
     has_cache: bool = False
@@ -85,7 +83,7 @@ class _Mask(NamedTuple):
     """Which of a call's columns hold real tokens."""
 
     width: int
-    """Columns it tells of: those of the call, or also all before them."""
+    """How many columns it covers: those of the call, or those and all before them."""
     read: Callable[[], Tensor]
     """[B, width] bool."""
 
@@ -94,7 +92,7 @@ class _Mask(NamedTuple):
         return self.width - self.read().sum(-1)
 
     def now(self) -> _Mask:
-        """The same, read: what it is read from may be large, [B, heads, T, T]."""
+        """The same, read now, so that nothing holds on to a large [B, heads, T, T] mask."""
         real = self.read().clone()
         return _Mask(self.width, lambda: real)
 
@@ -104,8 +102,9 @@ class Tokens:
 
     Args:
         x: [B, T, d], the stream; only shape and device are read.
-        call: what the stack's owner was called with, or None if the blocks were run by themselves.
-        generation: the `generate` call this forward belongs to, if any; it notes the tokens.
+        call: what the stack's owner was called with; None if somebody ran the blocks directly.
+        generation: the `generate` call this forward belongs to, if any; its notes are brought up to
+            date.
         decoding: whether `generate` extends this stack's sequence (an encoder's is all prompt).
         lanes: vectors that one token has, one after another; T counts them all.
     """
@@ -130,13 +129,13 @@ class Tokens:
             if self._mask is not None and self._mask.width == self._end:
                 generation.mask = self._mask if _is_flat(self._call.mask) else self._mask.now()
             if generation.columns is None or not (generation.seen or generation.drafted):
-                # more than the user gave, if PEFT put virtual tokens in front
+                # PEFT may have put virtual tokens before what the user gave
                 generation.columns = max(generation.columns or 0, self._end)
             self._prompt_columns = generation.columns
 
     @classmethod
     def at(cls, position: Tensor, prompt: Tensor, row: Tensor) -> Tokens:
-        """Tokens that stand where they are said to; arguments as the attributes."""
+        """Tokens whose answers are given: position and prompt [B, T], row [B]."""
         tokens = cls(position[..., None], None, None, True)
         tokens.__dict__.update(position=position, prompt=prompt, row=row, all_real=False)
         return tokens
@@ -181,7 +180,7 @@ class Tokens:
 
     @cached_property
     def all_real(self) -> bool:
-        """Whether none is padding; False too where that would cost more than to go by `real`."""
+        """Whether no token is padding. False also where finding out would cost more than `real`."""
         call, mask = self._call, self._mask
         if mask is None:
             ids = call.position_ids
@@ -194,8 +193,8 @@ class Tokens:
         return mostly or bool(call.mask[:, self._past : self._end].all())
 
     def all_are(self, part: Literal["prompt", "generated"]) -> bool:
-        """Whether all tokens belong to a part; False too where only `prompt` tells."""
-        if "prompt" in self.__dict__:  # was given, or is worked out already
+        """Whether all tokens belong to a part. False also where only `prompt` can tell."""
+        if "prompt" in self.__dict__:  # given by `at`, or worked out already
             return False
         given = self._prompt_columns
         if part == "prompt":

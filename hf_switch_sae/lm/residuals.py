@@ -2,11 +2,12 @@
 
 Room   (model, places) -> a function that runs the model's forward up to the last of the places;
        `residuals` also hands out what came by there. Recording and training share it.
-How    The last hook at each place notes that it was reached; when all were, it raises, and the
-       function catches. Hooks come from `attach`; sessions at the same places see the stream first.
-Beware A block that runs several times in a forward is not done the first time. Models that loop
-       over their blocks (`_LOOPS`, found by the model zoo) are run to the end; so is, the first
-       time, any model that transformers does not know, and any place that is no block, to count.
+How    The last hook at each place notes that it was reached. Once all were, it raises an exception
+       that the function catches. Sessions at the same places see the stream first.
+Beware A block that runs several times in a forward is not done after the first time. Models that
+       loop over their blocks (`_LOOPS`, found by the model zoo) are run to the end. So is the first
+       forward of a model that transformers does not know, or to a place that is no block: it counts
+       how often the place is passed.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def residuals(
 
 
 def input_device(root: nn.Module) -> torch.device:
-    """Where token ids go; of a model whose weights are elsewhere, hooks of its own move them."""
+    """Where to put token ids. If the weights lie elsewhere, the model's own hooks move them."""
     embed: Any = getattr(root, "get_input_embeddings", lambda: None)()
     weight: Tensor | None = next(iter((embed or root).parameters()), None)
     if weight is None or weight.device.type == "meta":
@@ -131,7 +132,7 @@ class _PartialForward:
         is_replica = _REPLICATED & {cls.__name__ for cls in type(lm).__mro__}
         self._lm = cast(nn.Module, lm.module) if is_replica else lm
         self._loops = _loops(list(self.places.values()))
-        # only a forward of ours is stopped, not one that another thread runs meanwhile
+        # only our own forward is stopped, not one that another thread runs meanwhile
         self._running = threading.local()
 
     def __call__(self, **inputs: Any) -> None:
@@ -139,7 +140,7 @@ class _PartialForward:
         stopping = self._loops is False
         self._running.call = (seen, stopping)
         if not stopping and "logits_to_keep" in inspect.signature(self.root.forward).parameters:
-            inputs = {"logits_to_keep": 1, **inputs}  # nobody will look at them
+            inputs = {"logits_to_keep": 1, **inputs}  # nobody looks at the logits
         try:
             self._lm(**inputs)
         except _Reached as reached:

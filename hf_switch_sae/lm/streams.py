@@ -1,4 +1,4 @@
-"""The residual stream inside of what a block takes and returns, whatever it is wrapped in.
+"""The residual stream in what a block takes and returns, whatever it is wrapped in.
 
 Room   a block's output or arguments <-> the tensor in it <-> rows of tokens [B, T, d].
 Beware A residual need not be [batch, seq, hidden_size]: stages of vision models are [B, C, H, W],
