@@ -1,4 +1,4 @@
-"""What an SAE is, in numbers and names: keywords or a config.json -> a checked `SwitchSAEConfig`.
+"""What an SAE is, in numbers and names: keywords or config.json -> a checked `SwitchSAEConfig`.
 
 Everything inference needs that is not a tensor lives here, so nothing is ever guessed at load:
 shape, activation rule, router, the place in the language model, and the identity of that language
@@ -24,7 +24,7 @@ from hf_switch_sae.sae.input_norm import InputNorm
 
 Activation = Literal["topk", "batch_topk", "jumprelu", "relu"]
 
-# What PreTrainedConfig itself reads from a config.json without having a field for it.
+# PreTrainedConfig reads these from a config.json although it has no fields for them.
 _HOST_KEYWORDS = {
     "attn_implementation",
     "experts_implementation",
@@ -148,14 +148,14 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Commit of `base_model`."""
 
     base_model_fingerprint: dict[str, Any] | None = None
-    """What `fingerprint(lm)` said of it: recognises a local copy, tells a fine-tune apart."""
+    """What `fingerprint(lm)` said of it: recognizes a local copy, tells a fine-tune apart."""
 
     source: dict[str, Any] | None = None
-    """Where these weights were taken from: `repo` or `folder`, `revision` (the commit), `path`.
+    """Where these weights came from: `repo` or `folder`, `revision` (the commit), `path`.
 
-    And, of a checkpoint that was converted, its `format` and what its files said of its origin.
-    Once that is published and loaded from its new place, this is the new place, and all that was
-    here is `taken_from` in it.
+    A converted checkpoint adds its `format` and what its files say of its origin. Once the SAE is
+    published and loaded from its new address, `source` names that address, and what was here before
+    moves to its `taken_from`.
     """
 
     metrics: dict[str, Any] | None = None
@@ -177,8 +177,8 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Weight, in `loss`, of the router's cross entropy to the experts that reconstruct best.
 
     In training all experts are tried on every num_experts-th token, which costs as much as encoding
-    the batch once more. So the router learns what the other experts would have made of a token,
-    which its own probability as a weight (`apply_router_probs`) can't tell it.
+    the batch once more. That tells the router how well other experts would have done, which the
+    weight of its own probability (`apply_router_probs`) can't.
     """
 
     router_best_expert_temperature: float | int = 0.05
@@ -187,17 +187,18 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     second_expert_loss_coef: float | int = 0.0
     """Weight, in `loss`, of the error that each token's second choice of expert makes alone.
 
-    In training every token is then encoded and decoded by a second expert too: a step takes about
-    half as long again. An expert so learns the tokens at its borders, and to the best-expert loss
-    another is added, between the first two choices of every token. Needs `num_experts_per_token=1`.
+    In training every token is then encoded and decoded by a second expert too, so a step takes
+    about half as long again. In return experts learn the tokens at their borders, and the
+    best-expert loss also compares the first two choices of every token. Needs
+    `num_experts_per_token=1`.
     """
 
     l1_loss_coef: float | int = 0.0
     """Weight, in `loss`, of how much is active; only for `relu` and `jumprelu`, without `k`.
 
-    The mean over tokens of sum_j acts[j] * |W_dec[ids[j]]|, as a share of the length that tokens
-    were scaled to (sqrt(hidden_size) / input_scale): free of scale, and of how encoder and decoder
-    share a feature's length.
+    The mean over tokens of sum_j acts[j] * |W_dec[ids[j]]|, as a share of a scaled token's length,
+    sqrt(hidden_size) / input_scale. So it depends neither on the LM's scale nor on how encoder and
+    decoder share a feature's length.
     """
 
     auxk_loss_coef: float | int = 0.0
@@ -206,13 +207,13 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     k_aux: int | None = None
     """Dead features per token in AuxK, of the token's own experts; None: hidden_size // 2.
 
-    Never more than the expert with most dead ones has.
+    Never more than the expert with the most dead features has.
     """
 
     dead_after_tokens: int = 100_000
     """Tokens routed to its expert without firing after which a feature is dead.
 
-    So with 8 experts in balance it is dead after 8 times as many tokens of training.
+    With 8 balanced experts that is 8 times as many tokens of training.
     """
 
     initializer_range: float | int | None = None
@@ -241,8 +242,8 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
 
-    def validate_numbers(self) -> None:
-        """Sizes are positive, experts divide the features, a token's experts exist and hold k."""
+    def validate_experts(self) -> None:
+        """Sizes are positive, experts divide the features, a token's experts exist."""
         for name in ("hidden_size", "num_features", "num_experts", "num_experts_per_token"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -265,6 +266,8 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 "Use apply_router_probs=False if that is what you want."
             )
 
+    def validate_k(self) -> None:
+        """A token's experts hold k features; without k the activation rule can do without."""
         routed = self.features_per_expert * self.num_experts_per_token
         if self.k is None:
             if self.activation in ("topk", "batch_topk"):
@@ -279,6 +282,8 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"with {self.features_per_expert} features each."
             )
 
+    def validate_losses(self) -> None:
+        """Coefficients are not negative, and each loss fits the rest of the config."""
         if self.l1_loss_coef > 0 and (
             self.k is not None or self.activation not in ("relu", "jumprelu")
         ):

@@ -88,6 +88,7 @@ def encode_tokens(
     x, config = rows_of(sae, hidden_states), sae.config
     bias, unit = bias_of(sae), None
     fixed, centered = bias.detach(), config.subtract_b_dec
+    # outliers are told by their norm in the LM's units, so before any normalization
     outlier = outliers_among(sae, x)
     mask = None if mask is None else mask.reshape(-1).to(x.device)
     if config.input_norm != "none":
@@ -95,14 +96,15 @@ def encode_tokens(
     counts = counts_in_order = counted_of(outlier, mask)
     if outlier is not None:  # encoded as nothing: it may be infinite
         x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
+    # the router sees the residual as it is, the encoder what `subtract_b_dec` says
     router, expert_ids, gates = _route(sae, x)
     order, inverse = _orders(sae, expert_ids) if sort else (None, None)
     if order is not None:
-        # not by indexing: the gradient of that sorts what lies in order already
+        # index_select, as the gradient of indexing would sort what lies in order already
         x, expert_ids = x.index_select(0, order), expert_ids.index_select(0, order)
         gates = None if gates is None else gates.index_select(0, order)
         counts_in_order = None if counts is None else counts.index_select(0, order)
-    # less a constant: the bias gets its gradient by column sums, so that none of z is needed
+    # less a constant: the bias gets its gradient as `center`, by column sums, without one for z
     ours = order is not None and centered and not x.requires_grad and x.dtype == fixed.dtype
     z = x.sub_(fixed) if ours else x - fixed
     tokens = Routed(

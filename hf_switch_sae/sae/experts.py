@@ -1,12 +1,11 @@
-"""The experts' weights and where they lie: rows in, sparse code out, and back.
+"""Router and experts: which expert a token goes to, and what its expert makes of it.
 
-A device map places modules, not slices of a tensor, so the experts are cut into groups, each a
-module of its own that may be on another device, on the CPU or on disk. With one group (the default)
-nothing is ever copied or joined.
-
+Room   tokens with their experts (`Routed`) and what to keep (`Rule`) -> acts, ids -> rows.
+How    A device map places modules, not slices of a tensor. So the experts lie in groups, each a
+       module that may be on another device, on the CPU or on disk. With one group, the default,
+       nothing is ever copied or joined.
 Beware An offloaded group's weights are on `meta` outside its forward: accelerate's hooks bring them
-       in around `ExpertGroup.forward`, which is why every use of a weight is a function handed to
-       it.
+       in around `ExpertGroup.forward`. So every use of a weight is a function handed to it.
 """
 
 from __future__ import annotations
@@ -292,6 +291,6 @@ class Router(nn.Module):
         """Route scale * x - center: x [n, d] -> logits, probs [n, E], expert ids [n, t]."""
         weight = wide(self.weight)
         with torch.autocast(x.device.type, enabled=False):
-            # center goes into the bias: its gradient needs none of x
+            # center goes into the bias, so that its gradient does not need x
             bias = -(weight @ center.to(weight.dtype))
         return ops.route(x, weight * scale, bias, num_experts_per_token)

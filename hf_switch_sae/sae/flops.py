@@ -1,11 +1,11 @@
-"""A config -> floating-point operations a token in use, and how many parameters there are.
+"""A config -> floating-point operations per token of a forward pass, and the number of parameters.
 
     router    2 * E * d             none with one expert
     encoder   2 * t * m * d         the routed experts alone; t experts a token
-    decoder   2 * k * d             of the active features alone
+    decoder   2 * k * d             the active features alone
 
-Two for each multiplication with its addition. Not counted: choosing the k largest, softmax,
-sorting tokens by expert, biases and scales, none of which grows with features times width.
+A multiplication with its addition counts as two. Choosing the k largest, softmax, sorting tokens by
+expert, biases and scales are not counted: none of them grows with features times width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_switch_sae.sae.config import SwitchSAEConfig
 
 
 class Flops(NamedTuple):
-    """Of one token, forward."""
+    """Operations of one token's forward pass."""
 
     router: int
     encoder: int
@@ -25,7 +25,7 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of all three."""
+        """The sum of all three."""
         return sum(self)
 
     def to_dict(self) -> dict[str, int]:
@@ -56,7 +56,7 @@ def flops_per_token(config: SwitchSAEConfig, active: float | None = None) -> Flo
 
 
 def parameter_count(config: SwitchSAEConfig) -> int:
-    """Of encoder, decoder, router and biases; statistics are none."""
+    """Parameters of encoder, decoder, router and biases; statistics don't count."""
     width, features = config.hidden_size, config.num_features
     router = width * config.num_experts + width if config.num_experts > 1 else 0
     return 2 * features * width + width + router + features * config.encoder_bias

@@ -1,11 +1,10 @@
-"""What an SAE is trained on, from plain tensors to 0-d tensors with gradient.
+"""FVU, the reconstruction error that training minimizes, and what is known of a whole batch.
 
-Weighted by which tokens count, never indexed by it: no shape depends on data, and nothing waits for
-the device.
-
-Beware no loss here is a mean over tokens, so the mean of the losses of two half batches is not the
-       loss of the whole. Where a batch is spread over processes or steps, each is given the sums
-       over the whole (`WholeBatch`), and its loss is its share: the shares add up.
+How    Tokens that don't count are masked, never taken out: no shape depends on data, so nothing
+       waits for the device.
+Beware FVU is no mean over tokens: the mean of two half batches' FVUs is not that of the whole.
+       Where a batch is spread over processes or steps, each part is given the sums over the whole
+       (`WholeBatch`), and its loss is its share. The shares add up.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def batch_sums(
     """What adds up over the parts of a batch: tokens, their squares, their sum, experts chosen.
 
     Args:
-        x: [n, d]. Squares are of the deviations from the part's mean first: no digits are lost.
+        x: [n, d]. Squares are taken of deviations from the part's mean, so that no digits are lost.
         counts: [n] bool, which tokens count; None for all.
         expert_ids: [n, t]; None with one expert.
 
@@ -90,8 +89,8 @@ def fvu_of(
         counts: [n] bool, which tokens count; None for all. Others may be nan or infinite.
         whole: the batch that these are a part of, whose deviation is the one to divide by, as a
             constant.
-        bias: [d], if it has been taken off x instead of being added to x_hat: only its gradient, as
-            a part of x_hat, is of interest.
+        bias: [d], a part of x_hat that was taken off x instead of being added to x_hat. The value
+            is the same either way; passing it gives it its gradient.
     """
     # a compiler fuses the formula by itself
     if torch.compiler.is_compiling() or ops.has_tangent(x, x_hat, bias):
@@ -108,7 +107,7 @@ def fvu_formula(
     whole: WholeBatch | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """What `fvu_of` computes, as it is written down."""
+    """The definition of `fvu_of`, which autograd differentiates by itself."""
     x, x_hat = (part.to(wide_dtype(x, x_hat)) for part in (x, x_hat))
     x_hat = x_hat if bias is None else x_hat + (bias - bias.detach())
     where = x.new_ones(len(x), 1, dtype=torch.bool) if counts is None else counts[:, None]
@@ -121,7 +120,7 @@ def fvu_formula(
 
 
 class _Fvu(torch.autograd.Function):
-    """In few passes over the rows, where only x_hat needs a gradient, as in training."""
+    """`fvu_formula` in few passes over the rows; fewest in training, where x needs no gradient."""
 
     @staticmethod
     def forward(
@@ -158,7 +157,7 @@ class _Fvu(torch.autograd.Function):
             d_x_hat, d_bias = ops.scaled_errors(x, x_hat, scale, counts, need_bias)
         if need_x:
             d_x, _ = ops.scaled_errors(x_hat, x, scale, counts, want_sums=False)
-            if mean is not None:  # whose own gradient is 0, as deviations add up to 0
+            if mean is not None:  # its own gradient is 0, as deviations from it add up to 0
                 rows = mean.expand_as(x)
                 d_x -= ops.scaled_errors(rows, x, scale * fvu, counts, want_sums=False)[0]
         return (

@@ -1,12 +1,12 @@
-"""Residual stream -> the units in which an SAE with a normalized input reads it, token by token.
+"""Residual stream -> the units in which an SAE with a normalized input reads each token.
 
     layer_norm       h = (x - mean) / (std + 1e-5)      x = std * h + mean
     constant_norm    h = x / size                       x = size * h,     size = |x| / sqrt(d)
 
-std or size is what one of the SAE's own units is in those of the language model: times it, an
-activation is again exactly what is added along its decoder row.
+std or size is one of the SAE's own units, measured in those of the language model: an activation
+times it is again exactly what is added along its decoder row.
 
-Beware std is the unbiased one, and the way back knows no 1e-5: so the released SAEs were trained.
+Beware std is the unbiased one, and the way back has no 1e-5, as in the training of released SAEs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def unit_of(x: Tensor, norm: InputNorm) -> Unit:
 
 
 def normalized(x: Tensor, norm: InputNorm) -> tuple[Tensor, Unit]:
-    """x [..., d] as the SAE reads it, in the dtype of x, and its unit."""
+    """What the SAE reads of x [..., d], in the dtype of x, and each token's unit."""
     unit = unit_of(x, norm)
     # a token of nothing but zeros has no size
     divisor = unit.scale + _EPSILON if norm == "layer_norm" else unit.scale.clamp_min(1e-30)

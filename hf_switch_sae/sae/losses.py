@@ -135,9 +135,9 @@ def _second_reconstruction(
 
 
 def _auxk_loss(sae: TrainedSAE, code: Encoded, y: Tensor) -> Tensor:
-    """How badly the dead features of the tokens' experts explain what is left of the tokens.
+    """AuxK: how badly the dead features of the tokens' experts explain the error that is left.
 
-    Dead before this batch is counted. Only their own rows get a gradient.
+    Dead as of before this batch. Only the dead features' own rows get a gradient.
     """
     none, config, tokens = code.z.new_zeros((), dtype=wide_dtype(y)), sae.config, code.tokens
     if not config.auxk_loss_coef or not len(code.z):
@@ -151,19 +151,19 @@ def _auxk_loss(sae: TrainedSAE, code: Encoded, y: Tensor) -> Tensor:
     tokens = tokens._replace(x=tokens.x.detach(), gates=gates, center=None)
     explained = sae.experts.reconstruct_with(dead, slots, tokens)
     rest = (code.z - y).detach()
-    # an error of nothing at all, as of a single token, has no share
+    # with no error at all, as of a single token, there is nothing to explain
     return fvu_of(rest, explained, code.counts_in_order).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _l1_loss(sae: TrainedSAE, code: Encoded) -> Tensor:
-    """How much is active, each feature as long as what it adds, in lengths of a token."""
+    """How much is active: acts times the length of their decoder rows, in lengths of a token."""
     lengths = torch.cat([wide(g.W_dec).norm(dim=-1).flatten() for g in sae.experts])
     size = sae.input_scale / math.sqrt(len(sae.b_dec))
     return l1_loss_of(wide(code.acts) * size, lengths[code.ids], code.counts_in_order)
 
 
 def _best_expert_loss(sae: TrainedSAE, code: Encoded, logits: Tensor) -> Tensor:
-    """Where the router should have sent every num_experts-th token: all experts are tried."""
+    """The router's error on every num_experts-th token, for which all experts are tried."""
     config = sae.config
     tried = torch.arange(0, len(logits), config.num_experts, device=logits.device)
     if not len(tried):

@@ -8,15 +8,16 @@
 training is well conditioned, while `x`, `acts` and `x_hat` are in the language model's own. So an
 activation is exactly what is added along its decoder row, and no weight needs folding.
 
-With `input_norm` all of this happens to the normalized token, and what leaves is in the language
-model's units again: acts times the token's unit, x_hat times it plus what was taken away. So acts
-mean what they always do, and a reconstruction needs the token for its unit.
+With `input_norm` all of this happens to the normalized token. What leaves is in the language
+model's units again: acts times the token's unit, x_hat times it plus what was subtracted. So an
+activation means the same as ever, but a reconstruction needs the token for its unit.
 
-In memory the experts lie in groups (`experts.py`); in the checkpoint `W_enc` and `W_dec` are one
-tensor each, however many groups there are.
+The steps are in files of their own: `encoding.py`, `losses.py`, `calibration.py`. In memory the
+experts lie in groups (`experts.py`); in the checkpoint `W_enc` and `W_dec` are one tensor each,
+however many groups there are.
 
-Beware transformers gives back buffers that are not persistent as uninitialised memory, so every
-buffer here is.
+Beware transformers returns buffers that are not persistent as uninitialized memory, so every buffer
+here is persistent.
 """
 
 from __future__ import annotations
@@ -193,9 +194,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         own, so that the map can spread them over devices, CPU and disk; only the routed ones are
         then brought in.
 
-        A checkpoint of another project is told by its files and converted; `config.source` says
-        from what. What its files don't tell is passed too: `k`, `layer`, `hookpoint` and what else
-        `from hf_switch_sae.formats import Given` has; `subfolder` may name a single file.
+        A checkpoint of another project is recognized by its files and converted; `config.source`
+        then says from what. Pass what its files don't tell: `k`, `layer`, `hookpoint` and the other
+        fields of `hf_switch_sae.formats.Given`. `subfolder` may name a single file.
 
         Raises:
             OSError: there is no SAE at that address, or it can't be reached.
@@ -204,7 +205,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         if kwargs.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
             kwargs.setdefault("expert_groups", "each")
         with warnings.catch_warnings():
-            # accelerate takes our root parameters' names for modules'; they are placed all the same
+            # accelerate takes our root parameters' names for modules; they are placed all the same
             warnings.filterwarnings(
                 "ignore", "The following device_map keys do not match", UserWarning
             )
@@ -217,7 +218,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return result
 
     def train(self, mode: bool = True) -> SwitchSAE:
-        """As `nn.Module.train`; out of training, memory kept for gradients is given back."""
+        """As `nn.Module.train`; leaving training gives back the memory kept for gradients."""
         if not mode:
             for group in self.experts:
                 for weight in (group.W_enc, group.W_dec):
@@ -226,8 +227,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwitchSAE:
-        """What `.to(dtype)`, `.half()` and the like run; router and statistics stay in float32,
-        or become float64."""
+        """What `.to(dtype)`, `.half()` and the like run: router and statistics stay in float32, or
+        become float64."""
         keep = ("router.", "b_router", *self._statistics_shapes(self.config))
         named = [*self.named_parameters(), *self.named_buffers()]
         kept = {id(tensor) for name, tensor in named if name.startswith(keep)}
@@ -388,9 +389,9 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             attention_mask: [...], nonzero for the tokens that count in the losses; all by default,
                 outliers excepted. In training a batch_topk SAE gives the others no features.
             return_dict: False for a plain tuple.
-            whole_batch: of which batch these tokens are a part, where it is spread over processes
-                or steps: `WholeBatch.of` its parts' `batch_sums`, added up. The losses are then
-                this part's shares of those of the whole.
+            whole_batch: the batch that these tokens are a part of, if it is spread over processes
+                or steps: `WholeBatch.of` the parts' `batch_sums`, added up. The losses are then
+                this part's shares of the whole batch's losses.
 
         Raises:
             WidthError: the last dimension is not `hidden_size`.
@@ -418,7 +419,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def batch_sums(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """What `forward`'s losses need of a part of a batch to add up over parts.
+        """Sums over a part of a batch, which add up over parts: what `whole_batch` is made of.
 
         Args:
             hidden_states: [..., hidden_size].

@@ -1,11 +1,12 @@
-"""Adam for an SAE: clip, projection, Adam and unit decoder rows, in one pass over the weights.
+"""Adam for an SAE: clipping, projection, Adam and unit decoder rows in one pass over the weights.
 
-At these sizes an optimizer step is limited by memory: every weight, gradient and moment is read
-once and, but for the gradient, written once. Doing the four things one after another reads and
-writes weights and gradients twice more; a backend's kernel (`adam_rows`) takes each row through all
-four. Where there is none, a block of rows goes through them while it is in a CPU's cache; on other
-devices a block is a whole weight. Of a weight that is sharded over processes (FSDP2) each process
-steps the rows it holds; only the norm is of the whole.
+How    At these sizes memory limits an optimizer step: every weight, gradient and moment is read
+       once, and all but the gradient are written once. One after another, the four things would
+       read and write weights and gradients twice more. A backend's kernel (`adam_rows`) takes each
+       row through all four. Without a kernel a block of rows goes through them while it is in the
+       CPU's cache; on other devices a block is a whole weight.
+Beware Of a weight sharded over processes (FSDP2) each process steps the rows it holds; the norm is
+       that of the whole.
 """
 
 from __future__ import annotations
@@ -35,15 +36,14 @@ class SwitchSAEAdam(Adam):
         adam.step()
         sae.normalize_decoder()
 
-    but for `.grad`, of which nothing is promised afterwards; and a weight without gradient stays as
-    it is. State and `state_dict()` are those of `torch.optim.Adam`, so checkpoints, schedulers and
-    accelerate take it as one.
+    What `.grad` holds afterwards is not defined. A weight without a gradient stays as it is. State
+    and `state_dict()` are those of `torch.optim.Adam`, so it works with checkpoints, schedulers and
+    accelerate.
 
     Args:
-        sae: the SAE whose parameters are optimized, wrapped or not; or several, each a parameter
-            group of its own that is clipped by itself: the steps are those of one optimizer for
-            each.
-        lr, betas, eps: as of `torch.optim.Adam`; `lr` may be one for each SAE.
+        sae: the SAE whose parameters are optimized, wrapped or not; or several. Each is a parameter
+            group and is clipped by itself, as if it had an optimizer of its own.
+        lr, betas, eps: as of `torch.optim.Adam`; `lr` may be a list with one rate for each SAE.
         max_grad_norm: gradients of a larger global norm are scaled down to it; None: never.
 
     Raises:
@@ -81,13 +81,13 @@ class SwitchSAEAdam(Adam):
             for each, rate in zip(saes, rates, strict=True)
         ]
         super().__init__(groups, lr=rates[0], betas=betas, eps=eps, fused=True)
-        self._step_supports_amp_scaling = False  # a GradScaler is to unscale before the clipping
+        self._step_supports_amp_scaling = False  # a GradScaler must unscale before clipping
         self.max_grad_norm = max_grad_norm
         self.grad_norms: list[Tensor] = []
-        self.hold(saes)
+        self.keep_unit_rows_of(saes)
 
-    def hold(self, saes: Sequence[SwitchSAE]) -> None:
-        """Take these SAEs' decoders for the ones it holds, after its parameters were replaced."""
+    def keep_unit_rows_of(self, saes: Sequence[SwitchSAE]) -> None:
+        """Note whose decoder rows are kept at length 1; again if the parameters were replaced."""
         self._decoders = {id(group.W_dec) for sae in saes for group in sae.experts}
 
     @property
@@ -121,7 +121,7 @@ class SwitchSAEAdam(Adam):
         return loss
 
     def _weights_of(self, group: dict[str, Any]) -> list[_Weight]:
-        """What of a group has a gradient, and how each is stepped; no value is changed yet."""
+        """The weights of a group that have a gradient, and how to step each. Changes no value."""
         for parameter in group["params"]:
             self._lay_out_as(parameter)
         lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [])
@@ -137,8 +137,8 @@ class SwitchSAEAdam(Adam):
         return found
 
     def _lay_out_as(self, parameter: Tensor) -> None:
-        """Its gradient and moments with the weight's strides: torch's kernel takes memory in turn,
-        whatever its strides."""
+        """Give gradient and moments the weight's strides: torch's kernel walks memory in order,
+        whatever the strides."""
         if parameter.grad is not None:
             parameter.grad = _with_strides_of(parameter, parameter.grad)
         state = self.state.get(parameter, {})
@@ -158,12 +158,12 @@ class SwitchSAEAdam(Adam):
             )
 
     def _clip(self, group: dict[str, Any]) -> Tensor | None:
-        """What a group's gradients are to be multiplied by, 0-d; None if they stay as they are."""
+        """The factor that clips a group's gradients, 0-d; None if they need no clipping."""
         if self.max_grad_norm is None:
             return None
         norm = _total_norm([p.grad for p in group["params"] if p.grad is not None])
         self.grad_norms.append(norm)
-        scale = self.max_grad_norm / (norm + 1e-6)  # as clip_grad_norm_ has it
+        scale = self.max_grad_norm / (norm + 1e-6)  # the formula of clip_grad_norm_
         if scale.device.type == "cpu" and scale >= 1:
             return None
         return scale.clamp(max=1.0)
@@ -217,14 +217,14 @@ def _step_weight(group: dict[str, Any], scale: Tensor | None, of: _Weight) -> No
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=group["maximize"],
-            grad_scale=divisor,  # which it divides by, in `.grad` too
+            grad_scale=divisor,  # it divides by this, in `.grad` too
         )
         if of.is_decoder:
             normalize_rows(w)
 
 
 def _kernel_for(group: dict[str, Any], *tensors: Tensor) -> Callable[..., None] | None:
-    """The backend's `adam_rows`, if it has one for a weight, gradient and moments as they lie."""
+    """The backend's `adam_rows`, if it has one for tensors laid out like these."""
     plain = all(t.is_contiguous() and t.dtype == tensors[0].dtype for t in tensors)
     if not plain or group["weight_decay"] or group["maximize"]:
         return None
@@ -232,7 +232,7 @@ def _kernel_for(group: dict[str, Any], *tensors: Tensor) -> Callable[..., None] 
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
-    """As `get_total_norm`, 0-d; on a CPU by dot products, which read twice as fast."""
+    """As `get_total_norm`, 0-d; on a CPU by dot products, which take half the time."""
     plain = (g.device.type == "cpu" and g.dtype == torch.float32 for g in grads)
     if grads and all(plain) and not any(isinstance(grad, DTensor) for grad in grads):
         flat = [grad.reshape(-1) for grad in grads]
@@ -242,7 +242,7 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _with_strides_of(weight: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor of a weight's shape, copied if it lies otherwise."""
+    """A tensor of a weight's shape with the weight's strides; copied if it has others."""
     both = weight.is_contiguous() and tensor.is_contiguous()  # strides of sizes 1 tell nothing
     if both or tensor.stride() == weight.stride():
         return tensor

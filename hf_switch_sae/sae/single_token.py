@@ -1,7 +1,9 @@
-"""When an SAE meets a single token on a CPU, as in `generate`: whether the short way may be taken.
+"""A single token on a CPU, as in `generate`: whether the kernels' short way may be taken.
 
-What that saves is less than a few of torch's operators take, so to ask must take no longer than one
-or two: fields are looked up where they lie.
+Room   an SAE and [..., x] -> a `TokenPlan` of the native kernels, or None for the general way.
+Beware The short way saves about as much as a few of torch's operators take, so asking for it may
+       take no longer than one or two. That is why fields are read from `__dict__`, `_modules` and
+       `_parameters` instead of through attributes.
 """
 
 from __future__ import annotations
@@ -18,8 +20,12 @@ from hf_switch_sae.sae.experts import ExpertGroup
 
 
 def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.TokenPlan | None:
-    """How a CPU's kernels take [..., x] through a SwitchSAE; None if it is not of a single token,
-    or something is in the way: a derivative, a hook, weights that are made anew at each use."""
+    """How a CPU's kernels take [..., x] through a SwitchSAE; None for the general way.
+
+    None if it is more than one token, or if something must be seen by torch: a derivative, a hook,
+        a
+    weight that is computed anew at each use.
+    """
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
@@ -30,7 +36,7 @@ def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.T
         or forward_ad._current_level >= 0
     ):
         return None
-    # what `vars` gives, without the detour of a config's own attribute access
+    # `vars(config)`, without the config's own attribute access on the way
     rules = cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
     modules = sae._modules
     groups = cast(nn.Module, modules["experts"])._modules
@@ -48,7 +54,7 @@ def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.T
     own, buffers, experts = sae._parameters, sae._buffers, group._parameters
     W_enc, b_enc, W_dec = experts.get("W_enc"), experts.get("b_enc"), experts.get("W_dec")
     b_dec = own.get("b_dec")
-    made_anew = W_enc is None or W_dec is None or b_dec is None  # pruned, say
+    made_anew = W_enc is None or W_dec is None or b_dec is None  # by pruning, say
     if made_anew or (b_enc is None and rules["encoder_bias"]):
         return None
     weights = (
@@ -66,7 +72,7 @@ def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.T
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether something happens around its forward: a hook, accelerate's offload, a
+    """Whether something runs around its forward: a hook, accelerate's offload, a
     parametrization."""
     return bool(
         module._forward_hooks

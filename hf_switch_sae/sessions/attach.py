@@ -1,15 +1,8 @@
-"""SAEs onto a running model: the only room that registers hooks and removes every trace of them.
+"""Attach SAEs to a running model, see what is attached, and take it off.
 
-One hook a place, shared by all sessions: each tap sees the residual stream as it arrived, and what
-the taps want added is added once. So the order in which sessions were opened does not matter.
-Beside the places, the module that owns the blocks gets a hook that notes its arguments (for
-positions), and `generate` of this one model object is shadowed by a function that notes what it was
-given; both go with the last session.
-
-Beware transformers records hidden states through hooks of its own: ours are prepended, or their
-       edit would be missing there. Dynamo does not look for new hooks on code it has compiled:
-       adding one resets it. Hooks take device and dtype from the stream, never from a block's
-       weights, which may be on `meta` under accelerate.
+Room   (model, SAEs, places) -> checked -> a `Session`, whose hooks the model's `Board` places.
+Beware Everything is checked before the model is touched. Device and dtype come from the stream,
+       never from a block's weights, which may be on `meta` under accelerate.
 """
 
 from __future__ import annotations
@@ -78,8 +71,8 @@ def attach(
     """Attach one SAE, or several at once, to a running language model.
 
     Without edits the model computes bit for bit what it did before. Use it as a context manager, or
-    call `detach()`. Attach before `generate` is called, not from within it: a call under way is not
-    known, so `positions="generated"` and `rows=` would not apply to it.
+    call `detach()`. Attach before you call `generate`, not from within it: a session knows nothing
+    of a call that is already running, so `positions="generated"` and `rows=` would not apply to it.
 
     Args:
         lm: any Hugging Face transformer, wrapped (PEFT, DDP, torch.compile, accelerate) or not.
@@ -88,8 +81,12 @@ def attach(
             by default.
         splice: replace the residual stream by the SAE's reconstruction (edits still apply).
         allow_mismatch: accept another language model than the SAE was trained on.
-        all_threads: whether the session also acts in threads without a session of their own on this
-            model; by default if it is opened in the main thread.
+        all_threads: whether the session also acts in threads that have no session of their own on
+            this model; by default if it is opened in the main thread.
+
+    Returns:
+        A `Session`. Given one SAE, its `features` and `edits` are that SAE's; given a mapping, they
+        are mappings by hookpoint.
 
     Raises:
         WidthError, BaseModelError, AttachError: the SAE does not fit.
@@ -196,10 +193,10 @@ def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch
 
 
 def _width(place: Hookpoint, wanted: int) -> int | None:
-    """The width of a block's stream if it can't be `wanted`; None if it can, or a forward tells.
+    """The width of a block's stream if it is not `wanted`; None if it may be.
 
-    Blocks of one stream hold norms of its width. A stream of several lanes is wider than its config
-    says, and then so is a norm.
+    A block holds norms as wide as its stream. A stream of several lanes is wider than the config
+    says, and then a norm is too. What is undecided, the first forward decides.
     """
     if place.blocks is None or place.module not in place.blocks.blocks:
         return None

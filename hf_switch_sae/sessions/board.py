@@ -44,7 +44,7 @@ class Board:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.sessions: tuple[Session, ...] = ()  # replaced, as other threads may be reading it
+        self.sessions: tuple[Session, ...] = ()  # replaced whole: other threads may be reading it
         self.flow = Flow()
         self._places: dict[tuple[int, str], Place] = {}
         self._owners: dict[int, Owner] = {}
@@ -139,7 +139,7 @@ class Board:
 
         @functools.wraps(generate)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if flow.generation is not None:  # a draft within this call: the user's is known already
+            if flow.generation is not None:  # a draft within the user's call, which is known
                 return generate(*args, **kwargs)
             self._check_recording(args, kwargs)
             flow.generation = generation_of(self.root, args, kwargs)
@@ -152,7 +152,7 @@ class Board:
         self.root.__dict__["generate"] = watched
 
     def _check_recording(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """AttachError if beams are asked for while a session records: rows would change texts."""
+        """Raise AttachError for beams while a session records: rows would swap their texts."""
         given = args[1] if len(args) > 1 else kwargs.get("generation_config")
         config = given or getattr(self.root, "generation_config", None)
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
@@ -180,11 +180,11 @@ class Board:
 
 
 def _changed(x: Tensor, changes: list[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """A stream with all changes made; what none of them edits stays bit for bit."""
+    """The stream with all changes added. Tokens that none of them edits stay bit for bit."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     deltas = [delta.to(x.device, dtype) for delta, _ in changes]
     total = deltas[0]
-    for delta in deltas[1:]:  # summed before the stream is added, so that order is no matter
+    for delta in deltas[1:]:  # summed before the stream is added, so that their order is no matter
         total = total + delta
     new, edited = (x + total).to(x.dtype), None
     for _, where in changes:
@@ -198,8 +198,8 @@ def _changed(x: Tensor, changes: list[tuple[Tensor, Tensor | None]]) -> Tensor:
 class Place:
     """The one hook at a place.
 
-    It runs at every token, mostly with nothing of its own in a cache: what does not change from
-    call to call is looked up once.
+    It runs at every token, when the model's pass has emptied the CPU's caches. So what does not
+    change from call to call is looked up once.
     """
 
     def __init__(self, board: Board, place: Hookpoint) -> None:
@@ -213,11 +213,11 @@ class Place:
         self._owner, self._root = id(owner), id(root)
         self._is_pair = is_encoder_decoder(root)
         self._known: tuple[tuple[Session, ...], threading.Thread, list[Tap]] | None = None
-        # Not traced: which taps there are and what they change is read anew at every call.
+        # untraced: which taps there are, and what they change, may differ at every call
         self.handle = hook_place(place, untraced(self.pass_by))
 
     def pass_by(self, stream: Tensor) -> Tensor | None:
-        """Show a stream to the taps at a place; the new stream, or None if nobody changes it."""
+        """Show a stream to the taps here. Returns the new stream; None if nobody changes it."""
         taps = self._acting()
         if not taps:
             return None
@@ -255,7 +255,7 @@ class Place:
         return taps
 
     def _call(self) -> Call | None:
-        """The owner's call; with the whole model's mask where only that one is still 2-D."""
+        """The call of the blocks' owner, with the whole model's mask if its own is not 2-D."""
         calls = self._flow.calls
         call, outer = calls.get(self._owner), calls.get(self._root)
         if call is None or outer is None or not self._decoding:

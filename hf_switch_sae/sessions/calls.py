@@ -53,9 +53,9 @@ class Owner:
 
 
 def generation_of(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
-    """What `generate` was given: rows, and the prompt's columns where they can be told before."""
+    """What `generate` was given: its rows, and the prompt's columns if known beforehand."""
     given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-    # A row of a text may have several images, or parts of them, so what is text comes first.
+    # text first: one row of text may come with several images, or with parts of them
     named = [given.get(name) for name in ("inputs_embeds", "input_ids", "inputs", "attention_mask")]
     encoded = (given.get("encoder_outputs") or [None])[0]
     candidates = (*named, encoded, *given.values())
@@ -71,6 +71,6 @@ def generation_of(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     defaults = given.get("generation_config") or getattr(root, "generation_config", None)
     options = (given, vars(defaults) if defaults is not None else {})
     drafted = any(each.get(name) for each in options for name in _DRAFTS)
-    if is_pair:  # `generate` may put a start token in front, which the first forward shows
+    if is_pair:  # `generate` may put a start token in front; the first forward shows whether
         columns = 1 if drafted and prompt is None else None
     return Generation(rows=rows, columns=columns, drafted=drafted)

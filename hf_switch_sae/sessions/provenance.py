@@ -1,7 +1,7 @@
 """What recorded features come from: models -> the identity that a store keeps.
 
-Beware transformers 5 no longer notes the commit a model was loaded from, so an LM's revision is
-       known only where the caller gives it; an SAE's config notes its own. Weights tell:
+Beware transformers 5 no longer notes the commit that a model was loaded from, so an LM's revision
+       is known only if the caller gives it; an SAE's config notes its own. Weights identify both:
        an SAE's are hashed whole, an LM's by the samples of its fingerprint.
 """
 

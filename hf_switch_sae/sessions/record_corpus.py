@@ -40,7 +40,7 @@ from hf_switch_sae.store import FeatureStore, TokenRows
 from hf_switch_sae.text.documents import Document, Documents, read_documents
 from hf_switch_sae.text.windows import Batch, batches_of, windows_of
 
-_CHARACTERS_A_TOKEN = 4  # roughly, of English; only the size of shards hangs on it
+_CHARACTERS_A_TOKEN = 4  # roughly, in English; only the size of shards depends on it
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def record(  # type: ignore[misc]
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Record which features are active, and how strongly, on every token of a corpus.
 
-    The model is run up to the last hooked block, unedited: live edits of sessions that are open on
-    it don't act, and their recordings don't see the corpus. Interrupted or killed, the same call
-    goes on where it was, and so does one with larger limits or with more files after those there
-    were. Under `accelerate launch` or torchrun each process records its share into the same folder.
+    The model is run up to the last hooked block, unedited: live edits of open sessions don't act,
+    and their recordings don't see the corpus. After an interrupt or a kill the same call goes on
+    where it stopped; so does a call with larger limits, or with more files after the first ones.
+    Under `accelerate launch` or torchrun each process records its share into the same folder.
 
     Args:
         lm: the language model, in eval mode; on one device, or spread by a `device_map`.
@@ -120,10 +120,10 @@ def record(  # type: ignore[misc]
         skip_special_tokens: leave special tokens out of the store; the model sees them.
         batch_tokens: tokens a forward pass, padding included.
         shard_tokens: tokens a file, roughly: what is lost at most by being killed.
-        max_documents: stop after the data set's first so many.
-        max_tokens: stop at the first file with which the store holds so many; of several processes
-            each takes its share.
-        max_bytes: stop before the files of tokens take more; likewise.
+        max_documents: stop after this many of the data set's documents.
+        max_tokens: stop at the first file with which the store holds this many; each of several
+            processes takes its share.
+        max_bytes: stop before the files of tokens take more, each process its share.
         lm_revision, sae_revision: commits the models were loaded from, to note in a new store:
             transformers no longer tells an LM's; an SAE's is taken from its config by default.
         allow_mismatch: accept another language model than the SAE was trained on.
@@ -261,7 +261,7 @@ class _Recorder:
                         if written is None:
                             return
                         size, done = size + written[1], done + written[0]
-                        # what the first store lacks is not among what it held
+                        # documents that the first store lacked were not counted as held
                         held += written[0] if next(iter(self._stores)) in lacking else 0
                         speed = done / (time.monotonic() - started)
                         bar.set_postfix_str(f"{speed:,.0f} tokens/s")
@@ -278,7 +278,7 @@ class _Recorder:
         return sum(store.tokens_and_bytes(first, last)[1] for store in self._stores.values())
 
     def _lacking(self, document: Document) -> tuple[str, ...]:
-        """The stores without a document: a kill between two appends leaves them unlike."""
+        """The stores without a document: after a kill between two appends they differ."""
         return tuple(
             n for n, store in self._stores.items() if not store.has_document(document.number)
         )

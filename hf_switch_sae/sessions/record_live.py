@@ -1,11 +1,11 @@
-"""Features recorded while a session runs: what comes by, pass by pass -> documents in a store.
+"""Features recorded while a session runs: pass by pass -> documents in a store.
 
-How    A batch row that starts at position 0 is a new document. One that goes on, as under a KV
-       cache, is more of the document it goes on with; one that goes back (rejected drafts) replaces
-       what it had from there. So plain forwards and `generate` need no telling apart.
-Beware A document is written when its row starts another one, or at the end of the recording: what
-       a killed process had open is lost. Beam search moves texts from row to row, so it is refused
-       (by `attach`, before `generate` runs). A forward by `inputs_embeds` alone has tokens of -1.
+How    A batch row that starts at position 0 is a new document. A row that goes on, as under a KV
+       cache, continues its document; one that goes back (rejected drafts) replaces what it had from
+       there on. So plain forwards and `generate` are treated alike.
+Beware A document is written when its row starts another one, or at the end of the recording: what a
+       killed process had open is lost. Beam search moves texts from row to row, so the board
+       refuses it before `generate` runs. A forward by `inputs_embeds` alone has token ids of -1.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class _Recordable(Protocol):
 
 
 class LiveRecorder:
-    """Puts what comes by at one hookpoint together to documents, and writes them to a store.
+    """Joins what passes one hookpoint to documents, and writes them to a store.
 
     Args:
         store: a store of sessions, made with `dataset=None`.
-        shard_tokens: finished documents are written when they have so many tokens together.
+        shard_tokens: finished documents are written once they have this many tokens together.
         ends: (pad, eos ids): padding that `generate` puts after the end of a text is left out.
     """
 
@@ -168,7 +168,7 @@ def recording(
     finally:
         for tap in taps.values():
             tap.recorder = None
-        with ExitStack() as closing:  # one that fails does not lose what the others have open
+        with ExitStack() as closing:  # if one fails, the others still write what they have open
             for name, recorder in recorders.items():
                 closing.callback(stores[name].refresh)
                 closing.callback(recorder.close)

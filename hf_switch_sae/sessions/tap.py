@@ -65,14 +65,14 @@ class Tap:
     def pass_by(
         self, x: Tensor, tokens: Tokens, read_only: bool
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Note a stream x [B, T, d]; None to leave it alone, or what to change.
+        """Note a stream x [B, T, d] and say what to change; None to leave it alone.
 
         Returns:
-            delta [B, T, d], or as it is broadcast to that, and edited [B, T] bool, or None for all.
+            delta, which broadcasts to [B, T, d], and edited [B, T] bool; None if all are.
         """
         self._check(x, tokens)
         passed = self.last = Passed(self.sae, x, tokens)
-        edits = self.edits  # looked up once, as another thread may set new ones meanwhile
+        edits = self.edits  # read once, as another thread may set new ones meanwhile
         if read_only or not (edits or self.splice):
             return None
         features = passed.features() if self.splice or edits.needs_features else None
@@ -103,7 +103,7 @@ class Tap:
                 f"the residual stream at {self.place.name} is {x.shape[-1]} wide; "
                 f"the SAE reads {self.width}."
             )
-        # a sum over all is one operator; it may overflow where every number is finite
+        # the sum is one operator, but it may overflow although every number is finite
         if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
             wrong = (~torch.isfinite(x)).any(-1) & tokens.real
             if wrong.any():

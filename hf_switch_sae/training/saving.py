@@ -192,7 +192,7 @@ class Saving(sharded.Sharding, Stepping):
         )
         # sharding has replaced the parameters that the optimizer was made with
         if self.is_fsdp_enabled and self._own_optimizer is not None:
-            self._own_optimizer.hold(list(self.saes.values()))
+            self._own_optimizer.keep_unit_rows_of(list(self.saes.values()))
         if resume_from_checkpoint is not None and not self.args.ignore_data_skip:
             path = Path(resume_from_checkpoint) / f"process_{self.args.process_index}.pt"
             if not path.exists():
