@@ -8,6 +8,9 @@
 # pyproject.toml, constraints.txt or this file change. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
+# not --quiet, which hides warnings from --strict; the variable silences an advertisement
+BUILD_DOCS = bin/mkdocs build --strict
+export NO_MKDOCS_2_WARNING = true
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test docs bench clean
@@ -20,11 +23,11 @@ test: .venv-test/.filled
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/typos
 	.venv-test/bin/mypy
-	NO_MKDOCS_2_WARNING=true .venv-test/bin/mkdocs build --strict --quiet
+	.venv-test/$(BUILD_DOCS)
 	.venv-test/bin/python -m pytest -m "not gpu" -n logical --maxprocesses 8 --dist worksteal
 
 docs: .venv-docs/.filled
-	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --strict --quiet
+	.venv-docs/$(BUILD_DOCS)
 	@echo "Open build/docs/index.html"
 
 # Run it on an idle machine, for a quarter of an hour.
