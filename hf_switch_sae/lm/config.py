@@ -47,6 +47,7 @@ def longest_context(model: nn.Module) -> int | None:
 def vocabulary_size(model: nn.Module) -> int | None:
     """How many token ids the model embeds; None if it does not tell."""
     embed: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    # the embedding decides: a config may be padded or stale
     rows = getattr(embed, "num_embeddings", None)
     rows = rows or getattr(text_config(model), "vocab_size", None)
     return rows if isinstance(rows, int) else None
@@ -55,6 +56,7 @@ def vocabulary_size(model: nn.Module) -> int | None:
 def without_cache(model: nn.Module) -> dict[str, Any]:
     """Arguments of the model's forward that keep it from building a KV cache."""
     options = inspect.signature(model.forward).parameters
+    # not every forward takes it
     return {"use_cache": False} if "use_cache" in options else {}
 
 

@@ -76,6 +76,7 @@ def check_base_model(lm: nn.Module, name: str | None, expected: dict[str, Any] |
     if name is None and expected is None:
         return
     model = unwrap(lm)
+    # weights decide where they can be compared; a name can be anybody's
     same_name = name is not None and _name(model).lower() == name.lower()
     difference = None if expected is None else _difference(model, expected)
     if difference == "":
@@ -108,6 +109,7 @@ def block_path(known: dict[str, Any] | None, layer: int) -> str | None:
 def _difference(model: nn.Module, expected: dict[str, Any]) -> str | None:
     """What tells model from fingerprint: "" if nothing, None if no weight could be compared."""
     config = text_config(model)
+    # sizes first: they need no weight, and say more
     for size in _SIZES:
         here, there = _get(config, size), expected.get(size)
         if here is not None and there is not None and here != there:
@@ -117,6 +119,7 @@ def _difference(model: nn.Module, expected: dict[str, Any]) -> str | None:
     for name, values in expected.get("weights", {}).items():
         if name in weights:
             here, there = weights[name].entries(), torch.tensor(values)
+            # a copy in another dtype rounds each entry
             slack = _TOLERANCE * there.abs() + 1e-6 * there.abs().max()
             compared += len(there)
             moved += [name] * int(((here - there).abs() > slack).sum())

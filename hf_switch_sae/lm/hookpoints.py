@@ -157,6 +157,7 @@ def resolve(model: nn.Module, at: int | str) -> Hookpoint:
     root = unwrap(model)
     stacks = _stacks(root)
     path, site = _split_site(at, root) if isinstance(at, str) else (str(operator.index(at)), None)
+    # a number, or `layers.7` unless the model has another list of that name
     is_layer = re.fullmatch(r"(layers\.)?-?\d+", path)
     if is_layer and not (is_layer[1] and _has_other_layers(root, stacks)):
         blocks, layer = _best(stacks, root), int(path.removeprefix("layers."))
@@ -300,6 +301,7 @@ def _best(stacks: list[_Stack], root: nn.Module) -> ResidualBlocks:
             f"no residual blocks in {type(root).__name__}: looked for a ModuleList of modules that "
             "have parts of their own. Name the module to hook by its path; that always works."
         )
+    # a tie is an error: the wrong stack would be read without a word
     top = [stack for stack in stacks if stack.rank == max(other.rank for other in stacks)]
     for stack in top:
         if _model_type(stack.public.owner) in _NO_BLOCKS:
@@ -363,6 +365,7 @@ def _hookpoint(
         if path == blocks.paths[layer]:
             if _model_type(blocks.owner) in _NEVER_FIRE:
                 _refuse(blocks, root)
+            # only blocks of the default stack get the short name, which every model shares
             is_default = blocks.path == _default_path(root, stacks)
             if is_default and not _has_other_layers(root, stacks):
                 name = hookpoint_of(layer, site)
@@ -387,6 +390,7 @@ def _find(root: nn.Module, path: str, stacks: list[_Stack]) -> tuple[str, nn.Mod
     for tried in dict.fromkeys([path, *(re.sub(prefix, "", path) for prefix in _PEFT_PREFIXES)]):
         if (found := _walk(root, tried)) is not None:
             return found
+    # not as it stands: the only module whose path ends so, or lacks some modules before
     names = [name for name, _ in root.named_modules() if name]
     meant = [name for name in names if name.endswith(f".{path}")]
     if len(meant) != 1:
@@ -396,6 +400,7 @@ def _find(root: nn.Module, path: str, stacks: list[_Stack]) -> tuple[str, nn.Mod
         meant = in_default if len(in_default) == 1 else meant
     if len(meant) == 1:
         return meant[0], root.get_submodule(meant[0])
+    # nothing is guessed: the error lists what could be meant
     close = meant or difflib.get_close_matches(path, names, n=3)
     raise HookpointError(
         f"{'several modules' if meant else 'no module'} {path!r} in {type(root).__name__}"
@@ -425,6 +430,7 @@ def _walk(root: nn.Module, path: str) -> tuple[str, nn.Module] | None:
     module, taken = root, list[str]()
     parts = path.split(".")
     while parts:
+        # _modules, as a wrapper may answer for attributes of what it wraps
         child = module._modules.get(parts[0])
         if child is not None:
             taken.append(parts.pop(0))

@@ -39,6 +39,7 @@ def load_lm(
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise SwitchSAEError(f"no dtype {dtype!r}: auto, float32, bfloat16 or float16.")
+    # one GPU, if there is one; more are the user's to ask for
     if device_map is None and torch.cuda.is_available():
         device_map = "cuda"
     kind = AutoModelForCausalLM if with_head else AutoModel
@@ -48,6 +49,7 @@ def load_lm(
     options = {**where, "dtype": dtype, "device_map": device_map}
     try:
         lm = None
+        # reading layer 3 of 40 needs no more than 4 blocks in memory
         if gguf_file is None and not with_head and places:
             lm = _first_blocks(name, blocks_up_to(places), options)
         if lm is None:

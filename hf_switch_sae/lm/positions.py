@@ -60,6 +60,7 @@ class Call:
     @classmethod
     def read(cls, arguments: Mapping[str, Any]) -> Call:
         """From a forward's arguments by name, before it runs."""
+        # the cache goes by many names
         cache = next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
         ids = arguments.get("position_ids")
         inputs = (
@@ -145,12 +146,14 @@ class Tokens:
         """[B, T] int64, absolute; -1 for padding."""
         call, mask, columns = self._call, self._mask, self._columns
         padding = None if self._before is None else self._before.padding().to(self._device)
+        # columns of padding before this call are no positions
         if padding is not None and len(padding) == self._batch:
             position = _given(call, columns - padding[:, None])
         else:
             position = _given(call, columns)
         if mask is not None:
             real = mask.read().to(self._device)
+            # a real token's position is how many real ones stand before it
             counted = real.long().cumsum(-1)[:, -self._length :] - 1
             if mask.width == self._end and _is_flat(call.mask):
                 position = counted
@@ -227,6 +230,7 @@ def _given(call: Call, default: Tensor) -> Tensor:
 
 
 def _past(call: Call, generation: Generation | None, length: int) -> int:
+    # what the cache says, else what the mask covers beyond this call, else what was seen
     if call.past is not None:
         return int(call.past)
     if _is_flat(call.mask) and call.mask.shape[1] > length:

@@ -62,6 +62,7 @@ def partial_forward(lm: nn.Module, places: Sequence[int | str]) -> Iterator[Call
     with ExitStack() as stack:
         for key, place in forward.places.items():
             probe = untraced(forward.probe(key))
+            # last, so that sessions at the place have seen the stream
             stack.enter_context(
                 hook_residual(forward.root, f"{place.path}.{place.site}", probe, last=True)
             )
@@ -129,6 +130,7 @@ class _PartialForward:
                     f"a {type(module).__name__} shards its weights over processes, so its forward "
                     "can't stop on the way: load the model with device_map instead."
                 )
+        # a replica's own forward would wait for the other ranks
         is_replica = _REPLICATED & {cls.__name__ for cls in type(lm).__mro__}
         self._lm = cast(nn.Module, lm.module) if is_replica else lm
         self._loops = _loops(list(self.places.values()))
@@ -148,11 +150,13 @@ class _PartialForward:
                 raise
         finally:
             self._running.call = None
+        # an encoder's block, say, with inputs for the decoder alone
         if missing := [place.name for key, place in self.places.items() if not seen[key]]:
             raise HookpointError(
                 f"the forward of {type(self.root).__name__} did not pass by {', '.join(missing)} "
                 "with these inputs."
             )
+        # now it has been seen whether a block runs twice
         if self._loops is None:
             self._loops = any(count > 1 for count in seen.values())
 

@@ -39,6 +39,7 @@ class Layout:
         """Vectors that one token has in the stream, one after another in `rows`."""
         self.has_rows = stream.ndim == 3 or self.lanes > 1
         """Whether batch and sequence are the model's own, so that its mask speaks of them."""
+        # [B, ..., d] first, then everything between B and d is one sequence
         x = stream.movedim(1, -1) if self._channels_first else stream
         x = x.transpose(0, 1) if self._sequence_first else x
         self._shape = x.shape
@@ -87,6 +88,7 @@ def replace_residual(value: Any, new: torch.Tensor) -> Any:
         return new
     if (key := _first_key(value)) is None:
         read_residual(value)  # says what is wrong
+    # a namedtuple keeps its type, and the caller its own objects
     if isinstance(value, tuple):
         items = list(value)
         items[key] = replace_residual(value[key], new)

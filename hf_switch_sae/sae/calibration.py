@@ -38,8 +38,10 @@ class CalibratedSAE(EncodingSAE, Protocol):
 @torch.no_grad()
 def calibrate(sae: CalibratedSAE, batches: Iterable[Tensor]) -> None:
     """What `SwitchSAE.calibrate` does; arguments and errors are its."""
+    # attention sinks would set the maximum of every feature that they fire
     batches = (batch[~sae.is_outlier(batch)] for batch in batches)
     with _in_mode(sae, training=False), _threshold_restored_on_error(sae):
+        # the threshold decides what is active, so it is settled before anything is counted
         if sae.config.activation == "batch_topk":
             batches = list(batches)
             _set_threshold(sae, batches)
@@ -50,6 +52,7 @@ def calibrate(sae: CalibratedSAE, batches: Iterable[Tensor]) -> None:
             raise ValueError(
                 "calibrate() got no tokens: give at least one batch of the residual stream."
             )
+    # only now, so that an error on the way leaves the SAE as it was
     sae.feature_max.copy_(found.maximum)
     sae.feature_rate.copy_(found.rate())
     sae.residual_norm.copy_(found.median_norm())
@@ -125,6 +128,7 @@ class RunningStatistics:
         ids, acts = flat.ids.flatten(), flat.acts.flatten()
         self.maximum.scatter_reduce_(0, ids, acts, "amax")
         self._fired.index_add_(0, ids, (acts > 0).long())
+        # on the CPU: a GPU's memory is for activations
         self._norms.append(hidden_states.float().norm(dim=-1).flatten().cpu())
         self.tokens += len(flat)
 
@@ -156,4 +160,5 @@ def count_since_fired(
     visits = since.new_zeros(len(since)).index_add_(0, expert_ids.flatten(), seen.flatten())
     since += visits[:, None]
     firings = since.new_zeros(since.numel()).index_add_(0, ids.flatten(), fired.flatten())
+    # a feature that fired starts again, after its expert's tokens were added
     since.masked_fill_(firings.view_as(since) > 0, 0)

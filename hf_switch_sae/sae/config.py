@@ -52,6 +52,7 @@ def _with_plain_errors(cls: _Config) -> _Config:
     def plain(method: Callable[..., None]) -> Callable[..., None]:
         @wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> None:
+            # a field given under both its names would silently lose one of them
             for alias, name in cls.attribute_map.items():
                 if kwargs.get(alias, kwargs.get(name)) != kwargs.get(name, kwargs.get(alias)):
                     raise ConfigError(
@@ -221,6 +222,7 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = {f.name for f in fields(self)} | set(self.attribute_map) | _HOST_KEYWORDS
+        # PreTrainedConfig would keep a misspelled name as an attribute that nobody reads
         for name in kwargs:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -230,6 +232,7 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                     else "if a newer version wrote it, update hf-switch-sae."
                 )
                 raise ConfigError(f"SwitchSAEConfig has no field {name!r}; {hint}")
+        # by assignment, so that the alias's value is checked as the field's
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
@@ -239,6 +242,7 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As `PreTrainedConfig.from_dict`; keywords replace fields, the result is checked whole."""
         result = super().from_dict(config_dict, **kwargs)
+        # keywords are set one by one after the init, so relations are checked again
         (result[0] if isinstance(result, tuple) else result).validate()
         return result
 
@@ -259,6 +263,7 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"num_experts_per_token={self.num_experts_per_token} is more than "
                 f"num_experts={self.num_experts}."
             )
+        # divided by its own sum, one expert's weight has no gradient for the router
         if self.norm_topk_prob and self.num_experts_per_token == 1:
             raise ConfigError(
                 "norm_topk_prob=True needs num_experts_per_token >= 2: the one expert's weight "
@@ -268,6 +273,7 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     def validate_k(self) -> None:
         """A token's experts hold k features; without k the activation rule can do without."""
+        # k is chosen among what a token's experts hold, not among all features
         routed = self.features_per_expert * self.num_experts_per_token
         if self.k is None:
             if self.activation in ("topk", "batch_topk"):
@@ -297,6 +303,7 @@ class SwitchSAEConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"dead_after_tokens={self.dead_after_tokens} and k_aux={self.k_aux} "
                 "must be at least 1; auxk_loss_coef=0 is what turns AuxK off."
             )
+        # written so that nan is refused too
         if not self.router_best_expert_temperature > 0:
             raise ConfigError(
                 f"router_best_expert_temperature={self.router_best_expert_temperature} must be "

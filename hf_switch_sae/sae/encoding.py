@@ -107,6 +107,7 @@ def encode_tokens(
     # less a constant: the bias gets its gradient as `center`, by column sums, without one for z
     ours = order is not None and centered and not x.requires_grad and x.dtype == fixed.dtype
     z = x.sub_(fixed) if ours else x - fixed
+    # with an untouched residual (subtract_b_dec=False) z is only the target of the error
     tokens = Routed(
         x=z if centered else x,
         expert_ids=expert_ids,
@@ -164,10 +165,12 @@ def _route(
 def _orders(sae: EncodingSAE, expert_ids: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The order of experts and its inverse, [n] int64; None where sorting does not help."""
     experts, t = sae.config.num_experts, sae.config.num_experts_per_token
+    # with several experts a token, or several groups, no one order serves
     if experts == 1 or t > 1 or len(sae.experts) > 1 or len(expert_ids) < 2:
         return None, None
     order, _ = ops.sort_by_expert(expert_ids, experts)
     inverse = torch.empty_like(order)
+    # cheaper than sorting the order
     inverse[order] = torch.arange(len(order), device=order.device)
     return order, inverse
 
@@ -177,6 +180,7 @@ def _rule(sae: EncodingSAE, counts_in_order: Tensor | None) -> Rule:
     config = sae.config
     if config.activation != "batch_topk":
         return Rule(config.k, _threshold(sae) if config.activation == "jumprelu" else None)
+    # in training the border lies where the batch puts it, so there is no threshold
     if sae.training:
         return Rule(config.k, None, in_batch=True, counts=counts_in_order)
     message = (
@@ -184,6 +188,7 @@ def _rule(sae: EncodingSAE, counts_in_order: Tensor | None) -> Rule:
         "train it, or call calibrate() on batches of the residual stream."
     )
     known = sae.threshold[0] >= 0
+    # a graph can't branch on a value, so it checks without waiting
     if torch.compiler.is_compiling():
         torch._assert_async(known, message)
     elif not known:
@@ -200,6 +205,7 @@ def outliers_among(sae: EncodingSAE, x: Tensor) -> Tensor | None:
     """[n] bool of x [n, d]; None where it costs nothing to see that there are none."""
     if torch.compiler.is_compiling():
         return sae.is_outlier(x)
+    # without a bound there is nothing to compare: norms would read all of x once more
     if _is_infinite(sae.outlier_norm):
         return None
     found = sae.is_outlier(x)

@@ -128,6 +128,7 @@ class Experts(nn.ModuleList):
             return acts.to(x.device), ids.to(x.device)
         # with `in_batch` the border lies between all groups' features: each first keeps all of its
         in_group = Rule(None if rule.in_batch else rule.k, rule.threshold)
+        # each group takes the tokens that visit it, with expert ids counted within it
         (n, t), parts = tokens.expert_ids.shape, []
         for index, group in enumerate(self):
             first = index * self.experts_per_group
@@ -136,6 +137,7 @@ class Experts(nn.ModuleList):
                 acts, ids = group(_encode, own, in_group.of(first, self.experts_per_group))
                 ids = ids.to(x.device) + index * self.features_per_group
                 parts.append((pairs, acts.to(x.device), ids))
+        # a token's experts may lie in several groups: its k are chosen among all of them
         acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t))
         return ops.keep_largest(acts, ids, rule.k, rule.in_batch, rule.counts)
 
@@ -147,6 +149,7 @@ class Experts(nn.ModuleList):
             k: how many of them per token, the largest.
             tokens: n of them.
         """
+        # an infinite threshold keeps every other feature out without a gather
         threshold = torch.where(candidates, 0.0, torch.inf)
         acts, ids = self.encode(tokens, Rule(k, threshold))
         return self.decode(acts, ids, tokens.in_order)
@@ -164,6 +167,7 @@ class Experts(nn.ModuleList):
             input_scale, rule: as of `encode`.
         """
         n, num_experts = len(x), len(self) * self.experts_per_group
+        # every token once for each expert, sorted by expert already
         expert_ids = torch.arange(num_experts, device=x.device).repeat_interleave(n)[:, None]
         gates = None if gates is None else gates.repeat(num_experts, 1)
         everywhere = x.repeat(num_experts, 1)
@@ -189,8 +193,10 @@ class Experts(nn.ModuleList):
         if len(self) == 1:
             alone: Tensor = first(decode, acts, ids)
             return alone.to(acts.device)
+        # a wrong id would belong to no group, and vanish without a word
         ops.check_ids(ids, len(self) * self.features_per_group)
         for index, group in enumerate(self):
+            # slots of 0 are padding and would bring in weights for nothing
             mine = (ids // self.features_per_group == index) & (acts != 0)
             rows = mine.any(1).nonzero()[:, 0]
             if len(rows):

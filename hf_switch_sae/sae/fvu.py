@@ -62,12 +62,14 @@ def batch_sums(
     tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
     mean = ops.column_sums(x, counts) / tokens.clamp_min(1)
     _, squares = ops.squared_sums(x, None, mean, counts)
+    # only sums of a whole part go to float64: converting x would double the memory read
     tokens, mean = tokens.to(widest), mean.to(widest)
     head = torch.stack([tokens, squares.to(widest) + tokens * mean.square().sum()])
     parts = [head, tokens * mean]
     if expert_ids is not None:
         weight = torch.ones(len(x), device=x.device) if counts is None else counts.float()
         chosen = torch.zeros(num_experts, device=x.device)
+        # a token that visits t experts adds to each of them
         chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(expert_ids.shape[1]))
         parts.append(chosen.to(widest))
     return torch.cat(parts)
@@ -138,6 +140,7 @@ class _Fvu(torch.autograd.Function):
         fvu: Tensor = error / (deviation if known is None else known)
         if known is not None:
             deviation = known
+        # on a device the count is not waited for: nan is chosen there
         elif isinstance(tokens, Tensor):
             fvu = fvu.where(tokens > 1, torch.nan)
         elif tokens <= 1:
@@ -151,6 +154,7 @@ class _Fvu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, x_hat, counts, mean, deviation, fvu = ctx.saved_tensors
         need_x, need_x_hat, *_, need_bias = ctx.needs_input_grad
+        # d fvu / d x_hat = -2 (x - x_hat) / deviation
         scale = 2 * grad / deviation
         d_x, d_x_hat, d_bias = None, None, None
         if need_x_hat or need_bias:

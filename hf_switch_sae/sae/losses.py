@@ -74,6 +74,7 @@ def losses_of(
         losses |= {name: losses[name] * share for name in _MEANS if name in losses}
     if y2 is not None:
         losses["second_expert_loss"], _ = _error(code, y2, hidden_states, whole)
+    # every coefficient is relative to FVU, so none depends on the LM's scale
     loss = config.fvu_loss_coef * fvu
     for name, value in losses.items():
         loss = loss + getattr(config, f"{name}_coef") * value
@@ -165,11 +166,13 @@ def _l1_loss(sae: TrainedSAE, code: Encoded) -> Tensor:
 def _best_expert_loss(sae: TrainedSAE, code: Encoded, logits: Tensor) -> Tensor:
     """The router's error on every num_experts-th token, for which all experts are tried."""
     config = sae.config
+    # one token in E, so that trying E experts costs as much as encoding the batch once
     tried = torch.arange(0, len(logits), config.num_experts, device=logits.device)
     if not len(tried):
         return logits.sum()
     at = tried if code.inverse is None else code.inverse[tried]
     gates = None
+    # all experts are tried with the weight that the chosen one had
     if config.apply_router_probs and not config.norm_topk_prob:
         gates = logits.detach()[tried].softmax(-1).amax(-1, keepdim=True)
     k = None if config.k is None else min(config.k, config.features_per_expert)
@@ -250,6 +253,7 @@ def router_best_expert_loss_of(
         temperature: how much better, as a share of the error, an expert must be to stand out.
         counts: [n] bool, which tokens count; None for all.
     """
+    # relative to the token's error, so that hard tokens don't decide alone
     scale = temperature * errors.mean(1, keepdim=True)
     target = (-errors / scale.clamp_min(torch.finfo(errors.dtype).tiny)).softmax(-1).detach()
     entropy = -(target * logits.log_softmax(-1)).sum(1)

@@ -139,6 +139,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             config.hidden_size,
             config.encoder_bias,
         )
+        # b_dec is added to the stream, so it has the weights' dtype; b_router decides, in float32
         self.b_dec = nn.Parameter(torch.empty(config.hidden_size))
         if config.num_experts > 1:
             self.router = Router(config.num_experts, config.hidden_size)
@@ -202,6 +203,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             OSError: there is no SAE at that address, or it can't be reached.
             ConversionError: a checkpoint of another project that can't be taken over exactly.
         """
+        # a map spreads modules, so each expert has to be one
         if kwargs.get("device_map") in ("auto", "balanced", "balanced_low_0", "sequential"):
             kwargs.setdefault("expert_groups", "each")
         with warnings.catch_warnings():
@@ -210,6 +212,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
                 "ignore", "The following device_map keys do not match", UserWarning
             )
             name = str(args[0] if args else kwargs.get("pretrained_model_name_or_path"))
+            # our own format is tried first: recognizing others takes a listing of the files
             try:
                 result = super().from_pretrained(*args, **kwargs)
             except (OSError, ConfigError) as err:
@@ -296,6 +299,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
             ConfigError: experts are offloaded, so that what is written to them would be lost; or
                 the decoder is sharded within its rows.
         """
+        # what is written to offloaded weights is lost when they leave
         if any(group.W_dec.device.type == "meta" for group in self.experts):
             raise ConfigError("offloaded experts can't be changed: load the SAE without offload.")
         for group in self.experts:
@@ -406,6 +410,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         found = losses_of(self, code, hidden_states, whole_batch)
         if self.training:  # after the losses, which ask what was dead before this batch
             update_statistics(self, code)
+        # losses that were not measured are 0, so that every output has all its fields
         none = torch.zeros_like(found.fvu)
         output = SwitchSAEOutput(
             loss=found.loss,

@@ -76,6 +76,7 @@ class SwitchSAEAdam(Adam):
             raise ConfigError("offloaded experts can't be trained: load the SAE without offload.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm={max_grad_norm} must be above 0, or None.")
+        # a group each, as clipping takes the norm over one SAE's gradients
         groups = [
             {"params": list(each.parameters()), "lr": rate}
             for each, rate in zip(saes, rates, strict=True)
@@ -110,11 +111,13 @@ class SwitchSAEAdam(Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # everything that can be refused is looked at before the first value changes
         found = [self._weights_of(group) for group in self.param_groups]
         self.grad_norms = []
         for group, weights in zip(self.param_groups, found, strict=True):
             scale = self._clip(group)
             if weights:
+                # one launch for all steps' counters
                 torch._foreach_add_([each.step for each in weights], 1)
             for each in weights:
                 _step_weight(group, scale, each)
@@ -197,10 +200,12 @@ def _step_weight(group: dict[str, Any], scale: Tensor | None, of: _Weight) -> No
             eps=group["eps"],
         )
         return
+    # a state loaded from AdamW goes on as AdamW
     decoupled = group.get("decoupled_weight_decay", False)  # as in a state of AdamW
     adam = torch._fused_adamw_ if decoupled else torch._fused_adam_
     divisor = None if scale is None else scale.to(of.weight.device).reciprocal()
     for w, g, m, v in row_blocks(*tensors):
+        # what points along a row of length 1 would only change its length
         if of.is_decoder:
             project_rows(g, w)
         adam(

@@ -23,12 +23,14 @@ def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         ConfigError: it is sharded within rows.
     """
     tensors = tuple(held_here(t, whole_rows=True) for t in tensors)
+    # strided rows would be copied by flatten, and what is written to a copy is lost
     if tensors[0].ndim < 2 or not all(t.is_contiguous() for t in tensors):
         yield tensors
         return
     rows = [t.flatten(0, -2) for t in tensors]
     num, d = rows[0].shape
     block = max(1, _CACHED_BYTES // max(1, d * rows[0].element_size()))
+    # a GPU has no use for blocks: one launch takes all rows
     if rows[0].device.type != "cpu":
         block = max(1, num)
     yield from zip(*(torch.split(r, block) for r in rows), strict=True)

@@ -38,6 +38,7 @@ def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.T
         return None
     # `vars(config)`, without the config's own attribute access on the way
     rules = cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
+    # what the kernels don't know goes the general way
     modules = sae._modules
     groups = cast(nn.Module, modules["experts"])._modules
     if (
@@ -48,6 +49,7 @@ def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.T
         or "parametrizations" in modules
     ):
         return None
+    # a hook has to see its module run
     group, router = cast(ExpertGroup, groups["0"]), modules.get("router")
     if _is_watched(group) or (router is not None and _is_watched(router)):
         return None
@@ -57,6 +59,7 @@ def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.T
     made_anew = W_enc is None or W_dec is None or b_dec is None  # by pruning, say
     if made_anew or (b_enc is None and rules["encoder_bias"]):
         return None
+    # in the order of the kernels' plan (ops/native/token.py)
     weights = (
         buffers["input_scale"],
         buffers["outlier_norm"],

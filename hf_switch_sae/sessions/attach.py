@@ -96,6 +96,7 @@ def attach(
     All of them are raised before anything was changed.
     """
     root = _root_of(lm)
+    # all that can be refused is, before the board touches the model
     taps: dict[str, Tap] = {}
     for sae, place in _places(root, saes, at):
         _check_fit(root, sae, place, allow_mismatch)
@@ -104,6 +105,7 @@ def attach(
                 f"two SAEs are given for {place.name}; open a second session for the second one."
             )
         taps[place.name] = Tap(sae, place, splice)
+    # a streaming generate runs in a worker thread, and its user expects it to be edited
     if all_threads is None:
         all_threads = threading.current_thread() is threading.main_thread()
     with LOCK:
@@ -147,6 +149,7 @@ def _root_of(lm: nn.Module) -> nn.Module:
 def _places(
     root: nn.Module, saes: SwitchSAE | ByPlace, at: int | str | None
 ) -> list[tuple[SwitchSAE, Hookpoint]]:
+    # of a compiled or wrapped SAE only its forward is to be trusted
     for sae in saes.values() if isinstance(saes, Mapping) else (saes,):
         if not isinstance(sae, SwitchSAE):
             raise AttachError(
@@ -174,6 +177,7 @@ def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch
         raise AttachError(
             f"the SAE's weights are {sae.dtype}; load it as float32, bfloat16 or float16."
         )
+    # no weights: it would fail at the first forward, in the middle of the model
     if sae.b_dec.device.type == "meta":
         raise AttachError(
             "the SAE has no weights, it is on the meta device: load it with from_pretrained."
@@ -182,6 +186,7 @@ def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch
         raise AttachError(
             "a batch_topk SAE in training mode selects across the batch: call sae.eval() first."
         )
+    # where the width can be told now, a wrong one is refused now; else by the tap
     wanted = sae.config.hidden_size
     if (width := _width(place, wanted)) is not None:
         raise WidthError(
@@ -204,5 +209,6 @@ def _width(place: Hookpoint, wanted: int) -> int | None:
     config = text_config(owner) if place.blocks.decoding else config_of(owner)
     width = getattr(config, "hidden_size", None)
     parameters = place.module.named_parameters()
+    # a config of several lanes or towers may tell the width of another part
     norms = {p.shape[0] for name, p in parameters if p.ndim == 1 and name.endswith("weight")}
     return width if width in norms and wanted not in norms else None

@@ -67,6 +67,7 @@ class Board:
         Raises:
             EditError: two splices at one place. Nothing was changed then.
         """
+        # of two reconstructions neither could be the stream
         for tap in session.taps.values():
             check_splices([other for _, other in self.taps_at(tap.place)], tap)
         forget_compiled_code()
@@ -89,6 +90,7 @@ class Board:
     def check_with_others(self, session: Session, tap: Tap, prepared: PreparedEdits) -> None:
         """Raise EditError if edits of a session contradict those of another one."""
         for other_session, other in self.taps_at(tap.place):
+            # sessions that never act in the same forward can't contradict each other
             together = other_session.thread is session.thread or (
                 other_session.all_threads and session.all_threads
             )
@@ -109,6 +111,7 @@ class Board:
         used = {_key(tap.place) for session in self.sessions for tap in session.taps.values()}
         for key in [key for key in self._places if key not in used]:
             self._places.pop(key).handle.remove()
+        # a place that stays must not keep a closed session alive
         for place in self._places.values():
             place.forget()
         owners = {
@@ -167,6 +170,7 @@ class Board:
         if self._generate is None:
             return
         watched, before = self._generate
+        # somebody else may have shadowed it since; theirs stays
         if self.root.__dict__.get("generate") is watched:
             del self.root.__dict__["generate"]
             if before is not None:
@@ -225,11 +229,13 @@ class Place:
             raise HookpointError(
                 f"what {self.place.path} returns is {stream.dtype}, not a residual stream."
             )
+        # rows of tokens, whatever the model's own layout
         layout = Layout(stream, taps[0].width, self._sequence_first, self._of_text)
         x, flow = layout.rows, self._flow
         call = self._call() if layout.has_rows else None
         generation = None if call is None else flow.generation
         tokens = Tokens(x, call, generation, self._decoding, layout.lanes)
+        # every tap sees the stream as it arrived, so sessions don't see each other's edits
         changes = [tap.pass_by(x, tokens, flow.read_only) for tap in taps]
         if not flow.read_only:
             for tap in taps:
@@ -247,6 +253,7 @@ class Place:
         known = self._known
         if known is not None and known[0] is sessions and known[1] is thread:
             return known[2]
+        # a thread's own sessions hide those that act in all threads
         own = tuple(session for session in sessions if session.thread is thread)
         acting = own or tuple(session for session in sessions if session.all_threads)
         here = _key(self.place)

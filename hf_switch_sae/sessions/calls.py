@@ -29,12 +29,14 @@ class Owner:
 
     def __init__(self, module: nn.Module, flow: Flow, is_root: bool) -> None:
         parameters = inspect.signature(type(module).forward).parameters
+        # positional arguments get their names, so that either way of calling reads alike
         names = [name for name in parameters if name != "self"]
 
         @untraced
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             flow.calls[id(module)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
 
+        # forwards of the root count, as `generate` calls that one: an owner may run more often
         @untraced
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = flow.calls.pop(id(module), None)
@@ -63,6 +65,7 @@ def generation_of(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     rows = tensors[0].shape[0] if tensors else None
     is_pair = is_encoder_decoder(root)
     names = ("decoder_input_ids",) if is_pair else ("inputs_embeds", "input_ids", "inputs")
+    # an encoder-decoder's prompt is the decoder's, not what the encoder reads
     prompt = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
     is_text = prompt is not None and (
         prompt.ndim == 2 or (prompt.ndim == 3 and prompt is given.get("inputs_embeds"))

@@ -45,6 +45,7 @@ class Preflight:
             return False
         if self.card_fvu is None:
             return None
+        # a card may have no L0
         near = self.card_l0 is None or abs(self.l0 - self.card_l0) <= 0.5 * self.card_l0
         return self.fvu <= 2 * self.card_fvu + 0.05 and near
 
@@ -95,6 +96,7 @@ def preflight_of(lm: nn.Module, tap: Tap) -> Preflight:
 
 def _trained_elsewhere(lm: nn.Module, tap: Tap) -> str | None:
     """The SAE's own hookpoint, if that is another place of the model than the tap's."""
+    # two names may mean one place, so places are compared, not names
     own = tap.sae.config.hookpoint
     if own is None:
         return None

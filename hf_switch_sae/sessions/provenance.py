@@ -92,11 +92,13 @@ def weights_hash(sae: SwitchSAE) -> str:
 
     It does not depend on expert groups and devices; it does on dtype, as acts do.
     """
+    # what encodes: two SAEs with equal hashes have equal features
     rules = {name: getattr(sae.config, name) for name in _RULES}
     if sae.config.input_norm != "none":  # left out otherwise, as hashes of before it was known
         rules["input_norm"] = sae.config.input_norm
     digest = hashlib.sha256(json.dumps(rules).encode())
     for name, tensor in _tensors(sae):
+        # names and shapes too, so that no other split of the same bytes is equal
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         whole = tensor.detach().contiguous().reshape(-1)
         for at in range(0, whole.numel(), 1 << 24):  # on the CPU a piece at a time

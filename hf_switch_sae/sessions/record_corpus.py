@@ -140,6 +140,7 @@ def record(  # type: ignore[misc]
     """
     root = unwrap(lm)
     check_in_eval(root)
+    # documents, settings and places are checked before a store is made
     documents = read_documents(dataset, column=column, split=split, revision=revision)
     settings = _Settings(
         context,
@@ -155,6 +156,7 @@ def record(  # type: ignore[misc]
         session = stack.enter_context(
             attach(lm, saes, at, allow_mismatch=allow_mismatch, all_threads=False)
         )
+        # after attach: the stopping hook has to come last at its place
         run = stack.enter_context(partial_forward(lm, session.hookpoints))
         stack.enter_context(session.without_edits())
         stores = {}
@@ -240,17 +242,21 @@ class _Recorder:
         """Record this process's share of the documents."""
         tokens, size, share = 0, 0, self._share
         disable = not (sys.stderr.isatty() if progress is None else progress)
+        # for the bar alone; streams don't know their length
         total = documents.count
         if total is not None and limits.documents is not None:
             total = min(total, limits.documents)
         with tqdm(total=total, unit="doc", disable=disable or share.rank > 0) as bar:
             started, done = time.monotonic(), 0
+            # shards depend on the documents alone, so that every run cuts them alike
             plan = _shards(documents, self._settings.shard_tokens, limits.documents)
             for number, shard in enumerate(plan):
                 bar.update(len(shard))
+                # shards are dealt out in turn, so ranks need not talk to each other
                 if number % share.world != share.rank:
                     continue
                 size += self._bytes_held(shard)
+                # of a shard written in part, only what is missing is computed
                 for lacking, run in groupby(shard, self._lacking):
                     piece = list(run)
                     held = self._tokens_held(piece)
@@ -304,6 +310,7 @@ class _Recorder:
         windows = windows_of(
             documents, self._tokenizer, settings.context, settings.add_special_tokens
         )
+        # padding is masked, so any id will do
         pad = getattr(self._tokenizer, "pad_token_id", None) or 0
         parts: dict[str, list[TokenRows]] = {name: [] for name in names}
         for batch in batches_of(windows, settings.batch_tokens, pad, settings.prefix):
@@ -319,6 +326,7 @@ class _Recorder:
     def _rows(self, batch: Batch, names: tuple[str, ...]) -> dict[str, TokenRows]:
         token = batch.inputs["input_ids"].numpy()
         position, document = batch.position.numpy(), batch.document.numpy()
+        # neither padding nor a prefix is a token of a document
         kept = (position >= 0) & ~np.isin(token, self._skipped)
         mask = torch.from_numpy(kept)
         rows = {}
@@ -330,6 +338,7 @@ class _Recorder:
                     f"the stream at {name} has {list(features.shape)} vectors for "
                     f"{list(token.shape)} tokens; a store has one row a token."
                 )
+            # a stream with several vectors a token has no row for each
             _check_one_vector_a_token(name, tap.last_passed().tokens.position)
             # virtual tokens of a prompt-tuned model come first
             features = features[:, features.shape[1] - token.shape[1] :]

@@ -62,12 +62,14 @@ class LiveRecorder:
         Raises:
             StoreError: several vectors a token, an act too large for a store, or no room.
         """
+        # rows are put together on the CPU, where the store is written
         at = position.cpu()
         real = at >= 0
         if bool(((at[:, 1:] == at[:, :-1]) & real[:, 1:]).any()):
             raise StoreError("this stream has several vectors a token; a store has one row each.")
         ids = _last_columns(token, at)
         layout = self._store.provenance.layout
+        # several threads may generate on one model
         with self._lock:
             for row in range(len(at)):
                 here = real[row]
@@ -100,6 +102,7 @@ class LiveRecorder:
             rows = TokenRows.cat(text.parts)
             token = rows.token
             stop = len(token)
+            # after its end a text is padded to the longest of its batch
             while (
                 self._pad is not None
                 and stop > 1
@@ -132,6 +135,7 @@ class _Text:
 
     def add(self, new: TokenRows) -> None:
         start = int(new.position[0])
+        # drafts that were rejected: what stands from `start` on is replaced
         while self.parts and int(self.parts[-1].position[-1]) >= start:
             last = self.parts.pop()
             if (keep := int((last.position < start).sum())) > 0:
@@ -156,6 +160,7 @@ def recording(
     """
     stores: dict[str, FeatureStore] = {}
     for name, tap in taps.items():
+        # before any store is made or changed
         if tap.recorder is not None:
             raise StoreError(f"{name} is being recorded already: one recording at a time.")
         provenance = provenance_of(lm, tap.sae, name, tokenizer=tokenizer, lm_revision=lm_revision)

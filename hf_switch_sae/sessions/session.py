@@ -75,6 +75,7 @@ class Session(abc.ABC):
         self, board: Board, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool
     ) -> None:
         self.lm = lm
+        # the thread that opened it is the one it acts in
         self.thread = threading.current_thread()  # not its ident, which a later thread may get
         self.all_threads = all_threads
         self.attached = True
@@ -147,6 +148,7 @@ class Session(abc.ABC):
                 "this session is detached, so its edits would do nothing; attach again."
             )
         tap = self._tap(at)
+        # both may refuse; the live edits change only after them, in one assignment
         prepared = PreparedEdits(tap.sae, edits)
         self._board.check_with_others(self, tap, prepared)
         tap.edits = prepared
@@ -242,6 +244,7 @@ class Session(abc.ABC):
                 f"return_tensors='pt'; got {type(inputs).__name__}."
             )
         tap = self._tap(at)
+        # an older pass must not be taken for the one of these inputs
         tap.last = None
         with self.without_edits():
             self.lm(**inputs)

@@ -26,6 +26,7 @@ class Passed:
     """One residual stream [B, T, d] that came by, as it arrived; encoded when first asked."""
 
     def __init__(self, sae: SwitchSAE, stream: Tensor, tokens: Tokens) -> None:
+        # a graph that nobody can use would only hold memory
         cut = stream.requires_grad and not torch.is_grad_enabled()
         self.stream = (stream.detach() if cut else stream).clone()
         self.tokens = tokens
@@ -80,7 +81,9 @@ class Tap:
         if not self.splice:
             return change
         assert features is not None
+        # padding and outliers are no input of the SAE, so they pass unspliced
         inputs = tokens.real & ~self.sae.is_outlier(x)
+        # in float32: the difference of two near bfloat16 numbers would be noise
         spliced = self.sae.decode(features, x).float() - x.to(self.sae.device).float()
         spliced = spliced.where(inputs.to(spliced.device)[..., None], 0)
         if change is None:
@@ -105,6 +108,7 @@ class Tap:
             )
         # the sum is one operator, but it may overflow although every number is finite
         if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
+            # what stands in padding is nobody's number
             wrong = (~torch.isfinite(x)).any(-1) & tokens.real
             if wrong.any():
                 row, at = (int(i) for i in wrong.nonzero()[0])
