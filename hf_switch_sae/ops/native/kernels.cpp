@@ -1,8 +1,8 @@
-// A CPU's kernels in float32, and for single tokens in bfloat16: one pass over memory where torch's
-// operators take several.
+// A CPU's kernels in float32, and for single tokens also in bfloat16: one pass over memory where
+// torch's operators take several.
 //
-// Letters as in reference.py; `native.py` calls these with contiguous memory and says what they
-// compute. The order of a sum depends on shapes alone, so results do not depend on threads.
+// Letters as in reference.py. kernels.py calls these with contiguous memory and says what they
+// compute. The order of each sum depends on shapes alone, so results do not depend on threads.
 // Beware 0 * nan is nan: a slot of 0 must not be multiplied, whatever its row holds.
 
 #include <algorithm>
@@ -20,7 +20,7 @@ namespace {
 
 const Id IN_RANGE = INT64_MIN, NO_MEMORY = INT64_MIN + 1;
 
-// Whether there is such a row; if not, says which was asked for.
+// Whether there is such a row; if not, notes its id in `wrong`.
 bool is_among(Id id, Id num_rows, Id& wrong) {
     if (id >= 0 && id < num_rows) return true;
 #pragma omp atomic write
@@ -46,7 +46,7 @@ void store(float* at, float x) { *at = x; }
 void store(BFloat16* at, float x) {
     std::uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    if (x == x) bits += 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to the even one
+    if (x == x) bits += 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
     at->bits = static_cast<std::uint16_t>(bits >> 16);
 }
 
@@ -56,7 +56,7 @@ struct Term {
     const Weight* row;
 };
 
-// y = sum of coef * row over terms, eight rows at a time, so that y is read and written seldom.
+// y = sum of coef * row over terms. Eight rows at a time, so that y is seldom read and written.
 template <class Weight>
 void weighted_sum(float* __restrict y, Id d, const Term<Weight>* terms, Id count) {
     std::fill(y, y + d, 0.0f);
@@ -87,7 +87,7 @@ void weighted_sum(float* __restrict y, Id d, const Term<Weight>* terms, Id count
     }
 }
 
-// Sixteen floats at once, in as many registers as this CPU needs for them.
+// Sixteen floats at once, in as many registers as this CPU needs.
 const Id LANES = 16;
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 
@@ -105,7 +105,7 @@ Lanes load(const BFloat16* at) {
     return (Lanes)(__builtin_convertvector(halves, Words) << 16);
 }
 
-// By halves, as a compiler may not change the order of sums.
+// By halves: the compiler must not change the order of a sum, so it is written out.
 float sum_of(Lanes lanes) {
     typedef float Half __attribute__((vector_size(LANES * 2)));
     typedef float Quarter __attribute__((vector_size(LANES)));
@@ -128,8 +128,8 @@ float dot(const float* a, const Weight* b, Id d) {
     return sum;
 }
 
-// out[t * stride + r] = <g[t], rows[r]> of R rows and T tokens at once; `ahead` is where the memory
-// lies that is read next.
+// out[t * stride + r] = <g[t], rows[r]> for R rows and T tokens at once; `ahead` points to the rows
+// that are read next, to be fetched meanwhile.
 template <int R, int T, class Weight>
 void tile_of_dots(const float* const* g, const Weight* const* rows, Id d,
                   const Weight* const* ahead, float* out, Id stride) {
@@ -153,12 +153,12 @@ void tile_of_dots(const float* const* g, const Weight* const* rows, Id d,
         }
 }
 
-// out[t * stride + r] = <g[t], row r> of the rows of W [rows, d], which are read once.
+// out[t * stride + r] = <g[t], W[r]> for all rows of W [rows, d]; each row is read once.
 template <class Weight>
 void products(const float* const* g, Id tokens, const Weight* W, Id rows, Id d, float* out,
               Id stride) {
     for (Id r = 0; r < rows; r += 4) {
-        if (r + 4 > rows) {
+        if (r + 4 > rows) {  // the last rows, one by one
             for (Id t = 0; t < tokens; ++t)
                 for (Id j = r; j < rows; ++j) out[t * stride + j] = dot(g[t], W + j * d, d);
             return;
@@ -175,7 +175,7 @@ void products(const float* const* g, Id tokens, const Weight* W, Id rows, Id d, 
                                              out + t * stride + r, stride);
             t += count();
         };
-#ifdef __AVX512F__  // whose registers hold sixteen sums of sixteen lanes
+#ifdef __AVX512F__  // its registers hold sixteen sums of sixteen lanes
         while (t + 4 <= tokens) next(std::integral_constant<int, 4>());
 #endif
         while (t < tokens) next(std::integral_constant<int, 2>());
@@ -189,8 +189,8 @@ std::int32_t count_from(float least, const float* row, Id m) {
     return count;
 }
 
-// A bound that at least k of row [m] reach, or 0, found by halving where it may lie: a few more
-// than k reach it too, unless values are all alike.
+// A bound that at least k values of row [m] reach, or 0. It is found by bisection, and only a few
+// more than k reach it, unless many values are equal.
 float bound_of_topk(const float* row, Id m, Id k) {
     float low = 0, high = 0;
 #pragma omp simd reduction(max : high)
@@ -204,14 +204,15 @@ float bound_of_topk(const float* row, Id m, Id k) {
     return low;
 }
 
-// acts, ids [k] = the k largest of relu(pre [m]); of equal ones those of the lowest index.
+// acts, ids [k] = the k largest of relu(pre [m]); of equal ones those with the lowest index.
 void topk(const float* pre, Id m, Id k, float* acts, Id* ids,
           std::vector<std::uint64_t>& candidates) {
     const float least = bound_of_topk(pre, m, k);
     candidates.resize(m);
     Id count = 0;
+    // write every value, but advance only past candidates: without a branch, this is faster
     for (Id f = 0; f < m; ++f) {
-        std::uint32_t bits;  // positive floats are ordered as their bits are
+        std::uint32_t bits;  // positive floats are ordered like their bits
         std::memcpy(&bits, pre + f, sizeof bits);
         const auto last = UINT32_MAX - static_cast<std::uint32_t>(f);
         candidates[count] = std::uint64_t{bits} << 32 | last;
@@ -228,8 +229,8 @@ void topk(const float* pre, Id m, Id k, float* acts, Id* ids,
     }
 }
 
-// What a single token meets; `token._Layout`, field by field. With one expert there is no router;
-// b_enc may be missing. With `low`, b_dec, W_enc, b_enc and W_dec are in bfloat16.
+// The weights and rules for a single token, field by field as `token._Layout`. With one expert there
+// is no router; b_enc may be null. With `low`, b_dec, W_enc, b_enc and W_dec are in bfloat16.
 struct Plan {
     const float *scale, *outlier_norm, *router, *b_router;
     const void *b_dec, *W_enc, *b_enc, *W_dec;
@@ -262,6 +263,7 @@ void encode_one(const Plan& plan, const float* x, Weight* acts, Id* ids, int thr
     const float* token = input.data();
     Id expert = 0;
     float gate = 1;
+    // route: the expert with the largest logit, and its probability
     if (E > 1) {
         for (Id i = 0; i < d; ++i) input[i] = scale * x[i] - plan.b_router[i];
         products(&token, 1, plan.router, E, d, pre.data(), E);
@@ -271,9 +273,11 @@ void encode_one(const Plan& plan, const float* x, Weight* acts, Id* ids, int thr
         for (Id e = 0; e < E; ++e) total += std::exp(pre[e] - pre[expert]);
         if (plan.gated) gate = 1 / total;
     }
+    // an outlier has no activations
     if (std::sqrt(dot(x, x, d)) > *plan.outlier_norm) gate = 0;
     const auto* b_dec = static_cast<const Weight*>(plan.b_dec);
     for (Id i = 0; i < d; ++i) input[i] = plan.centered ? x[i] - value(b_dec[i]) / scale : x[i];
+    // the expert's products, a range of its features for each thread
     const Weight* W = static_cast<const Weight*>(plan.W_enc) + expert * m * d;
     const Id part = (m + 4 * threads - 1) / (4 * threads) * 4;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -288,7 +292,7 @@ void encode_one(const Plan& plan, const float* x, Weight* acts, Id* ids, int thr
     std::vector<std::uint64_t> candidates;
     topk(pre.data(), m, k, kept.data(), ids, candidates);
     for (Id j = 0; j < k; ++j) {
-        store(acts + j, gate == 0 ? 0 : gate * kept[j]);  // of an outlier, infinite ones too
+        store(acts + j, gate == 0 ? 0 : gate * kept[j]);  // 0 * infinity would be nan
         ids[j] += expert * m;
     }
 }
@@ -307,8 +311,9 @@ void relu_topk(const float* pre, Id p, Id m, Id k, float* acts, Id* ids, int thr
     }
 }
 
-// pre[i] = W[e] @ x[rows[i]] for offsets[e] <= i < offsets[e + 1], of experts with 1 to `most` such
-// rows: each weight comes from memory once, however many threads there are. rows is null for i.
+// pre[i] = W[e] @ x[rows[i]] + bias[e] for offsets[e] <= i < offsets[e + 1], for experts with 1 to
+// `most` such rows. Each weight is read from memory once, however many threads there are. If rows is
+// null, rows[i] is i.
 void expert_products(const float* x, const Id* rows, const float* W, const float* bias,
                      const Id* offsets, Id E, Id m, Id d, Id most, float* pre, int threads) {
     std::vector<Id> few;
@@ -376,10 +381,11 @@ Id row_dots(const float* g, const Id* ids, const float* W, Id n, Id k, Id num_ro
     return wrong;
 }
 
-// W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f, for all of num_rows. Returns as gather_sum,
-// or NO_MEMORY: an exception would end the process.
+// W[f] = sum of coefs[n, j] * x[n] over ids[n, j] = f, for each of num_rows rows. Returns as
+// gather_sum, or NO_MEMORY: an exception would end the process.
 Id scatter_sum(const float* coefs, const Id* ids, const float* x, Id n, Id k, Id num_rows, Id d,
                float* W, int threads) try {
+    // sort the terms by feature, by counting
     Id wrong = IN_RANGE;
     std::vector<Id> starts(num_rows + 1);
     for (Id p = 0; p < n * k; ++p)
@@ -399,8 +405,8 @@ Id scatter_sum(const float* coefs, const Id* ids, const float* x, Id n, Id k, Id
     return NO_MEMORY;
 }
 
-// One step of Adam on rows of w, m, v [rows, d] by the gradient scale * g. With `unit`, rows have
-// length 1: the gradient along them is left out, and they are scaled back to it.
+// One step of Adam on rows of w, m, v [rows, d] with the gradient scale * g. With `unit`, rows have
+// length 1: the gradient along a row is left out, and the row is scaled back to length 1.
 void adam_rows(float* w, const float* g, float* m, float* v, Id rows, Id d, int unit, float scale,
                float rate, float fresh1, float beta2, float fresh2, float eps, float correction2,
                int threads) {

@@ -1,7 +1,9 @@
-"""Adam in one pass over an SAE's weights: clip, projection, moments, update, unit rows.
+"""Adam in one pass over an SAE's weights: clipping, projection, moments, update, unit rows.
 
-Every weight, gradient and moment is read once, and all but the gradient written once: 28 bytes a
-weight in float32, 0.35 ms for 38 M weights at an H100's 3 TB/s.
+How    Every weight, gradient and moment is read once, and all but the gradient are written once: 28
+       bytes a weight in float32, 0.35 ms for 38 M weights at an H100's 3 TB/s. Measured there by
+       `python tests/bench/gpu.py`, for half of these weights: 0.18 ms, and torch's fused Adam alone
+       0.21 ms, without clipping, projection and unit rows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from hf_switch_sae.ops.triton.launch import jit, launch, tl, triton
 
 @jit
 def _one_minus_exp(u):
-    """1 - exp(u), u <= 0, with all digits near 0 too, where the difference has few."""
+    """1 - exp(u) for u <= 0, exact near 0 too, where the plain difference loses its digits."""
     near = tl.maximum(u, -0.25)
     series = 1 + near / 2 * (1 + near / 3 * (1 + near / 4 * (1 + near / 5 * (1 + near / 6))))
     return tl.where(u < near, 1 - tl.exp(u), -near * series)
@@ -80,7 +82,7 @@ def adam_rows(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """As `reference.adam_rows`, in float32; nothing waits for the device."""
+    """As `reference.adam_rows`, in float32, without waiting for the device."""
     if not weight.numel():
         return
     d = weight.shape[-1] if unit_rows else 1024
@@ -119,5 +121,5 @@ def _at(number: float | Tensor, device: torch.device) -> Tensor:
 
 
 def _log(beta: float) -> float:
-    """Of a beta that may be 0, a number that no step takes above its limit."""
+    """The logarithm of a beta; for 0, one so low that beta ** step is 0 from the first step on."""
     return math.log(max(beta, 1e-300))

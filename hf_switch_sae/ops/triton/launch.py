@@ -1,7 +1,7 @@
-"""Triton where it is installed, and how its kernels are launched.
+"""Triton, if it is installed, and how its kernels are launched.
 
-Beware TRITON_INTERPRET is read on import; with it kernels run on the CPU, slowly, for tests.
-       The interpreter does not notice a load without a mask.
+Beware TRITON_INTERPRET is read on import. With it kernels run on the CPU, slowly, for tests.
+       The interpreter does not notice a load that lacks its mask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # kernels stay functions that nobody calls: see `triton_kernels.why_not`
+except ImportError:  # then nobody calls the kernels: see `kernels.why_not`
     triton = tl = None
 
 __all__ = ["INTERPRETED", "TINY", "jit", "launch", "tl", "triton", "tuned"]
@@ -25,24 +25,24 @@ INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 TINY = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP": 2}
 """The tile of a product in the interpreter."""
 
-# From 3.10 on Triton multiplies and adds in one instruction only if told to.
+# Since 3.10 Triton multiplies and adds in one instruction only if it is told to.
 _FUSED = {"enable_fp_fusion": True}
 
 
 def jit(kernel: Callable[..., None]) -> Any:
-    """`triton.jit`, or nothing without Triton."""
+    """`triton.jit`; without Triton the function stays as it is."""
     return kernel if triton is None else triton.jit(kernel)
 
 
 def tuned(
     tiles: Sequence[tuple[int, ...]], key: list[str], prune: Callable[..., list[Any]] | None = None
 ) -> Callable[[Any], Any]:
-    """Choose a product's tile by measuring, once for each `key`; the interpreter has `TINY`.
+    """Choose a product's tile by measuring, once for each `key`; the interpreter takes `TINY`.
 
     Args:
-        tiles: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
-        key: names of arguments.
-        prune: which of them to try, as Triton's early_config_prune.
+        tiles: BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages of each.
+        key: names of arguments whose values call for another tile.
+        prune: chooses which tiles to try; Triton's early_config_prune.
     """
     if triton is None or INTERPRETED:
         return lambda kernel: kernel

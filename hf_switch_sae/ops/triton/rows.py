@@ -1,7 +1,7 @@
-"""The primitives of the Triton backend that go over single rows of W; see `triton_kernels`.
+"""The primitives of the Triton backend that read single rows of W; letters as in `kernels`.
 
-Letters as there. How many rows and columns a program takes at once is what an H100 was fastest
-with, at d = 768 and k = 32: two rows, whole up to 1024 wide, where they are summed.
+How    How many rows and columns a program takes at once is what was fastest on an H100 at d = 768
+       and k = 32: for sums two rows, each whole if it is at most 1024 wide.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from hf_switch_sae.ops.triton.launch import jit, launch, tl, triton
 from hf_switch_sae.ops.triton.sums import expert_sums, worth_it
 
 WINDOW = 256
-"""How many tokens of a feature one program of scatter_sum adds up; what is beyond has programs of
-its own: a feature that fires on every token would be a long one."""
+"""The most tokens of a feature that one program of scatter_sum adds up. The rest get programs of
+their own: a feature that fires on every token would keep one program busy alone."""
 
 
 @jit
@@ -46,7 +46,7 @@ def _gather_sum(
 
 
 def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
-    """As `reference.gather_sum`, in float32 sums; a slot of 0 is not read."""
+    """As `reference.gather_sum`, summed in float32; rows of slots of 0 are not read."""
     (n, k), d = ids.shape, W.shape[1]
     y = W.new_empty(n, d)
     if y.numel() == 0:
@@ -83,7 +83,7 @@ def _row_dots(
 
 
 def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
-    """As `reference.row_dots`, in float32 sums."""
+    """As `reference.row_dots`, summed in float32."""
     (n, k), d = ids.shape, W.shape[1]
     dots = g.new_empty(n, k)
     if dots.numel() == 0:
@@ -108,7 +108,7 @@ def _sum_of_pairs(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Coefficient times token over the pairs at places begin to end; arguments as below."""
+    """The sum of coefficient times token over places begin to end of `order`; see below."""
     total = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     for start in range(begin, end, BLOCK_K):
         places = start + tl.arange(0, BLOCK_K)
@@ -123,9 +123,9 @@ def _sum_of_pairs(
 @jit
 def _long_sums(
     coefs_ptr,  # [n * k]
-    keys_ptr,  # [n * k], the feature of each pair, sorted; num_rows where there is none
+    keys_ptr,  # [n * k], the feature of each pair, sorted; num_rows for an empty slot
     order_ptr,  # [n * k], pairs sorted by feature
-    begins_ptr,  # [num_rows + 1], where each feature's pairs begin in order
+    begins_ptr,  # [num_rows + 1], where each feature's pairs begin in `order`
     x_ptr,  # [n, d]
     parts_ptr,  # [places / WINDOW, d] float32, out: only what `_scatter_sum` reads
     num_rows,
@@ -135,8 +135,8 @@ def _long_sums(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # A feature's first WINDOW pairs are `_scatter_sum`'s. So of those that lie in this window of
-    # places only the feature of its first place can have others here.
+    # A feature's first WINDOW pairs are left to `_scatter_sum`. So only the feature at the first
+    # place of this window can have other pairs in it.
     window = tl.program_id(0).to(tl.int64)
     feature = tl.load(keys_ptr + window * WINDOW).to(tl.int64)
     if feature >= num_rows:
@@ -154,7 +154,7 @@ def _long_sums(
 def _scatter_sum(
     coefs_ptr,  # [n * k]
     order_ptr,  # [n * k], pairs sorted by feature
-    begins_ptr,  # [num_rows + 1], where each feature's pairs begin in order
+    begins_ptr,  # [num_rows + 1], where each feature's pairs begin in `order`
     x_ptr,  # [n, d]
     parts_ptr,  # [places / WINDOW, d] float32, of `_long_sums`
     w_ptr,  # [num_rows, d], out
@@ -166,6 +166,7 @@ def _scatter_sum(
 ):
     feature = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # the first WINDOW pairs, then the sums that `_long_sums` has made of the others
     begin, last = tl.load(begins_ptr + feature), tl.load(begins_ptr + feature + 1)
     end = tl.minimum(last, begin + WINDOW)
     sums = _sum_of_pairs(coefs_ptr, order_ptr, x_ptr, begin, end, cols, k, d, BLOCK_K, BLOCK_D)
@@ -184,16 +185,16 @@ def scatter_sum(
     num_experts: int | None = None,
     low: torch.dtype | None = None,
 ) -> Tensor:
-    """As `reference.scatter_sum`, in float32 sums; no atomics, so the same bits every time."""
+    """As `reference.scatter_sum`, summed in float32, without atomics: the same bits every time."""
     (n, k), d = ids.shape, x.shape[1]
     W = x.new_empty(num_rows, d) if out is None else out
     if W.numel() == 0:
         return W
-    # gradients reach below what float16 holds
+    # not in float16, which can't hold the smallest gradients
     dtype = low if low == torch.bfloat16 else x.dtype
     if num_experts is not None and worth_it(n, k, num_rows // num_experts, dtype):
         return expert_sums(coefs, ids, x.to(dtype), num_experts, W)
-    # Empty slots all name one feature of their expert: they sort behind all features, to nobody.
+    # Empty slots may all name one feature: they get a key beyond all features, which nobody sums.
     keys = torch.where(coefs != 0, ids, num_rows).flatten().to(narrowest(num_rows))
     keys, order = keys.sort(stable=True)
     features = torch.arange(num_rows + 1, dtype=keys.dtype, device=x.device)
@@ -213,6 +214,6 @@ def scatter_sum(
 
 
 def _whole_rows(d: int) -> dict[str, int]:
-    """A tile of two rows, with 32 of its numbers for each thread."""
+    """A tile of two rows, with 32 numbers for each thread."""
     cols = min(1024, triton.next_power_of_2(d))
     return {"BLOCK_K": 2, "BLOCK_D": cols, "num_warps": max(1, cols // 512)}
