@@ -3,8 +3,8 @@
 Why    For these, torch has no operator, or several that each go through memory once more. Without
        them a training step takes 1.4 times as long (`python -m tests.bench.cpu train`): relu_topk
        takes 2.5 times as long, row_dots 1.6, gather_sum and scatter_sum 1.2, and for 32 tokens
-       expert_products 2.6 (`python -m tests.bench.tricks native`). Products of many rows are left to
-       the CPU's own library, as nothing is faster.
+       expert_products 2.6 (`python -m tests.bench.tricks native`). Products of many rows are left
+       to the CPU's own library, as nothing is faster.
 """
 
 from __future__ import annotations
