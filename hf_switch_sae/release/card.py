@@ -1,11 +1,12 @@
-"""Files of a release -> its README.md, from a Jinja template; what they say: see `facts`.
+"""The files of a release -> its card, README.md, from a Jinja template.
 
-    ---                                   front matter: what is missing is filled in
-    <!-- hf-switch-sae:begin -->          written anew each time
+    ---                                   front matter: only what is missing is filled in
+    <!-- hf-switch-sae:begin -->          between the marks: written anew each time
     <!-- hf-switch-sae:end -->
-    anything else                         a person's, left alone
+    anything else                         written by a person, and left alone
 
-A README without the two marks is a person's from top to bottom.
+Room   `facts` reads the files, this file writes the card.
+Beware A README without the two marks was written by a person, and nothing in it is changed.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ _SAE_FIGURES = ("training", "load", "density")
 
 
 def render_card(folder: str | Path, repo_id: str, license_id: str | None = None) -> str:
-    """The README.md of a release: written anew, or what there is with its marked part renewed.
+    """The README.md of a release: a new one, or the one that is there with its marked part renewed.
 
     Args:
         folder: the release.
-        repo_id: what the snippet loads.
-        license_id: as the Hub names it, such as apache-2.0; by default what the front matter has.
+        repo_id: the Hub id that the snippet loads.
+        license_id: as the Hub names it, such as apache-2.0; by default as the front matter has it.
 
     Raises:
-        SwitchSAEError: no SAE in the folder, or a file that is damaged.
+        SwitchSAEError: there is no SAE in the folder, or a file is damaged.
     """
     folder = Path(folder)
     saes = facts_of(folder)
@@ -60,6 +61,7 @@ def render_card(folder: str | Path, repo_id: str, license_id: str | None = None)
         sae_figures=_SAE_FIGURES,
         license_id=data.license,
     )
+    # what a template leaves out leaves empty lines behind
     body = re.sub(r"\n{3,}", "\n\n", body.strip())
     part = f"{BEGIN}\n{body}\n{END}"
     if not old:
@@ -71,12 +73,12 @@ def render_card(folder: str | Path, repo_id: str, license_id: str | None = None)
 
 
 def known_repo_id(folder: str | Path) -> str:
-    """What a release's card calls it, or else the folder's name."""
+    """The Hub id in a release's card, or else the folder's name."""
     return _front_matter(_text(Path(folder))).model_name or Path(folder).resolve().name
 
 
 def is_a_persons(folder: str | Path) -> bool:
-    """Whether a release has a README without our marks, which is left as it is."""
+    """Whether a person wrote a release's README: it is there, and has no marks of ours."""
     text = _text(Path(folder))
     return bool(text) and BEGIN not in text
 
@@ -111,7 +113,7 @@ def _front_matter(text: str) -> ModelCardData:
 
 
 def _data(repo_id: str, saes: dict[str, Facts], old: str, license_id: str | None) -> ModelCardData:
-    """The front matter: a person's entries, else ours; the results always ours."""
+    """The front matter: entries that are there stay, but for the results, which are ours."""
     bases = sorted({each.config["base_model"] for each in saes.values() if _has_base(each)})
     ours: dict[str, Any] = {
         "library_name": "hf_switch_sae",
@@ -134,6 +136,7 @@ def _data(repo_id: str, saes: dict[str, Facts], old: str, license_id: str | None
         for name, value in each.metrics.items()
         if name in ("fvu", "l0", "ce_recovered")
     ]
+    # results need a model's name, and take the place of any that are there
     entries: dict[str, Any] = {**ours, **theirs}
     if license_id is not None:
         entries["license"] = license_id
@@ -147,7 +150,7 @@ def _has_base(each: Facts) -> bool:
 
 
 def write_card(folder: Path, repo_id: str, license_id: str | None = None) -> None:
-    """Write or renew the README.md of a release; see `card.render_card`."""
+    """Write or renew the README.md of a release; see `render_card`."""
     card, readme = render_card(folder, repo_id, license_id), folder / CARD
     if readme.exists() and readme.read_text(encoding="utf-8") == card:
         return

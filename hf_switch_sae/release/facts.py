@@ -1,8 +1,9 @@
-"""Files of a release -> what its card may say: nothing is typed by hand.
+"""The files of a release -> what its card may say. Nothing on a card is typed by hand.
 
 config.json, metrics.json, training.json, features.json     beside each SAE
 model.safetensors                                           only its statistics are read
-geometry.json, comparison.json                              beside an SAE, or over all of them
+geometry.json                                               beside an SAE
+comparison.json                                             beside an SAE, or at the top
 *.png                                                       beside these, or in figures/
 """
 
@@ -28,27 +29,28 @@ from hf_switch_sae.hub.layout import (
 )
 
 CAPTIONS = {
-    "flops_fvu": "Operations per token against FVU; a step line joins those that no other of as "
-    "many active features beats",
+    "flops_fvu": "Operations per token against FVU; the stepped line joins SAEs that no other with "
+    "as many active features beats",
     "l0_fvu": "Active features per token against FVU",
     "l0_ce_recovered": "Active features per token against cross entropy recovered",
-    "duplicates": "Share of features, and of activations, with a nearer neighbor than a cosine, "
-    "beside random vectors",
+    "duplicates": "Share of features, and of activations, with a neighbor above a cosine, against "
+    "random vectors",
     "similarity": "Mean largest decoder cosine from the features of one expert to those of another",
-    "alignment": "Cosines of encoder rows with the router's rows: their own expert's, and others'",
-    "maps": "t-SNE of encoder rows and of decoder rows, a color and a marker for each expert",
+    "alignment": "Cosines of encoder rows with the router's rows of their own and of other experts",
+    "maps": "t-SNE of encoder rows and of decoder rows, with a color and a marker for each expert",
     "load": "Share of each expert",
     "density": "Histogram of features' firing rates",
     "training": "FVU, dead features and balance of experts over training",
 }
-"""Figure -> what it shows, for those who don't see it."""
+"""Figure -> what it shows, in words for those who can't see it."""
 
-_MAY_LACK = dict.fromkeys(("hookpoint", "base_model", "base_model_revision", "k", "source"))
+_OPTIONAL = dict.fromkeys(("hookpoint", "base_model", "base_model_revision", "k", "source"))
+"""Fields that a card asks for and a config may be without."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of one SAE of a release, or ("" without a config) of all of them."""
+    """What is known of one SAE of a release; without a config, of all of them together."""
 
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -56,59 +58,66 @@ class Facts:
     measured_on: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     statistics: dict[str, float] = field(default_factory=dict)
-    """residual_norm, outlier_norm (left out: infinite), statistics_tokens, and of `feature_max` the
-    median and the largest; empty if not calibrated."""
+    """statistics_tokens, residual_norm, outlier_norm if it is finite, and the median_max and
+    largest_max of the features' largest activations; empty if the SAE is not calibrated."""
     geometry: dict[str, Any] = field(default_factory=dict)
     comparison: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
     """Name -> path within the release."""
-    described: tuple[int, str] | None = None
-    """A feature and the words that it is strongest on, for an example."""
+    example: tuple[int, str] | None = None
+    """A feature, and the words that it fires on most strongly."""
 
 
 def facts_of(folder: Path) -> dict[str, Facts]:
     """Subfolder -> what is known of the SAE in it.
 
     Raises:
-        SwitchSAEError: a file that is damaged.
+        SwitchSAEError: a file is damaged.
     """
     return {place: _facts(folder, place, config) for place, config in saes_in(folder).items()}
 
 
 def facts_over_all(folder: Path) -> Facts:
-    """What lies over all SAEs of a release: a comparison, and its figures."""
+    """What is at the top of a release, for all its SAEs: a comparison, and its figures."""
     return Facts(comparison=_of_format_1(folder / COMPARISON), figures=_figures(folder, folder))
 
 
 def _facts(folder: Path, place: str, config: dict[str, Any]) -> Facts:
     own = folder / place
-    told = read_json(own / METRICS)
-    held = told or config.get("metrics") or {}
-    words = read_json(own / DESCRIPTIONS)
-    described = [each for each in words if each.isdecimal() and words[each]]
-    several = (each for each in described if len(words[each]) > 1)
-    spoken = (each for each in several if all(map(_is_a_word, words[each])))
-    feature = next(spoken, next(iter(described), None))
+    measured = read_json(own / METRICS)
+    metrics = measured or config.get("metrics") or {}
     return Facts(
-        config={**_MAY_LACK, **config},
+        config={**_OPTIONAL, **config},
         metrics={
             name: value
-            for name, value in held.items()
+            for name, value in metrics.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         },
-        measured_on=told.get("measured_on") or {},
+        measured_on=measured.get("measured_on") or {},
         run=read_json(own / NOTES),
         statistics=_statistics(own),
         geometry=_of_format_1(own / GEOMETRY),
-        # one over all is shown once
+        # what is at the top is shown once, by `facts_over_all`
         comparison=_of_format_1(own / COMPARISON) if place else {},
         figures=_figures(folder, own) if place else {},
-        described=None if feature is None else (int(feature), " ".join(words[feature])),
+        example=_example(read_json(own / DESCRIPTIONS)),
     )
 
 
+def _example(words_of: dict[str, Any]) -> tuple[int, str] | None:
+    """A feature that tells a reader something, if there is one: several words, all of them real."""
+    described = [each for each in words_of if each.isdecimal() and words_of[each]]
+    telling = (
+        each
+        for each in described
+        if len(words_of[each]) > 1 and all(map(_is_a_word, words_of[each]))
+    )
+    feature = next(telling, next(iter(described), None))
+    return None if feature is None else (int(feature), " ".join(words_of[feature]))
+
+
 def _is_a_word(text: str) -> bool:
-    """Whether it tells a reader something: no piece of a word, no sign, no number."""
+    """Whether a token may be a whole word, not a sign or a number."""
     return len(text) > 2 and text.isalpha()
 
 
@@ -122,7 +131,7 @@ def _of_format_1(file: Path) -> dict[str, Any]:
 
 
 def _figures(folder: Path, own: Path) -> dict[str, str]:
-    """PNG, as the Hub shows no SVG."""
+    """Figure -> path of its PNG within the release; the Hub shows no SVG."""
     found = {}
     for name in CAPTIONS:
         for file in (own / FIGURES / f"{name}.png", own / f"{name}.png"):
@@ -133,6 +142,7 @@ def _figures(folder: Path, own: Path) -> dict[str, str]:
 
 
 def _statistics(own: Path) -> dict[str, float]:
+    """The statistics stored with an SAE's weights, as a card shows them."""
     found: dict[str, torch.Tensor] = {}
     names = ("statistics_tokens", "residual_norm", "outlier_norm", "feature_max")
     for file in sorted(own.glob("*.safetensors")):
@@ -144,6 +154,7 @@ def _statistics(own: Path) -> dict[str, float]:
             raise SwitchSAEError(f"{file} can't be read: {err}") from err
     if set(names) - found.keys() or not int(found["statistics_tokens"]):
         return {}
+    # features that never fired have a largest activation of 0, which would hide the median
     strengths = found.pop("feature_max").float()
     numbers = {name: float(value) for name, value in found.items()}
     if numbers["outlier_norm"] == float("inf"):

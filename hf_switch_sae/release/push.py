@@ -1,15 +1,8 @@
-"""Releases on the Hugging Face Hub: a folder with a subfolder a hookpoint <-> a repository.
+"""A folder with SAEs, a subfolder for each -> a repository on the Hugging Face Hub.
 
-    org/repo
-    ├── README.md                   the card
-    ├── recipes/<name>.json         edits
-    └── layers.15.resid_post/       one SAE: config.json, model.safetensors, metrics.json, ...
-
-A push is one commit, so a revision is a whole release. Large files are sent one by one before it:
-a push that was cut off sends only what is missing when it is run again.
-
-Beware A pull writes what was pushed and nothing else; the commit it is of lies in the client's own
-       `.cache` folder, not in the files.
+Room   `push` publishes a release, whose files are in `hub/layout`; `push_recipe` adds one recipe.
+How    A push is one commit, so a revision is a whole release. Large files are sent one by one
+       before it, so a push that was cut off sends only what is missing when it is run again.
 """
 
 from __future__ import annotations
@@ -48,18 +41,18 @@ def push(
 ) -> str:
     """Publish a release in one commit, and its card with it.
 
-    Hidden files stay here, and nothing is deleted there. The card is written into the folder if
-    there is none; of one with marks (see `card`) the marked part is renewed, and one without is
-    left alone. The Hub checks it before anything is sent.
+    Hidden files are not sent, and nothing is deleted on the Hub. The card is written into the
+    folder; if one is there, its marked part is renewed (see `render_card`). The Hub checks the card
+    before anything is sent.
 
     Args:
         release: a folder with SAEs, or SAEs by subfolder (mostly their hookpoints).
-        repo_id: where to; created if it is not there. Without an owner: your own.
-        private: whether a new repository is private; None: as your account has it.
-        branch: which to commit to; created from main if it is not there.
+        repo_id: the repository, created if it is not there; without an owner, it is your own.
+        private: whether a new repository is private; None to let your account decide.
+        branch: the branch to commit to, created from main if it is not there.
         message: of the commit.
-        recipes: further edits to publish, by name.
-        create_card: whether to write a card.
+        recipes: recipes to publish, by name.
+        create_card: whether to write or renew the card.
         token: by default the one you are logged in with.
 
     Returns:
@@ -80,38 +73,42 @@ def push(
         raise HubError(f"there is no SAE in {folder}: no config.json of one in it or below.")
     api = HfApi(token=token)
     repo_id = _with_owner(api, repo_id)
+
+    # complete the folder, then look what is in it
     for name, recipe in (recipes or {}).items():
         (folder / RECIPES).mkdir(exist_ok=True)
         recipe.save(folder / recipe_path(name))
     if create_card:
         write_card(folder, repo_id)
     files = _files_to_push(folder)
+
     with plain_hub_errors(repo_id, "push to"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
     if CARD in files:
         _validate(files[CARD], repo_id)
+    message = message or f"Release {', '.join(saes_in(folder)) or 'an SAE'}"
+    return _commit(api, repo_id, branch, files, message)
+
+
+def _commit(api: HfApi, repo_id: str, branch: str, files: Mapping[str, Path], message: str) -> str:
+    """Send files, and commit them together; returns the commit's id."""
     additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     with plain_hub_errors(repo_id, "push to"), warnings.catch_warnings():
-        # of geometry.parquet, which belongs to the SAE
+        # geometry.parquet is data, but it belongs to the SAE
         warnings.filterwarnings("ignore", "It seems that you are about to commit a data file")
-        for addition in additions:  # each is kept by the Hub, whatever happens to the next
+        for addition in additions:  # the Hub keeps each of them, whatever happens to the next
             api.preupload_lfs_files(repo_id, [addition], revision=branch)
-        done = api.create_commit(
-            repo_id,
-            additions,
-            commit_message=message or f"Release {', '.join(saes_in(folder)) or 'an SAE'}",
-            revision=branch,
-        )
+        done = api.create_commit(repo_id, additions, commit_message=message, revision=branch)
     return str(done.oid)
 
 
 def save_all(saes: Mapping[str, SwitchSAE], folder: str | Path) -> None:
-    """Save SAEs side by side, each in the subfolder it is named by.
+    """Save SAEs side by side, each in the subfolder that is its name.
 
     Raises:
-        ConversionError: a name that climbs out of the folder.
+        ConversionError: a name climbs out of the folder.
     """
     names = [check_inside(name, "the name of an SAE") for name in saes]
     for name, sae in zip(names, saes.values(), strict=True):
@@ -122,7 +119,7 @@ def push_recipe(recipe: Recipe, repo_id: str, name: str, token: str | None = Non
     """Publish a recipe as `recipes/<name>.json`; returns the commit's id.
 
     Raises:
-        HubError: a name that is no file name, or the Hub refuses or can't be reached.
+        HubError: the name can't be a file's name, or the Hub refuses or can't be reached.
     """
     path, api = recipe_path(name), HfApi(token=token)
     repo_id = _with_owner(api, repo_id)
@@ -140,7 +137,7 @@ def push_recipe(recipe: Recipe, repo_id: str, name: str, token: str | None = Non
 
 
 def _with_owner(api: HfApi, repo_id: str) -> str:
-    """A repository's name; without an owner it is the user's own."""
+    """A repository's full name; a name without an owner is the user's own."""
     if "/" in repo_id:
         return repo_id
     with plain_hub_errors(repo_id, "find out whose"):
@@ -148,7 +145,11 @@ def _with_owner(api: HfApi, repo_id: str) -> str:
 
 
 def _files_to_push(folder: Path) -> dict[str, Path]:
-    """Path in the repository -> file, sorted."""
+    """Path in the repository -> file, sorted.
+
+    Raises:
+        HubError: a link leads out of the folder.
+    """
     root, found = folder.resolve(), {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
