@@ -138,7 +138,7 @@ def compare_saes(
         hookpoint=hookpoint_of(layer) if layer and layer.isdecimal() else layer,
         device=device,
         command=as_typed(context, {"device", "dry_run"}),
-        more=_predictions(lm, gguf_file, eval_dataset, eval_tokens, eval_context),
+        extra_measurements=_predictions(lm, gguf_file, eval_dataset, eval_tokens, eval_context),
     )
     _show(found)
 

@@ -1,4 +1,4 @@
-"""Comparison: SAEs of one place, trained and measured on the same rows -> figures side by side."""
+"""SAEs of one hookpoint, trained and measured on the same rows -> figures side by side."""
 
 from hf_switch_sae.comparison.plan import SETS, Planned, plan, switch_set
 from hf_switch_sae.comparison.report import compare

@@ -1,12 +1,13 @@
-"""Figures of SAEs -> which of them are equal in something, who is better, and what that says.
+"""Figures of SAEs -> pairs that are equal in something, which is better, and what follows.
 
-equal_tokens        each against the widest dense SAE, trained on as many tokens
-equal_flops         a Switch SAE against dense ones of its operations a token, within a tenth
-equal_parameters    a Switch SAE against dense ones of its parameters, within a twentieth
-equal_error         how many operations a dense SAE would need for a Switch SAE's error, between
-                    the dense ones there are (straight lines in the logarithms)
+    equal_tokens        each SAE against the widest dense one trained on as many tokens
+    equal_flops         a Switch SAE against dense ones with its operations per token, within 10%
+    equal_parameters    a Switch SAE against dense ones with its parameters, within 5%
+    equal_error         how many operations a dense SAE would need for a Switch SAE's error,
+                        interpolated between the dense ones (linearly in the logarithms)
 
-Dense: of one expert, with the Switch SAE's activation rule. Pairs share seed, tokens and k.
+Room   Dense SAEs have one expert, and the Switch SAE's activation rule. The SAEs of a pair share
+       seed, tokens and k.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import itertools
 import math
 from typing import Any
 
-_FLOPS, _PARAMETERS = 0.1, 0.05
+_FLOPS, _PARAMETERS = 0.1, 0.05  # how far from equal a pair may be
 
 Entry = dict[str, Any]
 
 
 def comparisons_of(saes: list[Entry]) -> dict[str, list[Entry]]:
-    """The pairs worth naming, each with both figures.
+    """The pairs of each kind, with the figures of both SAEs.
 
     Args:
         saes: entries of comparison.json.
 
     Returns:
-        Entries with `sae`, `against`, `fvu`, `against_fvu`, `relative_difference` (of the first
-        from the second: negative is better), `flops_ratio`, `encoder_flops_ratio`,
-        `parameters_ratio`, `l0`, `against_l0`. Those of equal_error have `dense_flops` and
-        `flops_saved`, the factor; null where no two dense SAEs lie around that error.
+        Kind -> pairs with `sae`, `against`, `fvu`, `against_fvu`, `relative_difference` (negative
+        if the first is better), `flops_ratio`, `encoder_flops_ratio`, `parameters_ratio`, `l0`,
+        `against_l0`. Those of equal_error have `dense_flops` and `flops_saved` (a factor) instead;
+        both are null if no two dense SAEs lie on either side of that error.
     """
     found: dict[str, list[Entry]] = {
         name: [] for name in ("equal_tokens", "equal_flops", "equal_parameters", "equal_error")
@@ -39,6 +40,7 @@ def comparisons_of(saes: list[Entry]) -> dict[str, list[Entry]]:
         reference = _reference(sae, saes)
         if reference is not None:
             found["equal_tokens"].append(_pair(sae, reference))
+        # all other kinds set a Switch SAE against dense ones
         if not _is_switch(sae):
             continue
         dense = [each for each in saes if _is_dense_for(sae, each)]
@@ -54,9 +56,13 @@ def comparisons_of(saes: list[Entry]) -> dict[str, list[Entry]]:
 
 
 def claims_of(saes: list[Entry], comparisons: dict[str, list[Entry]]) -> list[Entry]:
-    """The paper's claims, each with what was found: `claim`, `holds`, `sentence`.
+    """The paper's claims, each as `claim`, `holds` and a `sentence` on what was found.
 
-    A claim holds if it does in every pair, whatever the seed. Those without a pair are left out.
+    A claim holds only if it does in every pair, for every seed. A claim without pairs is left out.
+
+    Args:
+        saes: entries of comparison.json.
+        comparisons: their pairs, from `comparisons_of`.
     """
     by_name = {each["name"]: each for each in saes}
     flops, equal_width = comparisons["equal_flops"], comparisons["equal_parameters"]
@@ -65,7 +71,7 @@ def claims_of(saes: list[Entry], comparisons: dict[str, list[Entry]]) -> list[En
         return bool(_of(by_name, pair)[0]["num_features"] > _of(by_name, pair)[1]["num_features"])
 
     claims = []
-    # of equal FLOPs all are wider: a width-matched one than the dense one with a share of its width
+    # equal operations: the paper's claim is on wider SAEs, so pairs of equal width do not count
     for claim, pairs in (
         (
             "a Switch SAE has a lower error than a dense one of equal operations a token",
@@ -98,9 +104,11 @@ def claims_of(saes: list[Entry], comparisons: dict[str, list[Entry]]) -> list[En
 
 
 def _sentence(by_name: dict[str, Entry], pair: Entry) -> str:
+    """A pair's result in words."""
     sae, other = _of(by_name, pair)
     difference = 100 * pair["relative_difference"]
     worse = "higher" if difference > 0 else "lower"
+    # "2 times the", "1/8 of the" or, within rounding, "as many"
     share = pair["encoder_flops_ratio"]
     encoder = f"{share:.2g} times" if share > 1.005 else f"1/{1 / share:.3g} of"
     encoder = "as many" if abs(share - 1) <= 0.005 else f"{encoder} the"
@@ -123,7 +131,8 @@ def _is_switch(sae: Entry) -> bool:
 
 
 def _alike(a: Entry, b: Entry) -> bool:
-    known = a["train_tokens"] is not None  # of a release it may not be
+    """Whether two different SAEs were trained on the same tokens with the same seed."""
+    known = a["train_tokens"] is not None  # a release may not say
     return a is not b and known and all(a[name] == b[name] for name in ("seed", "train_tokens"))
 
 
@@ -133,13 +142,13 @@ def _is_dense_for(sae: Entry, other: Entry) -> bool:
 
 
 def _reference(sae: Entry, saes: list[Entry]) -> Entry | None:
-    """The widest dense SAE with a k that is not this one; of a Switch's own rule if there is."""
+    """The widest dense SAE with a k, other than this; with its activation rule if possible."""
     dense = [each for each in saes if _alike(sae, each) and not _is_switch(each) and each["k"]]
     own = [each for each in dense if each["activation"] == sae["activation"]]
     widest = max(own or dense, key=lambda each: int(each["num_features"]), default=None)
     if widest is None or _is_switch(sae) or sae["num_features"] <= widest["num_features"]:
         return widest
-    return None  # it is the reference itself
+    return None  # a dense SAE as wide as this is a reference itself
 
 
 def _pair(sae: Entry, other: Entry) -> Entry:
@@ -159,10 +168,12 @@ def _pair(sae: Entry, other: Entry) -> Entry:
 
 
 def _at_equal_error(sae: Entry, dense: list[Entry]) -> Entry:
+    """Interpolate the operations at which dense SAEs would have this SAE's error."""
     by_flops = sorted(dense, key=lambda each: int(each["flops_per_token"]["total"]))
     needed = None
     for less, more in itertools.pairwise(by_flops):
         a, b = less["fvu"], more["fvu"]
+        # the first two neighbors with the error between theirs
         if min(a, b) <= sae["fvu"] <= max(a, b) and a != b:
             part = math.log(sae["fvu"] / a) / math.log(b / a)
             few, many = (math.log(each["flops_per_token"]["total"]) for each in (less, more))

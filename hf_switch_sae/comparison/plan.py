@@ -1,9 +1,9 @@
-"""What is to be compared: sets and words of a command line -> the runs that train the SAEs.
+"""What is to be compared: words of a command line, or a named set -> the runs to train.
 
     num_experts=8 num_features=6144 k=32      an SAE; its own fields and those of its run
     --set switch --width 6144                 dense TopK, and Switch SAEs of its width or its FLOPs
 
-Every run of a comparison has the same recipe and tokens, but for what its words say.
+All runs of a comparison share recipe and tokens, except for what a run's own words say.
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ class Planned:
     """A run that trains one SAE of a comparison."""
 
     name: str
-    """Of its folder."""
+    """Its folder's name."""
     sae: dict[str, Any]
     """Fields of `SwitchSAEConfig`."""
     run: dict[str, Any]
-    """Fields of `SwitchSAETrainingArguments`, but for the seed and where to write."""
+    """Fields of `SwitchSAETrainingArguments`, except the seed and the output folder."""
     seed: int
 
     def config(self, **known: Any) -> SwitchSAEConfig:
-        """Its config, with what is known of the place.
+        """The SAE's config.
+
+        Args:
+            known: fields that its hookpoint decides; the run's own fields override them.
 
         Raises:
-            ConfigError: fields that contradict each other.
+            ConfigError: the fields contradict each other.
         """
         try:
             return SwitchSAEConfig(**{**known, **self.sae})
@@ -59,24 +62,26 @@ class Planned:
 def switch_set(
     width: int, experts: int = 8, k: int = 32, relu: bool = True
 ) -> list[dict[str, Any]]:
-    """The paper's comparison around a dense TopK SAE of some width, to be trained on equal tokens.
+    """The paper's comparison, around a dense TopK SAE of some width.
 
-    Dense ones of `width`, and of a half, a quarter and an eighth of it: the FLOPs of the
-    width-matched ones. Width-matched Switch SAEs of 2, 4, 8 and 16 experts and of `experts`, and
-    the FLOP-matched one, `experts` times as wide. The dense one with TopK for each token, and ReLU
-    SAEs with three weights of their penalty.
+    - dense SAEs of `width`, and of a half, a quarter and an eighth of it, which have the operations
+      of the width-matched Switch SAEs
+    - Switch SAEs of `width` (width-matched) with 2, 4, 8 and 16 experts and with `experts`
+    - a Switch SAE of `experts` times `width` (FLOP-matched)
+    - a dense SAE of `width` that takes the top k of each token, not of the batch
+    - dense ReLU SAEs of `width`, with three weights of their L1 penalty
 
     Args:
         width: features of the dense SAE.
-        experts: of the FLOP-matched one.
+        experts: experts of the FLOP-matched SAE.
         k: active features per token.
-        relu: whether to have the ReLU SAEs, whose penalty is none of the published loss.
+        relu: whether to include the ReLU SAEs; the published loss has no such penalty.
 
     Returns:
-        Fields of `SwitchSAEConfig`.
+        The fields of `SwitchSAEConfig` for each SAE.
 
     Raises:
-        ConfigError: there is no Switch SAE of that width: it has too few features for k.
+        ConfigError: `width` can't be divided into `experts` experts of at least k features.
     """
     sizes = sorted({2, 4, 8, 16, experts})
     matched = [e for e in sizes if width % e == 0 and width // e >= k]
@@ -102,38 +107,42 @@ SETS: dict[str, Callable[..., list[dict[str, Any]]]] = {"switch": switch_set}
 
 
 def plan(
-    told: Sequence[Mapping[str, Any] | str],
+    wanted: Sequence[Mapping[str, Any] | str],
     sae: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
     seeds: Sequence[int] = (0,),
     preset: str = "default",
 ) -> list[Planned]:
-    """The runs of a comparison.
+    """Plan the runs of a comparison.
 
     Args:
-        told: for each SAE fields of its config and of its run, and `name`; or such words.
-        sae, run: fields that all have, unless they say another value.
-        seeds: each SAE is trained with each.
-        preset: the recipe beneath.
+        wanted: for each SAE the fields of its config and its run, and maybe a `name`; or a string
+            such as "num_experts=8 k=32".
+        sae, run: fields for all SAEs and runs; those in `wanted` override them.
+        seeds: each SAE is trained once with each seed.
+        preset: the recipe, whose fields all others override.
 
     Raises:
-        ConfigError: an unknown field, sizes that contradict each other, or two runs of one name.
+        ConfigError: a field is unknown, fields contradict each other, or two runs would have one
+            name.
     """
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; there are {', '.join(PRESETS)}.")
     found = []
-    for each in told:
+    for each in wanted:
         own = fields_of(each) if isinstance(each, str) else dict(each)
         name = own.pop("name", None)
         own_sae, own_run = _split(own)
         of_sae = {**SAE_PRESETS[preset], **(sae or {}), **own_sae}
         of_run = {**PRESETS[preset], **(run or {}), **own_run}
         for seed in seeds:
+            # made now only to be checked and named; the place adds its own fields later
             config = Planned(str(name or each), of_sae, of_run, seed).config()
             title = name or name_of(config)
             if not re.fullmatch(r"[\w.\-]+", str(title)) or str(title).startswith("."):
                 raise ConfigError(f"name={title!r} is to be a folder's: letters, digits, - and _.")
             found.append(Planned(f"{title}-seed{seed}", of_sae, of_run, seed))
+    # the same run asked for twice is trained once; different runs need different folders
     found = [each for at, each in enumerate(found) if each not in found[:at]]
     twice = [name for name, count in Counter(each.name for each in found).items() if count > 1]
     if twice:
@@ -142,10 +151,10 @@ def plan(
 
 
 def fields_of(words: str) -> dict[str, Any]:
-    """`num_experts=8 k=32` -> names and values.
+    """`num_experts=8 k=32` -> {"num_experts": 8, "k": 32}.
 
     Raises:
-        ConfigError: a word that is no name with a value.
+        ConfigError: a word is not name=value.
     """
     found: dict[str, Any] = {}
     for word in shlex.split(words):
@@ -157,7 +166,7 @@ def fields_of(words: str) -> dict[str, Any]:
 
 
 def name_of(config: SwitchSAEConfig) -> str:
-    """A short name of an SAE's kind and size, for a folder."""
+    """A short folder name that tells an SAE's kind and size."""
     size = f"{config.num_experts}x{config.features_per_expert}"
     words = [config.activation, str(config.num_features)]
     if config.num_experts > 1:
@@ -172,7 +181,7 @@ def name_of(config: SwitchSAEConfig) -> str:
 
 
 def label_of(config: SwitchSAEConfig) -> str:
-    """What a legend calls it."""
+    """An SAE's name in a legend."""
     if config.num_experts > 1:
         return f"Switch {config.num_experts} × {config.features_per_expert:,}"
     weight = f", L1 {config.l1_loss_coef:g}" if config.l1_loss_coef else ""
@@ -180,7 +189,7 @@ def label_of(config: SwitchSAEConfig) -> str:
 
 
 def _split(own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    of_sae = sae_fields() - {"hookpoint"}
+    of_sae = sae_fields() - {"hookpoint"}  # which the rows decide
     for name in own:
         if name not in of_sae | _OF_RUN:
             raise ConfigError(

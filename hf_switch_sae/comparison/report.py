@@ -1,12 +1,12 @@
-"""A cache of activations, held-out rows and SAEs -> comparison.json.
+"""Two caches of activations, and SAEs -> comparison.json.
 
-Every SAE is measured on the same rows: a row is left out for all if its norm is over the bound of
-any. Two caches make it: one to train on, one of other text of the same model and place.
+Room   One cache to train on, and one of other text, of the same model and hookpoint, to measure on.
+How    Every SAE is measured on the same rows: a row is left out for all of them if its norm is over
+       the bound of any.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -18,11 +18,11 @@ from torch import nn
 
 from hf_switch_sae.comparison.claims import claims_of, comparisons_of
 from hf_switch_sae.comparison.plan import Planned, label_of
-from hf_switch_sae.comparison.runs import Runs, open_rows
+from hf_switch_sae.comparison.runs import Runs
 from hf_switch_sae.errors import ConfigError, HookpointError, TrainingError, WidthError
 from hf_switch_sae.evaluation.heldout import RowSums, measure_held_out
-from hf_switch_sae.files import written_beside
-from hf_switch_sae.hub.layout import COMPARISON, NOTES
+from hf_switch_sae.files import write_json
+from hf_switch_sae.hub.layout import COMPARISON, NOTES, read_json
 from hf_switch_sae.processes import alone
 from hf_switch_sae.sae.flops import flops_per_token, parameter_count
 from hf_switch_sae.sae.model import SwitchSAE
@@ -45,71 +45,66 @@ def compare(
     hookpoint: str | None = None,
     device: str | torch.device | None = None,
     command: str | None = None,
-    more: Callable[[dict[str, SwitchSAE]], dict[str, dict[str, Any]]] | None = None,
+    extra_measurements: Callable[[dict[str, SwitchSAE]], dict[str, dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Train SAEs that are not there yet, measure all on the same held-out rows, say who is better.
+    """Train SAEs, measure them all on the same held-out rows, and say which are better.
 
     Args:
-        cache: folder of `cache_activations`, to train on.
-        held_out: another, of other text.
-        folder: of the comparison: each SAE that it trains lies in a subfolder of its name, and
-            `comparison.json`. What is there already is not trained again; a run that was
-            interrupted goes on from its last checkpoint.
-        train: see `plan`.
-        saes: others to measure, by name.
-        hookpoint: of the caches' places, if they have several.
-        device: to measure on; a GPU if there is one.
-        command: what was typed.
-        more: gives figures of the predictions, by SAE, as `evaluate` does.
+        cache: folder of a cache of activations to train on, see `cache_activations`.
+        held_out: folder of another one, of other text, to measure on.
+        folder: where comparison.json goes, and a subfolder for each SAE that is trained. An SAE
+            that is there already is not trained again, and an interrupted run continues from its
+            last checkpoint.
+        train: the runs, from `plan`.
+        saes: finished SAEs to measure as well, by name.
+        hookpoint: which one, if the caches have several.
+        device: to measure on; by default a GPU if there is one.
+        command: the command line to note.
+        extra_measurements: a function from the SAEs by name to further figures by name, such as
+            `lambda saes: evaluate(saes, lm, texts, tokenizer)` for what predictions lose.
 
     Returns:
-        What comparison.json says: `measured_on`, `command`, `saes` (one entry for each, with its
-        figures), `comparisons` (see `comparison.pairs`) and `claims`.
+        The content of comparison.json: `measured_on`, `command`, `saes` (an entry for each, with
+        its figures), `comparisons` (see `claims.comparisons_of`) and `claims`.
 
     Raises:
-        ConfigError, TrainingError: nothing to compare, a run that makes no sense, or a folder that
-            holds another run's SAE; before the first run.
-        StoreError, HookpointError, WidthError: caches and SAEs that do not fit together.
+        ConfigError, TrainingError: there is nothing to compare, a run's arguments do not fit
+            together, or a folder holds another run's SAE. Raised before the first run begins.
+        StoreError, HookpointError, WidthError: caches and SAEs do not fit together.
     """
-    path = Path(folder)
     loaded = dict(saes or {})
     if not train and not loaded:
         raise ConfigError("there is nothing to compare: give runs to train, or SAEs.")
-    rows, test = open_rows(Path(cache), hookpoint), open_rows(Path(held_out), hookpoint)
+    # everything is checked before the first run, which may take hours
+    rows, test = (CachedActivations(each, hookpoint) for each in (cache, held_out))
     _check_rows(rows, test)
-    (place,) = rows.hookpoints
-    for name, sae in loaded.items():
-        _check_sae(name, sae, place, rows.hidden_size[place], {each.name for each in train})
+    _check_saes(loaded, rows, {each.name for each in train})
 
     def opened_rows(seed: int) -> CachedActivations:
-        return open_rows(Path(cache), place, seed)
+        return CachedActivations(cache, rows.hookpoints, seed=seed)
 
-    trained = Runs(list(train), opened_rows, _known(rows), path, command).train()
-    notes = {name: _read(folder / NOTES) for name, folder in trained.items()}
-    notes |= {name: _notes_of(sae) for name, sae in loaded.items()}
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    seeds = {each.name: each.seed for each in train}
-    opened = {name: SwitchSAE.from_pretrained(folder) for name, folder in trained.items()} | loaded
-    figures = _measure(opened, test, where)
+    trained = Runs(list(train), opened_rows, _known(rows), Path(folder), command).train()
+    opened = {name: SwitchSAE.from_pretrained(place) for name, place in trained.items()} | loaded
+    figures = _measure(opened, test, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on = _measured_on(test, rows)
-    if more is not None:
-        for name, found in more(opened).items():
+    if extra_measurements is not None:
+        for name, found in extra_measurements(opened).items():
+            # they bring fvu and the like of their own, measured on other rows
             figures[name] |= {key: value for key, value in found.items() if key in _PREDICTIONS}
             on["predictions"] = found["measured_on"]
-    entries = [
-        _entry(name, sae, notes[name], seeds.get(name), figures[name])
-        for name, sae in opened.items()
-    ]
-    return _write(path, entries, on, command)
+
+    seeds = {each.name: each.seed for each in train}
+    entries = [_entry(name, sae, seeds.get(name), figures[name]) for name, sae in opened.items()]
+    return _write(Path(folder), entries, on, command)
 
 
 def _known(rows: CachedActivations) -> dict[str, Any]:
-    """Fields of an SAE's config that the place gives."""
-    (place,) = rows.hookpoints
+    """The fields of an SAE's config that the rows decide."""
+    (hookpoint,) = rows.hookpoints
     lm = rows.manifest["lm"]
     known = {
-        "hidden_size": rows.hidden_size[place],
-        "hookpoint": place,
+        "hidden_size": rows.hidden_size[hookpoint],
+        "hookpoint": hookpoint,
         "base_model": lm["name"] or None,
         "base_model_revision": lm["revision"],
         "base_model_fingerprint": lm["fingerprint"],
@@ -118,7 +113,7 @@ def _known(rows: CachedActivations) -> dict[str, Any]:
 
 
 def _check_rows(rows: CachedActivations, test: CachedActivations) -> None:
-    """Raise unless the second cache is of other rows of the first's model and place."""
+    """Raise unless the caches hold different rows of one model and hookpoint."""
     if len(rows.hookpoints) > 1:
         raise HookpointError(
             f"{rows.folder} has activations of {', '.join(rows.hookpoints)}: choose one place."
@@ -141,22 +136,27 @@ def _check_rows(rows: CachedActivations, test: CachedActivations) -> None:
         )
 
 
-def _check_sae(name: str, sae: SwitchSAE, place: str, width: int, taken: set[str]) -> None:
-    if name in taken:
-        raise ConfigError(f"an SAE and a run are both named {name}: give one another name.")
-    if sae.config.hookpoint not in (None, place):
-        raise HookpointError(f"{name} reads {sae.config.hookpoint}; the rows are of {place}.")
-    if sae.config.hidden_size != width:
-        raise WidthError(
-            f"{name} has hidden_size={sae.config.hidden_size}; the rows are {width} wide."
-        )
+def _check_saes(saes: Mapping[str, SwitchSAE], rows: CachedActivations, taken: set[str]) -> None:
+    """Raise unless finished SAEs fit the rows, and have names of their own."""
+    ((hookpoint, width),) = rows.hidden_size.items()
+    for name, sae in saes.items():
+        if name in taken:
+            raise ConfigError(f"an SAE and a run are both named {name}: give one another name.")
+        if sae.config.hookpoint not in (None, hookpoint):
+            raise HookpointError(
+                f"{name} reads {sae.config.hookpoint}; the rows are of {hookpoint}."
+            )
+        if sae.config.hidden_size != width:
+            raise WidthError(
+                f"{name} has hidden_size={sae.config.hidden_size}; the rows are {width} wide."
+            )
 
 
 @torch.no_grad()
 def _measure(
-    saes: Mapping[str, SwitchSAE], test: CachedActivations, device: torch.device
+    saes: Mapping[str, SwitchSAE], test: CachedActivations, device: str | torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each, one after another, so that one is on the device at a time."""
+    """The figures of each SAE, one after another, so that only one is on the device at a time."""
     bound = min(float(sae.outlier_norm) for sae in saes.values())
     found = {}
     for name, sae in saes.items():
@@ -174,15 +174,15 @@ def _measure(
 def _entry(
     name: str,
     sae: SwitchSAE,
-    notes: Mapping[str, Any],
     seed: int | None,
     figures: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Of comparison.json."""
-    config = sae.config
+    """An SAE's entry in comparison.json."""
+    config, notes = sae.config, _notes_of(sae)
     tokens = int(figures["tokens"])
     if seed is None and notes:
-        seed = notes["arguments"].get("seed", _DEFAULT_SEED)  # noted where it is not the default
+        # training notes only those arguments that are not the default
+        seed = notes["arguments"].get("seed", _DEFAULT_SEED)
     return {
         "name": name,
         "label": label_of(config),
@@ -228,16 +228,12 @@ def _write(
         "comparisons": compared,
         "claims": claims_of(entries, compared),
     }
-    with written_beside(folder / COMPARISON) as beside:
-        beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / COMPARISON, found)
     return found
 
 
 def _notes_of(sae: SwitchSAE) -> dict[str, Any]:
-    """What training noted beside an SAE of a folder here, itself or in the place's subfolder."""
+    """What training noted beside an SAE, if that was loaded from a folder; {} otherwise."""
     source = Path(str(sae.config._name_or_path or ""))
-    return _read(source / NOTES) or _read(source / str(sae.config.hookpoint) / NOTES)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # the folder may be the SAE's own, or that of the release around it
+    return read_json(source / NOTES) or read_json(source / str(sae.config.hookpoint) / NOTES)

@@ -1,13 +1,14 @@
 """A planned run and a cache of activations -> a trained SAE in a folder of its own; resumable.
 
-<folder>/<name>/                config.json, model.safetensors, training.json, and last run.json
-<folder>/.runs/<name>/          checkpoints of a run that goes on
+<folder>/<name>/            config.json, model.safetensors, training.json; run.json comes last
+<folder>/.runs/<name>/      checkpoints of a run that is not finished
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from hf_switch_sae.comparison.plan import Planned
 from hf_switch_sae.errors import TrainingError
-from hf_switch_sae.files import written_beside
+from hf_switch_sae.files import write_json
 from hf_switch_sae.hub.layout import CONFIG
 from hf_switch_sae.training import CachedActivations, SwitchSAETrainer, SwitchSAETrainingArguments
 from hf_switch_sae.training.checkpoints import checkpoints_in
@@ -28,24 +29,24 @@ _RUNS = ".runs"
 
 
 class Runs:
-    """Trains the SAEs of a comparison that are not there yet, one after another.
+    """Trains those SAEs of a comparison that are not there yet, one after another.
 
     Args:
-        planned: what to train.
-        cache: opens the rows, with a seed of their order.
-        known: fields of every SAE's config that the place gives.
-        folder: of the comparison.
-        command: what was typed, to note beside each.
+        planned: the runs.
+        cache: a function from a seed to the rows, shuffled by it.
+        known: fields of every SAE's config that the rows decide.
+        folder: the comparison's folder.
+        command: the command line to note beside each SAE.
 
     Raises:
-        ConfigError: a run that makes no sense.
+        ConfigError: a run's arguments do not fit together.
         TrainingError: a folder holds another run's SAE, or there are fewer rows than a batch.
     """
 
     def __init__(
         self,
         planned: list[Planned],
-        cache: Any,
+        cache: Callable[[int], CachedActivations],
         known: dict[str, Any],
         folder: Path,
         command: str | None,
@@ -53,6 +54,7 @@ class Runs:
         self.planned, self.known = planned, known
         self._cache, self.folder, self.command = cache, folder, command
         rows = cache(0)
+        # the order of rows differs between seeds, the rows themselves do not
         identity = rows.state_dict()["identity"]
         self._rows = {name: value for name, value in identity.items() if name != "seed"}
         for each in planned:
@@ -64,14 +66,15 @@ class Runs:
                     f"{args.train_batch_size:,}: give a smaller per_device_train_batch_size, or a "
                     "larger cache."
                 )
-            for place in (folder / each.name, folder / _RUNS / each.name):
-                self._check_same(each, place)
+            for target in (folder / each.name, folder / _RUNS / each.name):
+                self._check_same(each, target)
 
     def train(self) -> dict[str, Path]:
-        """Name -> folder of each trained SAE."""
+        """Train, and return name -> folder of every planned SAE."""
         found = {}
         for at, each in enumerate(self.planned):
             target = self.folder / each.name
+            # written last, so the SAE beside it is complete
             if not (target / RUN).exists():
                 logger.warning(f"[{at + 1}/{len(self.planned)}] {each.name}")
                 self._train(each, target)
@@ -84,6 +87,7 @@ class Runs:
     def _train(self, planned: Planned, target: Path) -> None:
         working = self.folder / _RUNS / planned.name
         working.mkdir(parents=True, exist_ok=True)
+        # noted before the first checkpoint, so that no other run continues from it
         self._note(planned, working)
         config = planned.config(**self.known)
         trainer = SwitchSAETrainer(
@@ -104,18 +108,18 @@ class Runs:
         return SwitchSAETrainingArguments(**told, output_dir=str(working), seed=planned.seed)
 
     def _note(self, planned: Planned, folder: Path) -> None:
-        with written_beside(folder / RUN) as beside:
-            beside.write_text(json.dumps(self._identity(planned), indent=1) + "\n")
+        write_json(folder / RUN, self._identity(planned), indent=1)
 
     def _identity(self, planned: Planned) -> dict[str, Any]:
-        """JSON-able: what makes two runs the same."""
+        """JSON-able: equal for two runs exactly if they train the same SAE."""
         told = {"sae": planned.sae, "run": planned.run, "seed": planned.seed, "rows": self._rows}
         found: dict[str, Any] = json.loads(json.dumps(told, default=str))
         return found
 
     def _check_same(self, planned: Planned, place: Path) -> None:
-        """Raise TrainingError if a folder of that name is another run's."""
+        """Raise TrainingError if a folder is that of another run."""
         note = place / RUN
+        # an SAE without a note: either its run was stopped while saving, or it is somebody else's
         if not note.exists():
             if (place / CONFIG).exists() and not (self.folder / _RUNS / place.name).exists():
                 raise TrainingError(
@@ -124,6 +128,7 @@ class Runs:
                 )
             return
         there, here = json.loads(note.read_text()), self._identity(planned)
+        # how often something is logged or saved makes no other SAE
         other = [
             f"{name} was {there[part].get(name)!r} and is {here[part].get(name)!r}"
             for part in ("sae", "run")
@@ -137,12 +142,3 @@ class Runs:
                 f"{place} is of another run: {'; '.join(other)}. Choose another folder, remove "
                 "it, or give the run another name=..."
             )
-
-
-def open_rows(folder: Path, hookpoint: str | None, seed: int = 0) -> CachedActivations:
-    """A cache's rows of one place.
-
-    Raises:
-        StoreError, HookpointError: see `CachedActivations`; several places and none chosen.
-    """
-    return CachedActivations(folder, hookpoint, seed=seed)
