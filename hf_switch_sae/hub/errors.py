@@ -1,9 +1,9 @@
-"""What the Hub client raises -> one sentence that says what was refused and what to do.
+"""The Hub client's errors -> one sentence that says what was refused, and what to do.
 
-Beware A private repository and one that does not exist look alike to a stranger, and a gated one
-       is a RepositoryNotFoundError to the client: the order of the cases matters. What breaks on
-       the way to the Hub is no OSError to the client's HTTP library, and what breaks on this
-       machine's disk is one.
+Beware The order of the cases matters: a private repository looks to a stranger like one that does
+       not exist, and to the client a gated one is a kind of RepositoryNotFoundError. An OSError may
+       come from this machine's disk or from the network, and the client's HTTP library has network
+       errors of its own, which are no OSErrors.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from huggingface_hub.errors import (
 from hf_switch_sae.errors import HubError
 
 _ON_THE_WAY: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What the client's HTTP library raises: its base class, under whatever name it is installed."""
+"""The base of all errors of the client's HTTP library, whichever library that is."""
 _NETWORK = (ConnectionError, TimeoutError, socket.gaierror, socket.herror, ssl.SSLError)
-_NO_WAY = {errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL}
+_UNREACHABLE = {errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _STATUS = {
-    400: "the Hub calls the request wrong",
+    400: "the Hub finds the request invalid",
     401: "the Hub wants a token: log in with `hf auth login`, or pass token=",
     403: "your token may not do that: it needs access to this repository, and write rights to push",
     404: "there is no such address",
@@ -52,7 +52,7 @@ def plain_hub_errors(repo_id: str, what: str) -> Iterator[None]:
     except HubError:
         raise
     except (_ON_THE_WAY, HFValidationError, EntryNotFoundError, OSError, RuntimeError) as err:
-        # the client wraps what stopped an upload in a RuntimeError of its own
+        # if an upload stops, the client wraps the error in a RuntimeError
         cause = err.__cause__ if isinstance(err, RuntimeError) else err
         if not isinstance(cause, Exception):
             raise
@@ -92,8 +92,8 @@ def _reason(err: Exception) -> str:
 
 
 def _is_of_this_machine(err: OSError) -> bool:
-    """Whether it is about a file rather than the network: those have error numbers too."""
-    return not (isinstance(err, _NETWORK) or err.errno is None or err.errno in _NO_WAY)
+    """Whether an OSError is about a file rather than the network, whose errors have numbers too."""
+    return not (isinstance(err, _NETWORK) or err.errno is None or err.errno in _UNREACHABLE)
 
 
 def _last_line(err: Exception) -> str:

@@ -1,10 +1,10 @@
-"""Where a checkpoint lies -> its files, fetched one by one as a format asks for them.
+"""The address of a checkpoint -> its files, fetched one by one as a format asks for them.
 
-A source is a local folder, a single file in one, or a place in a Hub repository at one commit,
-which is settled before the first file is fetched and is what provenance records.
+A source is a local folder, a single file in one, or a folder in a Hub repository at one commit.
+That commit is settled before the first file is fetched, and provenance records it.
 
-Beware A listing comes from strangers: a name that climbs out of its folder is refused before it
-       reaches the file system.
+Beware Strangers wrote the names of files on the Hub: one that climbs out of its folder is refused
+       before it reaches the file system.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SOURCE_KEYWORDS = (
     "force_download",
     "local_files_only",
 )
-"""Arguments that say where to look: those of `open_source`."""
+"""The arguments of `open_source` that say where to look."""
 _BLOCK = 2**18
 """Bytes that a request for a part of a file on the Hub fetches."""
 
@@ -43,8 +43,8 @@ class Source:
 
     Args:
         name: folder or Hub repository, as the user wrote it.
-        subfolder: the folder within it, "" for itself.
-        files: names within the subfolder; one only, if a file was named.
+        subfolder: the folder within it, "" for the top.
+        files: names within the subfolder; only one, if a single file was asked for.
         revision: the commit; None for a local folder.
         hub: keywords of `hf_hub_download`; None for a local folder.
     """
@@ -58,13 +58,13 @@ class Source:
 
     @property
     def where(self) -> str:
-        """Everything the address says, for formats that keep layer or k in it."""
+        """The whole address; some formats keep the layer or k in it."""
         name = self.name if self.hub is not None else str(Path(self.name).absolute())
         return "/".join(part for part in (name, self.subfolder) if part)
 
     @property
     def folder_name(self) -> str:
-        """The last folder of the address: with many SAEs in a repository, it names the place."""
+        """The last folder of the address; in a repository of many SAEs, it names the hookpoint."""
         return self.where.rstrip("/").rpartition("/")[2]
 
     def path(self, file: str) -> Path:
@@ -103,16 +103,21 @@ class Source:
                 yield cast(BinaryIO, stream)
 
     def within(self, folder: str) -> Source:
-        """A folder of this source as a source of its own, of the same commit; lists nothing."""
+        """A folder of this source as a source of its own, at the same commit.
+
+        It asks the Hub for nothing.
+        """
         _, files = _under(folder, list(self.files), self.name)
         inner = "/".join(part for part in (self.subfolder, folder) if part)
         return replace(self, subfolder=inner, files=files, _held={})
 
     def names(self, file: str) -> frozenset[str]:
-        """Strings in a .pt file, the names of its tensors among them; reads no tensor if it can.
+        """The strings in a .pt file, among them the names of its tensors.
+
+        The tensors are not read, except in a file from before torch 1.6.
 
         Raises:
-            ConversionError: it is damaged, or holds code.
+            ConversionError: the file is damaged, or holds code.
         """
         key = f"names in {file}"
         if key not in self._held:
@@ -123,10 +128,10 @@ class Source:
         return names
 
     def json(self, file: str) -> dict[str, Any]:
-        """A JSON object; {} if there is no such file.
+        """The object in a JSON file; {} if there is no such file.
 
         Raises:
-            ConversionError: it is no JSON object.
+            ConversionError: the file holds something else.
         """
         if file not in self.files:
             return {}
@@ -141,10 +146,10 @@ class Source:
         return dict(self._held[file])
 
     def section(self, file: str, name: str) -> dict[str, Any]:
-        """An object within a JSON file; {} if file or object are not there.
+        """The object under a name in a JSON file; {} if there is no such file, or no such name.
 
         Raises:
-            ConversionError: it is something else.
+            ConversionError: there is something else under that name.
         """
         value = self.json(file).get(name) or {}
         if not isinstance(value, dict):
@@ -152,10 +157,10 @@ class Source:
         return value
 
     def tensors(self, file: str) -> Tensors:
-        """What a weights file holds; read once.
+        """The tensors of a weights file, which is read only once.
 
         Raises:
-            ConversionError: it is not there, or is refused (see `read_tensors`).
+            ConversionError: it is not there, or it is refused (see `read_tensors`).
         """
         if file not in self.files:
             raise ConversionError(f"{self.where} has no file {file!r}: {', '.join(self.files)}.")
@@ -164,19 +169,19 @@ class Source:
         return Tensors(self._held[file], f"{self.where}/{file}")
 
     def folders(self) -> list[str]:
-        """Folders with weights in them, sorted; "" is this one."""
-        # Llama Scope's weights lie a folder below its config, which is the one to name
+        """Folders with weights in them, sorted; "" is the source's own."""
+        # Llama Scope's weights lie a folder below its config, and the config's folder is the SAE's
         places = (f.removesuffix(LLAMA_SCOPE_WEIGHTS) for f in self.files if f.endswith(WEIGHTS))
         return sorted({place.rpartition("/")[0] for place in places})
 
     def weight_files(self, *suffixes: str) -> list[str]:
-        """Files right in this folder that end so."""
+        """Files with one of these endings, directly in this folder."""
         return [name for name in self.files if name.endswith(suffixes) and "/" not in name]
 
     def provenance(self) -> dict[str, Any]:
-        """What `SwitchSAEConfig.source` records of this place."""
+        """What `SwitchSAEConfig.source` records of this source."""
         if self.hub is None:
-            return {"folder": self.folder_name}  # where it lies is nobody else's business
+            return {"folder": self.folder_name}  # the rest of the path is nobody else's business
         known = {"repo": self.name, "revision": self.revision, "path": self.subfolder}
         return {key: value for key, value in known.items() if value}
 
@@ -191,20 +196,22 @@ def open_source(
     local_files_only: bool = False,
     whole: bool = False,
 ) -> Source:
-    """Find the files of a checkpoint, without reading any.
+    """List the files of a checkpoint, without reading any.
 
     Args:
         name: a local folder or file, or a Hub repository.
         subfolder: a folder in it, or a single file.
-        revision: branch, tag or commit of a repository; settled to its commit.
-        token, cache_dir, force_download, local_files_only: as of `hf_hub_download`.
-        whole: leave the subfolder out, to see what else there is.
+        revision: branch, tag or commit of a repository; its commit is settled here.
+        token, cache_dir, force_download, local_files_only: as in `hf_hub_download`.
+        whole: ignore the subfolder, to see what else there is.
 
     Raises:
-        ConversionError: a path that climbs out of the folder, or no such folder.
+        ConversionError: there is no such folder, or a path climbs out of it.
         HubError: the repository can't be listed.
     """
     subfolder = "" if whole else check_inside(subfolder, "subfolder")
+
+    # a local path goes before a repository of the same name
     local = Path(name)
     if local.is_file():
         return Source(str(local.parent), "", (local.name,))
@@ -213,6 +220,8 @@ def open_source(
         return Source(str(name), *_under(subfolder, everything, str(name)))
     if local.is_absolute() or str(name).startswith("."):
         raise ConversionError(f"there is no folder {name}.")
+
+    # on the Hub: all files and the commit in one request, or from the cache without any
     hub = {"token": token, "cache_dir": cache_dir, "force_download": force_download}
     if local_files_only or constants.is_offline_mode():
         commit, everything = _cached(str(name), revision or "main", cache_dir)
@@ -225,10 +234,10 @@ def open_source(
 
 
 def check_inside(path: str, what: str) -> str:
-    """The path, tidied, if it stays within the folder it is relative to.
+    """A relative path, tidied.
 
     Raises:
-        ConversionError: it climbs out.
+        ConversionError: it climbs out of the folder that it is relative to.
     """
     pure = PurePosixPath(path.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or (pure.parts and ":" in pure.parts[0]):
@@ -237,7 +246,7 @@ def check_inside(path: str, what: str) -> str:
 
 
 def _under(subfolder: str, everything: list[str], name: str) -> tuple[str, tuple[str, ...]]:
-    """(folder, files in it) for a subfolder, or for a single file named as one."""
+    """The folder and the files in it, for a subfolder or for a single file."""
     for file in everything:
         check_inside(file, f"a file of {name}")
     if subfolder in everything:
@@ -249,10 +258,10 @@ def _under(subfolder: str, everything: list[str], name: str) -> tuple[str, tuple
 
 
 def _cached(name: str, revision: str, cache_dir: str | Path | None) -> tuple[str | None, list[str]]:
-    """The commit and the files of a repository that the cache has.
+    """The commit of a repository, and its files, as the client's cache has them.
 
     Raises:
-        HubError: it has none.
+        HubError: the cache has nothing of that revision.
     """
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
     folder = cache / repo_folder_name(repo_id=name, repo_type="model")
@@ -270,6 +279,6 @@ def _cached(name: str, revision: str, cache_dir: str | Path | None) -> tuple[str
 
 
 def listed_folders(source: Source, most: int = 12) -> str:
-    """The folders below a source that have weights, for an error; "" if there are none."""
+    """The folders of a source that have weights, for an error message; "" if there are none."""
     found = [folder for folder in source.folders() if folder]
     return ", ".join(found[:most] + ["..."] * (len(found) > most))

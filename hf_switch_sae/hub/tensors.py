@@ -1,8 +1,8 @@
-"""A file of weights -> named tensors, none of which was executed, guessed or silently dropped.
+"""A file of weights -> named tensors. No code in it is run, and no tensor is silently dropped.
 
 Beware `.pt` is a pickle: it is read with weights_only=True, which runs no code, and `.npz` with
-       allow_pickle=False. Orientation is told by a tensor's name, never by its shape: a square
-       matrix would lie.
+       allow_pickle=False. A tensor's name tells which way round it is, never its shape: a square
+       matrix fits both ways.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import Tensor
 from hf_switch_sae.errors import ConversionError
 
 _MOST_PICKLE = 2**24
+"""Bytes of a pickle that is still taken apart for its strings."""
 
 
 class Tensors:
-    """What a file holds, by name; a reader takes each tensor once, then calls `finish`."""
+    """The content of a file, by name. A reader takes each tensor once, then calls `finish`."""
 
     def __init__(self, held: Mapping[str, Any], where: str) -> None:
         self.held, self.where = dict(held), where
@@ -35,10 +36,10 @@ class Tensors:
         return name in self.held
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor of that name, which must have that shape; None in `shape` allows any size.
+        """The tensor of a name, which must have a shape; None in `shape` allows any size.
 
         Raises:
-            ConversionError: it is not there, no floating tensor, of another shape, or not finite.
+            ConversionError: it is missing, of another shape, not floating, or not finite.
         """
         value = self.held.get(name)
         if not isinstance(value, Tensor):
@@ -50,7 +51,7 @@ class Tensors:
             want in (None, size) for want, size in zip(shape, found, strict=True)
         )
         if not fits:
-            turned = " It is the other way round (transposed)?" if found[::-1] == shape else ""
+            turned = " Is it the other way round (transposed)?" if found[::-1] == shape else ""
             raise ConversionError(
                 f"{name!r} in {self.where} is {list(found)}, and should be "
                 f"{['any' if size is None else size for size in shape]}.{turned}"
@@ -63,10 +64,10 @@ class Tensors:
         return value.detach()
 
     def number(self, name: str) -> float | None:
-        """A scalar by name, tensor or plain; None if it is not there.
+        """The number under a name, a scalar tensor or a plain one; None if there is nothing.
 
         Raises:
-            ConversionError: it is there and no scalar.
+            ConversionError: there is something else.
         """
         if name not in self.held:
             return None
@@ -79,12 +80,12 @@ class Tensors:
         raise ConversionError(f"{name!r} in {self.where} is no single number.")
 
     def plain(self, name: str) -> Any:
-        """What is stored under a name, whatever it is; None if nothing is."""
+        """Whatever is stored under a name; None if nothing is."""
         self._taken.add(name)
         return self.held.get(name)
 
     def finish(self, ignored: Collection[str] = ()) -> None:
-        """Raise ConversionError if something in the file was neither taken nor is ignored."""
+        """Raise ConversionError if anything in the file was neither taken nor ignored."""
         left = self.held.keys() - self._taken - set(ignored)
         if left:
             raise ConversionError(
@@ -94,10 +95,11 @@ class Tensors:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """What a .safetensors, .npz, .pt or .pth file holds, on the CPU.
+    """The content of a .safetensors, .npz, .pt or .pth file, on the CPU.
 
     Raises:
-        ConversionError: pickled code, a damaged file, no dict of tensors, or another kind of file.
+        ConversionError: the file is damaged, holds code or something other than named tensors, or
+            is of another kind.
     """
     try:
         if path.suffix == ".safetensors":
@@ -114,7 +116,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise
     except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError) as err:
         raise ConversionError(f"{path.name} can't be read: {_first_line(err)}") from err
-    except Exception as err:  # a damaged pickle makes its reader raise what it likes
+    except Exception as err:  # a damaged pickle may raise anything at all
         raise ConversionError(
             f"{path.name} holds more than plain tensors, numbers and strings (pickled code, or "
             f"damage), so it was not read and nothing was executed: {_first_line(err)}"
@@ -125,10 +127,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def strings_in(file: BinaryIO) -> frozenset[str] | None:
-    """The strings of a .pt file, the names of its tensors among them, without reading a tensor.
+    """The strings in a .pt file, among them the names of its tensors, without reading a tensor.
 
-    Its pickle is taken apart, not run. None for a file from before torch 1.6, which has its tensors
-    within the pickle, or a damaged one: `read_tensors` will tell.
+    Its pickle is taken apart, not run.
+
+    Returns:
+        None for a file from before torch 1.6, whose tensors are within the pickle, and for a
+        damaged one; `read_tensors` tells which.
     """
     try:
         with ZipFile(file) as held:
