@@ -204,7 +204,7 @@ def test_a_cache_of_another_model_is_refused(lm, tmp_path):
     ("words", "error", "message"),
     [
         (("--k", 40), ConfigError, r"k=40 is outside 1 to 8"),
-        (("--num_feature", 64), ConfigError, "no option --num_feature; did you mean --num_featur"),
+        (("--num_feature", 64), ConfigError, "no option --num_feature; did you mean --num_feature"),
         (("--learning_rate", "fast"), ConfigError, "learning_rate.*invalid"),
         (("--layer", 9), HookpointError, "9"),
         (("--weight_decay", 0.1), ConfigError, "weight_decay=0.1 has no meaning"),

@@ -160,7 +160,7 @@ def test_a_session_gives_its_edits_as_a_recipe(tmp_path):
         '{"sae": "a", "edits": [{"edit": "Steer", "features": 1, "positions": {"mask": "x"}}]}',
         '{"sae": "a", "edits": [{"edit": "Patch", "source": {"acts": [[1.0]], "ids": [[1, 2]]}}]}',
         '{"sae": "a", "edits": [{"edit": "Patch", "source": 3}]}',
-        '{"sae": "a", "edits": [], "colour": "red"}',
+        '{"sae": "a", "edits": [], "color": "red"}',
     ],
 )
 def test_what_is_not_a_recipe_is_an_edit_error(tmp_path, text):

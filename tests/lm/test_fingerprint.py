@@ -46,7 +46,7 @@ def test_a_fingerprint_is_json_of_a_few_numbers(kind):
 @pytest.mark.parametrize("head", [AutoModel, AutoModelForCausalLM])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "gemma3", "mamba"])
-def test_a_saved_copy_is_recognised(tmp_path, kind, dtype, head):
+def test_a_saved_copy_is_recognized(tmp_path, kind, dtype, head):
     lm = tiny.ALL[kind]()
     sae = tiny.sae_for(lm)
     lm.save_pretrained(tmp_path / "elsewhere")
@@ -92,7 +92,7 @@ def test_wrappers_hide_no_model(lm):
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
-def test_an_offloaded_model_is_recognised_and_another_is_not(tmp_path, lm, where):
+def test_an_offloaded_model_is_recognized_and_another_is_not(tmp_path, lm, where):
     def offloaded(model: nn.Module) -> nn.Module:
         if where == "cpu":
             return cpu_offload(model, torch.device("cpu"))

@@ -161,7 +161,7 @@ def test_relu_topk_never_selects_nan_and_orders_extremes(dtype):
         assert_same_selection(pre, k)
 
 
-def test_relu_topk_tells_neighbouring_floats_apart():
+def test_relu_topk_tells_neighboring_floats_apart():
     one = torch.tensor(1.0)
     steps = [one]
     for _ in range(40):

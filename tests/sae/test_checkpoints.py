@@ -201,7 +201,7 @@ def test_loading_allocates_no_weights_beside_those_of_the_file(monkeypatch, tmp_
     size = (tmp_path / "model.safetensors").stat().st_size
     with Allocated() as fresh:
         SwitchSAE(settings)
-    assert fresh.bytes > size  # the count does see an initialisation
+    assert fresh.bytes > size  # the count does see an initialization
 
     with Allocated() as loading:
         SwitchSAE.from_pretrained(tmp_path, expert_groups=groups)

@@ -177,7 +177,7 @@ def test_a_detached_session_says_so(lm, sae):
     session.detach()
     session.detach()
     assert session.features.shape == (2, 8)  # what it saw can still be read
-    with pytest.raises(AttachError, match="this session is detached, so its edits would do nothin"):
+    with pytest.raises(AttachError, match="detached, so its edits would do nothing"):
         session.edit(raw())
     with pytest.raises(AttachError, match="attach again for a new one"):
         session.__enter__()

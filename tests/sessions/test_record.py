@@ -195,7 +195,7 @@ def test_edits_of_an_open_session_do_not_act_on_what_is_recorded(tmp_path):
     assert live.num_tokens == len(DOCUMENTS[0])
 
 
-def test_the_commit_an_sae_was_loaded_at_is_noted_unless_it_is_another_repositorys(tmp_path):
+def test_the_commit_an_sae_was_loaded_at_is_noted_unless_it_is_of_another_repository(tmp_path):
     lm = tiny.llama()
     sae = tiny.sae_for(lm)
     sae.config.source = {"repo": "org/sae", "revision": "0123abcd"}

@@ -188,7 +188,7 @@ def test_rows_that_are_not_finite_stop_the_run_and_are_named(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     run = trainer(tmp_path, **SAVING, learning_rate=1e38, warmup_steps=0, max_grad_norm=0)
-    with pytest.raises(NonFiniteError, match="ower the learning rate"):
+    with pytest.raises(NonFiniteError, match=r"(Lower|lower) the learning rate"):
         run.train()
     assert checkpoints.checkpoints_in(tmp_path) == []
 
