@@ -23,6 +23,7 @@ test: .venv-test/.filled
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/typos
 	.venv-test/bin/mypy
+	.venv-test/bin/mypy tests/typed.py
 	.venv-test/$(BUILD_DOCS)
 	.venv-test/bin/python -m pytest -m "not gpu" -n logical --maxprocesses 8 --dist worksteal
 

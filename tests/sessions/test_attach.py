@@ -282,6 +282,23 @@ def test_two_places_at_once_equal_two_nested_sessions(lm):
         assert torch.equal(logits(lm), together)
 
 
+def test_a_mapping_of_one_sae_is_a_mapping_still(lm, tmp_path):
+    sae, name = tiny.sae_for(lm, 2), "layers.2.resid_post"
+    with attach(lm, sae) as alone:
+        logits(lm)
+        features = alone.features.to_dense()
+    with attach(lm, {2: sae}) as session:
+        session.edit(raw())  # there is one place, so it need not be named
+        logits(lm)
+        assert list(session.features) == [name]
+        assert torch.equal(session.features[name].to_dense(), features)
+        assert session.edits == {name: (raw(),)}
+        with session.record(tmp_path) as stores:
+            logits(lm)
+        assert list(stores) == [name]
+        assert stores[name].path == tmp_path / name
+
+
 def test_a_splice_replaces_the_stream_by_its_reconstruction(lm, sae):
     with hook_residual(lm, 2, lambda x: sae(x).reconstruction):
         want = logits(lm, {"input_ids": tiny.prompts(8)[0][None]})

@@ -128,6 +128,17 @@ def test_several_hookpoints_are_recorded_in_one_pass_to_stores_of_their_own(tmp_
     assert len(calls) == 2 * batches
 
 
+def test_a_mapping_of_one_sae_gives_a_mapping_and_a_folder_of_its_name(tmp_path):
+    lm = tiny.llama()
+    sae, name = tiny.sae_for(lm, 2), "layers.2.resid_post"
+
+    found = record(lm, {2: sae}, DOCUMENTS, tmp_path / "s", **OPTIONS)
+
+    assert list(found) == [name]
+    assert found[name].path == tmp_path / "s" / name
+    check_rows(found[name], reference(lm, sae, DOCUMENTS))
+
+
 def test_a_shard_that_only_one_of_two_stores_has_is_made_again_for_the_other(tmp_path):
     lm = tiny.llama()
     saes = {1: tiny.sae_for(lm, 1), 2: tiny.sae_for(lm, 2)}
