@@ -60,6 +60,7 @@ def cache(
 
     What is in the cache already is not computed again.
     """
+    # only as many blocks are loaded as it takes to read the deepest hookpoint
     places = [int(place) if place.isdecimal() else place for place in layer]
     model, tokenizer = load_lm(
         lm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,22 +106,8 @@ def compare_saes(
     ...). The words of --train are such fields, for one SAE.
     """
     run, of_sae, seeds = _told(context)
-    told: list[Any] = list(train or [])
-    if named is not None:
-        if named not in SETS or width is None:
-            raise ConfigError(
-                f"--set {named} needs a --width; the sets are {', '.join(SETS)}."
-                if named in SETS
-                else f"no set {named!r}; there are {', '.join(SETS)}."
-            )
-        told = [
-            *SETS[named](width, experts, int(of_sae.get("k") or 32), preset != "published"),
-            *told,
-        ]
-    elif width is not None:
-        raise ConfigError(f"--width {width} is of a set: give --set {next(iter(SETS))}.")
-
-    planned = plan(told, of_sae, run, seeds, preset)
+    in_set = _set(named, width, experts, int(of_sae.get("k") or 32), preset)
+    planned = plan([*in_set, *(train or [])], of_sae, run, seeds, preset)
     if dry_run:
         for each in planned:
             print(each.name)
@@ -147,6 +134,19 @@ def compare_saes(
     figures = plots.draw_comparison(found, to / FIGURES) if can_draw else []
     for file in [to / COMPARISON, *figures]:
         print(file)
+
+
+def _set(name: str | None, width: int | None, experts: int, k: int, preset: str) -> Sequence[Any]:
+    """The SAEs of a set, as `plan` takes them; none if no set is asked for."""
+    if name is None:
+        if width is not None:
+            raise ConfigError(f"--width {width} is of a set: give --set {next(iter(SETS))}.")
+        return ()
+    if name not in SETS:
+        raise ConfigError(f"no set {name!r}; there are {', '.join(SETS)}.")
+    if width is None:
+        raise ConfigError(f"--set {name} needs a --width; the sets are {', '.join(SETS)}.")
+    return SETS[name](width, experts, k, preset != "published")
 
 
 def _load(address: str) -> tuple[str, SwitchSAE]:

@@ -71,13 +71,14 @@ def convert(
     }
     where: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     if to is not None:
-        with_to = {"--format": format, "--lm": lm, "--gguf-file": gguf_file, "--text": text}
-        if asked := [option for option, value in with_to.items() if value is not None]:
+        only_without_to = {"--format": format, "--lm": lm, "--gguf-file": gguf_file, "--text": text}
+        if asked := [option for option, value in only_without_to.items() if value is not None]:
             raise typer.BadParameter(f"{', '.join(asked)} can't go together with --to.")
-        writer_of(to)  # before anything is fetched
+        writer_of(to)  # an unknown format is an error before anything is fetched
         for note in export_sae(_load(source, where, given), folder, to):
             print(note)
         return
+
     if (lm is None) != (text is None):
         raise typer.BadParameter("--lm and --text go together: a model, and ordinary text for it.")
     if gguf_file is not None and lm is None:

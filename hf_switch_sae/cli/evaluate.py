@@ -76,7 +76,7 @@ def evaluate_sae(
 
     That is FVU, L0, the share of dead features, CE recovered and KL.
     """
-    # wrong addresses are told before anything is loaded
+    # addresses are checked before anything is loaded
     named = _addresses(sae, subfolder, also or [], write)
     process = Accelerator(cpu=not torch.accelerator.is_available())  # joins those of a launcher
     settings = ActivationSettings(

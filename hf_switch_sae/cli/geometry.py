@@ -53,6 +53,8 @@ def geometry(
         seed=seed,
     )
     files = found.save(folder)
+
+    # what calibration and training left beside the SAE is drawn along
     if figures:
         files += plots.draw_geometry(found, folder / FIGURES, _tell)
         files += plots.draw_sae(

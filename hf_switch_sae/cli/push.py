@@ -32,6 +32,7 @@ def push(
     """
     if not path.exists():
         raise HubError(f"there is no folder or file {path} to push.")
+    # a file is a recipe; it joins a repository that is there, so a release's options mean nothing
     if path.is_file():
         if repo is None:
             raise typer.BadParameter(f"say where the recipe goes: push {path} OWNER/REPO")

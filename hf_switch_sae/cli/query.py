@@ -40,6 +40,7 @@ def query(
 
     Without --feature, --coactivation or --text, it says what the store holds.
     """
+    # one question at a time, or none
     if quantiles and feature is None:
         raise SwitchSAEError("--quantiles samples a feature's range: say which, with --feature.")
     if sum(asked is not None for asked in (feature, coactivation, text)) > 1:
@@ -62,6 +63,7 @@ def query(
         _show([_companion(each) for each in found_on], as_json)
     elif quantiles:
         assert feature is not None
+        # sample() takes the lines for each of five quantiles
         found = opened.sample(feature, n=max(1, n // 5), context=context)
         _show([_hit(hit, opened.tokenizer) for hits in found.values() for hit in hits], as_json)
     else:
@@ -89,7 +91,7 @@ def _nothing_on(text: str) -> str:
     said = f"{text!r} does not occur in the store as these tokens, or nothing fires on it."
     if text.startswith(" "):
         return said
-    return f"{said} Inside a text a word begins with its space: --text {' ' + text!r}."
+    return f"{said} Inside a text, a word begins with its space: --text {' ' + text!r}."
 
 
 def _hit(hit: Hit, tokenizer: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def record_corpus(
     What is in the store already is not recorded again.
     """
     switch_sae = load_sae(sae, subfolder)
+    # the language model that the SAE was made for, unless another is named
     name = lm or switch_sae.config.base_model
     if name is None:
         raise SwitchSAEError("the SAE's config names no language model: give one with --lm.")
@@ -93,6 +94,7 @@ def record_corpus(
         allow_mismatch=allow_mismatch,
     )
     assert isinstance(found, FeatureStore)
+
     # of several processes, the first to end sees only a part of what there will be
     alone = world == 1
     if index and alone and found.shards:

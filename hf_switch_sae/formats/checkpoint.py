@@ -92,8 +92,8 @@ class Given:
         )
 
     def _check_layer(self, found: str, source: Source) -> None:
-        parts = found.split(".")
-        if str(self.layer) not in parts:
+        # `found` may be a path within a block, which `layer_of` does not parse
+        if str(self.layer) not in found.split("."):
             raise ConversionError(
                 f"layer={self.layer} contradicts {source.where}, which is of {found}; "
                 "pass hookpoint= if you mean to use it elsewhere."
@@ -124,15 +124,19 @@ class Checkpoint:
         """The SAE, in float32 unless a dtype is given or its weights share a 16-bit one."""
         sae = SwitchSAE(SwitchSAEConfig(**self.config))
         sae.train(False)
+
+        # router.weight is found among the parameters, everything else is an attribute of the SAE
         parameters = dict(sae.named_parameters())
         with torch.no_grad():
             for name, value in self.weights.items():
                 target = parameters[name] if "." in name else getattr(sae, name)
                 target.copy_(value)
-        mine = [self.weights[n] for n in ("W_enc", "W_dec", "b_enc", "b_dec") if n in self.weights]
-        shared = {weight.dtype for weight in mine}
-        if dtype is None and len(shared) == 1 and mine[0].element_size() == 2:
-            dtype = shared.pop()
+
+        # a checkpoint whose matrices and biases share a 16-bit dtype stays in it
+        names = ("W_enc", "W_dec", "b_enc", "b_dec")
+        dtypes = {self.weights[name].dtype for name in names if name in self.weights}
+        if dtype is None and len(dtypes) == 1 and next(iter(dtypes)).itemsize == 2:
+            dtype = dtypes.pop()
         if dtype is not None:
             sae.to(dtype)  # type: ignore[arg-type]
         return sae
@@ -212,6 +216,7 @@ def origin_fields(
     Raises:
         ConversionError: neither files nor user tell the hookpoint.
     """
+    # "gpt2-small" or "google/x/y" is no repository, whatever project calls its model so
     is_hub_id = isinstance(base_model, str) and base_model.count("/") == 1
     known = {**source.provenance(), "format": format, "model_name": base_model, **origin}
     return {

@@ -66,10 +66,12 @@ def read(source: Source, given: Given) -> Checkpoint:
     k = _k(kind, tensors, trainer, source, given)
     threshold = _threshold(kind, tensors, F, source, given)
     weights: dict[str, Tensor] = {"W_enc": W_enc}
+    # a gated one is taken over as the JumpReLU one that equals it
     if kind == "GatedAutoEncoder":
         gate, mag, r = (tensors.take(name, F) for name in ("gate_bias", "mag_bias", "r_mag"))
         weights = gated(W_enc, gate, mag, r)
         b_enc, threshold = weights["b_enc"], weights["threshold"]
+    # k and threshold may be stored twice, in the weights and in the config; `_k` has compared them
     by_k = _rule_of(kind) in ("topk", "batch_topk")
     tensors.finish(("k", "group_sizes", "threshold") if by_k else ())
 

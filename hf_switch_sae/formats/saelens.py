@@ -82,7 +82,8 @@ def read(source: Source, given: Given) -> Checkpoint:
     d, F = W_enc.shape
     W_dec, b_dec = tensors.take("W_dec", F, d), tensors.take("b_dec", d)
     scale, norm = _scale(cfg, source, given)
-    # files from before 6.0 may not tell; SAELens then subtracted
+
+    # files from before 6.0 may not tell whether b_dec is subtracted; SAELens then did so
     subtract = bool(cfg.get("apply_b_dec_to_input", True))
     by_norm = bool(cfg.get("rescale_acts_by_decoder_norm", False))
     weights, rule = _rule(kind, tensors, F, k, W_enc, W_dec if by_norm else None)
@@ -96,7 +97,7 @@ def read(source: Source, given: Given) -> Checkpoint:
         kept = acts / dec.norm(dim=1) if by_norm else acts
         return acts, (kept @ dec + b_dec.float()) / scale * size + shift
 
-    # at the ends of a block TransformerLens' name is exact; within a block, the module's path is
+    # at the ends of a block, TransformerLens' name is exact; within a block, the module's path is
     place = from_transformer_lens(metadata.get("hook_name"))
     if place is None and metadata.get("hf_hook_name"):
         place = from_module_path(metadata["hf_hook_name"])
@@ -110,6 +111,7 @@ def read(source: Source, given: Given) -> Checkpoint:
         hook_name=metadata.get("hook_name"),
         architecture=kind,
     )
+    # acts divided by a row's norm, times the row: acts times a row of length 1
     ours = OneExpert(
         weights.get("W_enc", W_enc.T),
         dec / dec.norm(dim=1, keepdim=True) if by_norm else W_dec,
@@ -215,6 +217,7 @@ def _rule(
             W_enc.T, gate, mag, r
         ), lambda xW: (xW + gate.float() > 0) * (r.float().exp() * xW + mag.float()).relu()
     b_enc = tensors.take("b_enc", F)
+    # to scale what goes into the rule by the norms is to scale encoder rows and biases by them
     norm = None if by_norm_of is None else by_norm_of.float().norm(dim=1)
     ours = {"b_enc": b_enc}
     if norm is not None:

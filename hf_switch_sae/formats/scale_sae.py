@@ -52,6 +52,8 @@ def read(source: Source, given: Given) -> Checkpoint:
     gate_bias, b_gate = tensors.take("gate.bias", E), tensors.take("b_gate", d)
     rows, bias, W_dec = _experts(tensors, E, d)
     tensors.finish(_UNUSED)
+
+    # what the tensors don't tell
     told = integer(trainer.get("e"), "e", source.where)
     if given.settle("experts_per_token", told, source) != 1:
         raise ConversionError(
@@ -91,6 +93,7 @@ def _experts(tensors: Tensors, E: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, biases, decoders = [], [], []
     m: int | None = None
     for e in range(E):
+        # the low pass keeps the rows' mean, and omega scales what differs from it
         W = tensors.take(f"expert_modules.{e}.encoder.weight", m, d).float()
         m = len(W)
         mean = W.mean(0)

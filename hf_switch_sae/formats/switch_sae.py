@@ -71,6 +71,7 @@ def read(source: Source, given: Given) -> Checkpoint:
     k = given.settle("k", integer(trainer.get("k"), "k", source.where), source)
     heaviside = given.settle("heaviside", trainer.get("heaviside"), source)
 
+    # every expert encodes every token here; all but the chosen one have the weight 0
     def formula(x: Tensor) -> tuple[Tensor, Tensor]:
         probs = ((x - b_router.float()) @ router.float().T).softmax(-1)
         top, expert = probs.max(-1, keepdim=True)
@@ -84,6 +85,7 @@ def read(source: Source, given: Given) -> Checkpoint:
 
     their_name, layer = trainer.get("submodule_name"), trainer.get("layer")
     place = place_of(trainer)
+    # a config without a submodule's name may still have the layer
     if place is None and their_name is None and isinstance(layer, int):
         place = hookpoint_of(layer)  # what the paper's scripts hook: transformer.h[layer]
     config = {

@@ -84,7 +84,7 @@ def training_curves(run: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[fl
     A run of several SAEs logs figures of each; these are of the SAE whose hookpoint the notes name.
     """
     log = run.get("log") or []
-    # logs of some runs count steps only
+    # the entry of an evaluation has its step, but not the tokens seen until then
     a_step = run.get("tokens", 0) / max(run.get("steps", 0), 1)
     prefix = f"{run.get('hookpoint')}/"
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
