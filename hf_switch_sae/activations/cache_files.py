@@ -61,6 +61,7 @@ class Shard:
         Raises:
             StoreError: a file is damaged or missing.
         """
+        # rows after a gap would be harvested again by a resume, and be there twice
         paths = sorted(folder.glob("rows-*.safetensors"))
         for number, path in enumerate(paths):
             if path.name != shard_name(number):
@@ -97,6 +98,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as err:
         raise StoreError(f"{path} can't be read ({err}); it is no cache's, or damaged.") from err
+    # the format first: what another program has written need not have a version
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise StoreError(f"{path} is not of a cache of activations.")
     if found.get("version") != VERSION:
@@ -128,7 +130,7 @@ def check_lm(folder: Path, noted: dict[str, Any], lm: nn.Module, revision: str |
 
 def lm_notes(lm: nn.Module, revision: str | None) -> dict[str, Any]:
     """JSON-able: what a cache notes about its language model."""
-    root = unwrap(lm)
+    root = unwrap(lm)  # a wrapper, such as DDP's, has neither name nor dtype
     return {
         "name": name_without_path(getattr(config_of(root), "_name_or_path", "")),
         "revision": revision,

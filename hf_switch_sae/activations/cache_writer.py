@@ -206,6 +206,7 @@ class _Writer:
             "end": json.dumps(held[-1].end.to_dict()),
             "crc32": json.dumps({name: crc32(tensor) for name, tensor in tensors.items()}),
         }
+        # in memory, as safetensors' own writing to a file is neither whole nor synced
         data = safetensors.torch.save(tensors, notes)
         path = self._folder / shard_name(len(self._shards))
         with written_whole(path) as file:
@@ -220,6 +221,7 @@ class _Writer:
             write_json(path, self._manifest, indent=1)
 
     def _check_empty(self) -> None:
+        # hidden files are ours: the lock, and what a killed writer left
         others = [path.name for path in self._folder.iterdir() if not path.name.startswith(".")]
         if others:
             raise StoreError(
@@ -228,6 +230,7 @@ class _Writer:
             )
 
     def _check_same(self, found: dict[str, Any], made: dict[str, Any]) -> None:
+        # the model was compared by its weights, and bounds are taken over from the cache
         other = [
             name
             for name in made

@@ -231,6 +231,7 @@ class Harvest:
     def _pass(self, contexts: list[Context], read: Any) -> Pass:
         ids, mask, inputs = self.inputs(contexts)
         streams: dict[str, Tensor] = read(**inputs)
+        # some models merge or split tokens on the way, so rows could not be told apart
         for name, stream in streams.items():
             if stream.ndim != 3 or stream.shape[:2] != ids.shape:
                 raise HookpointError(
@@ -297,6 +298,7 @@ class Harvest:
 
 def _looks_both_ways(hookpoints: list[Hookpoint], tokenizer: Any) -> bool:
     """Whether a token sees those after it, so that documents should not be joined."""
+    # attention modules of transformers say whether they are causal; one that is decides
     flags: set[bool] = set()
     for at in hookpoints:
         blocks = (at.module,) if at.blocks is None else at.blocks.blocks

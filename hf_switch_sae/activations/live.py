@@ -127,6 +127,7 @@ class LiveActivations(Activations):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Activations.load_state_dict`."""
         check_same(state, self._identity(), "live activations")
+        # bounds and buffer decide which rows come and in which order, so they are the run's too
         self._harvest.set_outlier_norm(state["outlier_norm"])
         self._buffer_rows = state["buffer_rows"]
         share = state["share"]
@@ -168,6 +169,7 @@ class LiveActivations(Activations):
         device = next(iter(self._harvest.device.values()))
         given = self._settings.buffer_bytes
         room = (given or default_buffer_bytes(device)) // self._row_bytes()
+        # the pass that fills the buffer may need room beyond it
         rows = room - self._harvest.tokens_per_pass
         if rows < 1:
             raise StoreError(
@@ -281,6 +283,7 @@ def activations_for(
     else:
         hookpoints = list(dict.fromkeys(hookpoint for hookpoint, _ in readers.values()))
         found = LiveActivations(lm, hookpoints, dataset, tokenizer, settings)
+    # activations that were made elsewhere may be of anything
     for name, (hookpoint, hidden_size) in readers.items():
         if hookpoint not in found.hookpoints:
             raise HookpointError(

@@ -49,6 +49,7 @@ class TokenPolicy:
         """[batch, seq] bool: tokens that position and id allow; mask is 0 on padding."""
         kept = mask.bool()
         if self.special_ids:
+            # not by the mask: a special token in the middle is seen by the model, but not kept
             kept = kept & ~torch.isin(input_ids, torch.tensor(self.special_ids))
         if self.skip_first:
             kept = kept.clone()  # it may still be the caller's mask

@@ -111,7 +111,7 @@ class StoredActivations(Activations):
         """See `Activations.batches`. Each rank takes its slice of one batch, so two ranks with half
         the batch size see the same rows as one rank."""
         check_share(batch_rows, rank, world_size)
-        step = batch_rows * world_size
+        step = batch_rows * world_size  # the cursor counts the rows of all ranks
         if self.num_rows * (epochs or 1) < step:
             raise StoreError(
                 f"there are {self.num_rows:,} rows, fewer than a batch of {step:,}: take a smaller "
@@ -236,6 +236,7 @@ class TensorActivations(StoredActivations):
         policy: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
+        # rows are drawn by index from all hookpoints at once
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise StoreError(f"activations need rows, equally many at each place: {counts}.")
@@ -246,7 +247,7 @@ class TensorActivations(StoredActivations):
         self.hookpoints = tuple(tensors)
         self.hidden_size = {name: tensor.shape[1] for name, tensor in tensors.items()}
         rows = next(iter(counts.values()))
-        super().__init__([rows], rows, seed)
+        super().__init__([rows], rows, seed)  # one piece that fits: a permutation of all rows
 
     @property
     def policy(self) -> dict[str, Any]:

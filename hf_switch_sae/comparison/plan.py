@@ -83,6 +83,7 @@ def switch_set(
     Raises:
         ConfigError: `width` can't be divided into `experts` experts of at least k features.
     """
+    # experts must divide the width, and each must have k features to choose from
     sizes = sorted({2, 4, 8, 16, experts})
     matched = [e for e in sizes if width % e == 0 and width // e >= k]
     if experts not in matched:
@@ -90,6 +91,7 @@ def switch_set(
             f"a width of {width} is not {experts} experts of at least k={k} features: give a "
             f"multiple of {experts} from {experts * k} on, or fewer experts."
         )
+    # as wide as one expert of a width-matched SAE
     smaller = [width // share for share in sorted({2, 4, 8, experts}) if share in matched]
     dense = [{"num_experts": 1, "num_features": features, "k": k} for features in (width, *smaller)]
     switches = [{"num_experts": e, "num_features": width, "k": k} for e in matched]
@@ -136,7 +138,7 @@ def plan(
         of_sae = {**SAE_PRESETS[preset], **(sae or {}), **own_sae}
         of_run = {**PRESETS[preset], **(run or {}), **own_run}
         for seed in seeds:
-            # made now only to be checked and named; the place adds its own fields later
+            # made now only to be checked and named; the rows' own fields come later
             config = Planned(str(name or each), of_sae, of_run, seed).config()
             title = name or name_of(config)
             if not re.fullmatch(r"[\w.\-]+", str(title)) or str(title).startswith("."):

@@ -69,13 +69,13 @@ def compare(
 
     Raises:
         ConfigError, TrainingError: there is nothing to compare, a run's arguments do not fit
-            together, or a folder holds another run's SAE. Raised before the first run begins.
+            together, or a folder holds another run's SAE.
         StoreError, HookpointError, WidthError: caches and SAEs do not fit together.
     """
     loaded = dict(saes or {})
     if not train and not loaded:
         raise ConfigError("there is nothing to compare: give runs to train, or SAEs.")
-    # everything is checked before the first run, which may take hours
+    # all is checked before the first run, which may take hours
     rows, test = (CachedActivations(each, hookpoint) for each in (cache, held_out))
     _check_rows(rows, test)
     _check_saes(loaded, rows, {each.name for each in train})
@@ -92,7 +92,6 @@ def compare(
             # they bring fvu and the like of their own, measured on other rows
             figures[name] |= {key: value for key, value in found.items() if key in _PREDICTIONS}
             on["predictions"] = found["measured_on"]
-
     seeds = {each.name: each.seed for each in train}
     entries = [_entry(name, sae, seeds.get(name), figures[name]) for name, sae in opened.items()]
     return _write(Path(folder), entries, on, command)
@@ -128,6 +127,7 @@ def _check_rows(rows: CachedActivations, test: CachedActivations) -> None:
         raise TrainingError(
             f"{test.folder} is of another language model than {rows.folder}: harvest both from one."
         )
+    # equal checksums are equal rows, so the caches share text
     same = [each.state_dict()["identity"]["checksums"] for each in (rows, test)]
     if set(same[0]) & set(same[1]):
         raise TrainingError(
@@ -157,17 +157,18 @@ def _measure(
     saes: Mapping[str, SwitchSAE], test: CachedActivations, device: str | torch.device
 ) -> dict[str, dict[str, Any]]:
     """The figures of each SAE, one after another, so that only one is on the device at a time."""
+    # a row that one SAE leaves alone would not be a fair test of the others
     bound = min(float(sae.outlier_norm) for sae in saes.values())
     found = {}
     for name, sae in saes.items():
-        before = sae.config.hookpoint, sae.device
-        sae.config.hookpoint = before[0] or test.hookpoints[0]
+        device_before = sae.device
+        sae.config.hookpoint = sae.config.hookpoint or test.hookpoints[0]
         nn.Module.to(sae, device)
         sae.train(False)
         sums: dict[str, RowSums] = {}
         figures = measure_held_out({name: sae}, test, _BATCH, 0, 1, alone, sums, bound)
         found[name] = {**figures[name], "density": sums[name].density(alone)}
-        nn.Module.to(sae, before[1])
+        nn.Module.to(sae, device_before)
     return found
 
 
@@ -202,11 +203,11 @@ def _entry(
 
 
 def _measured_on(test: CachedActivations, rows: CachedActivations) -> dict[str, Any]:
-    (place,) = test.hookpoints
+    (hookpoint,) = test.hookpoints
     lm = rows.manifest["lm"]
     return {
         "rows": test.num_rows,
-        "hookpoint": place,
+        "hookpoint": hookpoint,
         "base_model": lm["name"] or None,
         "base_model_revision": lm["revision"],
         "policy": test.policy,

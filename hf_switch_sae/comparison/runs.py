@@ -116,14 +116,14 @@ class Runs:
         found: dict[str, Any] = json.loads(json.dumps(told, default=str))
         return found
 
-    def _check_same(self, planned: Planned, place: Path) -> None:
+    def _check_same(self, planned: Planned, target: Path) -> None:
         """Raise TrainingError if a folder is that of another run."""
-        note = place / RUN
+        note = target / RUN
         # an SAE without a note: either its run was stopped while saving, or it is somebody else's
         if not note.exists():
-            if (place / CONFIG).exists() and not (self.folder / _RUNS / place.name).exists():
+            if (target / CONFIG).exists() and not (self.folder / _RUNS / target.name).exists():
                 raise TrainingError(
-                    f"{place} holds an SAE that no comparison trained: choose another folder, or "
+                    f"{target} holds an SAE that no comparison trained: choose another folder, or "
                     "give the run another name=..."
                 )
             return
@@ -139,6 +139,6 @@ class Runs:
         other += ["the rows are of another cache"] if there["rows"] != here["rows"] else []
         if other:
             raise TrainingError(
-                f"{place} is of another run: {'; '.join(other)}. Choose another folder, remove "
+                f"{target} is of another run: {'; '.join(other)}. Choose another folder, remove "
                 "it, or give the run another name=..."
             )

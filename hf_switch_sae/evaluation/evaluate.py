@@ -91,10 +91,9 @@ def evaluate(
     """Measure an SAE, or several, in one pass over text they were not trained on.
 
     Args:
-        sae: its config says at which hookpoint. Its `outlier_norm` decides which tokens are
-            outliers; without one (see `calibrate`) all tokens that the policy keeps are measured.
-            Or {name: SAE} for several of one hookpoint, all measured on the same tokens: those
-            that are an outlier for none of them.
+        sae: reads at its config's hookpoint; its `outlier_norm` decides which tokens are outliers
+            (none without it, see `calibrate`). Or {name: SAE}, for several of one hookpoint, all
+            measured on the tokens that are an outlier for none of them.
         lm: its language model, in eval mode.
         dataset: held-out text: anything that `text.read_documents` takes.
         tokenizer: the model's.
@@ -106,10 +105,9 @@ def evaluate(
         progress: whether to show a bar on stderr; by default only if that is a terminal.
 
     Returns:
-        For one SAE its figures by name (see the module's header), `tokens` and `ce_tokens` (how
-        many rows and predictions they are of), `density` (see `RowSums.density`), and
-        `measured_on`: text, contexts, token policy, language model. All is JSON-able. For a
-        mapping {name: such a dict}.
+        JSON-able figures by name (see the module's header), with `tokens` and `ce_tokens` (how many
+        rows and predictions they are of), `density` (see `RowSums.density`) and `measured_on`
+        (text, contexts, token policy, language model). For a mapping {name: such a dict}.
 
     Raises:
         ConfigError: the SAE's config has no hookpoint, or several SAEs have different ones.
@@ -128,7 +126,6 @@ def evaluate(
         raise TrainingError(
             f"max_tokens={max_tokens} is less than one context of {harvest.settings.context}."
         )
-    # measured as they are used; the mode they came in is put back
     modes = {name: each.training for name, each in saes.items()}
     try:
         for each in saes.values():

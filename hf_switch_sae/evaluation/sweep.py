@@ -51,6 +51,7 @@ class Sweep:
     ) -> None:
         self.saes, self.harvest, self.max_tokens = saes, harvest, max_tokens
         self.hookpoint = harvest.hookpoints[0]
+        # what the model predicts is measured only if it sees no token that it is to predict
         head = getattr(unwrap(harvest.lm), "get_output_embeddings", lambda: None)()
         self.predicts = harvest.causal and head is not None
         self.bound: float = harvest.policy.outlier_norm.get(self.hookpoint, math.inf)

@@ -75,6 +75,7 @@ class Marks:
             raise TextError(f"boundary={boundary!r} needs the language model's tokenizer.")
         bos = getattr(tokenizer, "bos_token_id", None)
         eos = getattr(tokenizer, "eos_token_id", None)
+        # what the tokenizer adds by itself is most likely what the model was trained with
         if boundary == "auto":
             if added := cls._added_by(tokenizer):
                 return added
@@ -106,6 +107,7 @@ class Marks:
     def around(self, tokens: list[int]) -> list[int]:
         """Tokens between the marks; a mark that is already there is not repeated."""
         before, after = list(self.before), list(self.after)
+        # documents of token ids may come with their marks
         if before and tokens[: len(before)] == before:
             before = []
         if after and tokens[-len(after) :] == after:

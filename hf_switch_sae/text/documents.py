@@ -201,7 +201,7 @@ def _read_text(file: Path, _: str) -> Iterator[str]:
 def _read_json_lines(file: Path, column: str) -> Iterator[Any]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
+            if not line.strip():  # often there is an empty line at the end
                 continue
             try:
                 row = json.loads(line)
@@ -219,6 +219,7 @@ def _read_json_lines(file: Path, column: str) -> Iterator[Any]:
 
 def _read_parquet(file: Path, column: str) -> Iterator[Any]:
     with pq.ParquetFile(file) as rows:
+        # a few rows at a time, as documents may be long
         for batch in rows.iter_batches(batch_size=256, columns=[column]):
             yield from batch[column].to_pylist()
 
@@ -255,7 +256,7 @@ def _of_hub(name: str, column: str, split: str, revision: str | None) -> Documen
 
 
 def _of_dataset(dataset: Any, column: str, provenance: dict[str, Any] | None = None) -> Documents:
-    names = dataset.column_names
+    names = dataset.column_names  # None if a streamed data set does not know them
     if names is not None and column not in names:
         raise TextError(f"this data set has no column {column!r}; it has {', '.join(names)}.")
     known = provenance or {
@@ -266,6 +267,7 @@ def _of_dataset(dataset: Any, column: str, provenance: dict[str, Any] | None = N
     }
 
     def read() -> Iterator[Any]:
+        # else images and the like would be decoded with each row
         rows = dataset.select_columns([column]) if names is not None else dataset
         for row in rows:
             yield _plain(row[column])

@@ -169,6 +169,7 @@ class SwitchSAETrainingArguments(TrainingArguments):
             )
 
     def _check(self) -> None:
+        # before `TrainingArguments` sets up devices and folders
         for name, allowed in (
             ("loss", ("relative", "published")),
             ("start", ("data", "geometric_median", "none")),

@@ -82,6 +82,7 @@ class Publishing(Saving):
         revision: str | None = None,
         private: bool | None = None,
     ) -> str:
+        # the arguments of `TrainingArguments` that say where to push, if the call does not
         args = self.args
         return push(
             folder,

@@ -120,10 +120,12 @@ def measure_of(sae: SwitchSAE, x: Tensor, output: SwitchSAEOutput, loss: Tensor)
         logp = output.router_logits.log_softmax(-1)
         entropy = -(logp.exp() * logp).sum(-1).where(is_real, 0).sum()
         entropy = entropy / math.log(sae.config.num_experts)
+        # how often each expert was chosen, outliers not counted
         ids = output.router_logits.topk(sae.config.num_experts_per_token).indices
         weight = is_real.float().repeat_interleave(ids.shape[1])
         chosen = torch.zeros(sae.config.num_experts, device=ids.device)
         chosen.index_add_(0, ids.flatten(), weight)
+    # one tensor, so that a log needs a single exchange between processes
     head = [loss.detach(), output.fvu, output.router_aux_loss, tokens, active, entropy]
     return torch.cat([torch.stack([value.detach().float() for value in head]), chosen.float()])
 

@@ -227,10 +227,11 @@ class Saving(sharded.Sharding, Stepping):
                 return
             if self.held_out is not None and name in self.held_out:
                 sae.config.metrics = rounded(self.held_out[name])
-            saved = sae
+            saved = sae  # training continues in its own dtype
             if dtype not in (None, sae.dtype):
                 saved = copy.deepcopy(sae)
                 nn.Module.to(saved, dtype)
+            # file by file, so that metrics.json and figures of an earlier save stay beside them
             path = folder / name
             target = checkpoints.begin(path) if beside else path
             with _no_bar():

@@ -35,7 +35,7 @@ def gathered(model: Any) -> Iterator[None]:
     if not isinstance(model, FSDPModule):
         yield
         return
-    model.unshard()
+    model.unshard()  # what a forward does by itself, but here methods are called
     try:
         yield
     finally:
@@ -129,7 +129,7 @@ class Sharding(Trainer):
             return
         path = Path(checkpoint) / f"optimizer_{self.args.process_index}.pt"
         if not path.exists():
-            raise TrainingError(f"{path} is not there: go on with as many processes, ")
+            raise TrainingError(f"{path} is not there: go on with as many processes, sharded.")
         state = torch.load(path, map_location="cpu", weights_only=True)
         load_own_share(unwrapped(self.optimizer), state)
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)

@@ -128,6 +128,7 @@ class SwitchSAETrainer(Publishing):
 
     def _set_end(self, args: SwitchSAETrainingArguments) -> None:
         """Turn `num_train_tokens` into steps; TrainingError if nothing says when to stop."""
+        # tokens per step, over all processes
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.num_train_tokens is not None:
             args.max_steps = max(1, math.ceil(args.num_train_tokens / batch))
@@ -287,10 +288,12 @@ class SwitchSAETrainer(Publishing):
             readers = readers_of(self.saes)
             dataset = activations_for(readers, dataset, self.lm, self._tokenizer, None)
         args = self.args
+        # every process measures a share, with whole weights
         share = (args.eval_batch_size, args.process_index, args.world_size)
         with gathered(self.model):
             found = measure_held_out(self.saes, dataset, *share, self._added)
         self.held_out = found
+        # names as `metric_for_best_model` wants them: eval_fvu, eval_<SAE>/fvu
         alone = len(found) == 1
         metrics = {
             f"{metric_key_prefix}_{figure}" if alone else f"{metric_key_prefix}_{name}/{figure}": v
