@@ -42,8 +42,7 @@ def push(
     """Publish a release in one commit, and its card with it.
 
     Hidden files are not sent, and nothing is deleted on the Hub. The card is written into the
-    folder; if one is there, its marked part is renewed (see `render_card`). The Hub checks the card
-    before anything is sent.
+    folder, or renewed there (see `render_card`), and checked by the Hub before any file is sent.
 
     Args:
         release: a folder with SAEs, or SAEs by subfolder (mostly their hookpoints).
@@ -81,15 +80,14 @@ def push(
     if create_card:
         write_card(folder, repo_id)
     files = _files_to_push(folder)
-
     with plain_hub_errors(repo_id, "push to"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
     if CARD in files:
         _validate(files[CARD], repo_id)
-    message = message or f"Release {', '.join(saes_in(folder)) or 'an SAE'}"
-    return _commit(api, repo_id, branch, files, message)
+    default = f"Release {', '.join(saes_in(folder)) or 'an SAE'}"
+    return _commit(api, repo_id, branch, files, message or default)
 
 
 def _commit(api: HfApi, repo_id: str, branch: str, files: Mapping[str, Path], message: str) -> str:
