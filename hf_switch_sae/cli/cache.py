@@ -60,16 +60,11 @@ def cache(
 
     What is in the cache already is not computed again.
     """
-    # only as many blocks are loaded as it takes to read the deepest hookpoint
+    # only the blocks up to the deepest hookpoint are loaded; a GGUF file is always loaded whole
     places = [int(place) if place.isdecimal() else place for place in layer]
+    whole = gguf_file is not None
     model, tokenizer = load_lm(
-        lm,
-        lm_dtype,
-        device_map,
-        revision,
-        with_head=gguf_file is not None,
-        gguf_file=gguf_file,
-        places=places,
+        lm, lm_dtype, device_map, revision, whole, gguf_file=gguf_file, places=places
     )
     folder = cache_activations(
         model,
@@ -90,6 +85,11 @@ def cache(
         max_rows=max_tokens,
         max_bytes=max_bytes,
     )
+    _show(folder)
+
+
+def _show(folder: Path) -> None:
+    """Print what a cache holds."""
     found = CachedActivations(folder)
     size = found.estimate()["bytes_on_disk"]
     print(

@@ -46,9 +46,7 @@ def convert(
     input_scale: Annotated[
         float | None, typer.Option(help="What the residual stream is multiplied by.")
     ] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="For a BatchTopK SAE without one: its threshold.")
-    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Threshold of a BatchTopK SAE.")] = None,
     dict_class: Annotated[
         str | None, typer.Option(help="For dictionary_learning: the class.")
     ] = None,
@@ -79,11 +77,7 @@ def convert(
             print(note)
         return
 
-    if (lm is None) != (text is None):
-        raise typer.BadParameter("--lm and --text go together: a model, and ordinary text for it.")
-    if gguf_file is not None and lm is None:
-        raise typer.BadParameter("--gguf-file is of the language model: give --lm and --text.")
-    live = {} if lm is None or text is None else _live(lm, gguf_file, text)
+    live = _live(lm, gguf_file, text)
     print(convert_checkpoint(source, folder, format=format, **live, **where, **given))
 
 
@@ -101,8 +95,14 @@ def _load(name: str, where: dict[str, Any], given: dict[str, Any]) -> SwitchSAE:
         raise ConversionError(f"no SAE at {name}: {err}") from err
 
 
-def _live(lm: str, gguf_file: str | None, text: Path) -> dict[str, Any]:
-    """`lm` and `inputs` of `convert`."""
+def _live(lm: str | None, gguf_file: str | None, text: Path | None) -> dict[str, Any]:
+    """`lm` and `inputs` of `convert`; nothing if no language model is named."""
+    if (lm is None) != (text is None):
+        raise typer.BadParameter("--lm and --text go together: a model, and ordinary text for it.")
+    if lm is None or text is None:
+        if gguf_file is not None:
+            raise typer.BadParameter("--gguf-file is of the language model: give --lm and --text.")
+        return {}
     try:
         written = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:

@@ -42,10 +42,7 @@ def evaluate_sae(
     dataset: Dataset,
     also: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Another SAE of the same hookpoint, measured in the same pass: a folder or a Hub "
-            "id, either with :subfolder."
-        ),
+        typer.Option(help="Another SAE to measure in the same pass, as SAE or SAE:subfolder."),
     ] = None,
     subfolder: Subfolder = "",
     column: Column = "text",
@@ -53,9 +50,7 @@ def evaluate_sae(
     context: ContextLength = 256,
     packing: Annotated[
         str,
-        typer.Option(
-            help="packed: documents are joined and cut; windows: each by itself; or auto."
-        ),
+        typer.Option(help="packed: documents joined and cut; windows: each by itself; or auto."),
     ] = "auto",
     boundary: Boundary = "auto",
     skip_special: Annotated[bool, typer.Option(help="Leave out special tokens.")] = True,
@@ -87,18 +82,13 @@ def evaluate_sae(
         tokens_per_pass=tokens_per_pass,
     )
     saes = {name: load_sae(*address) for name, address in named.items()}
-    places = {each.config.hookpoint for each in saes.values()} - {None}
+    places = [at for each in saes.values() if (at := each.config.hookpoint) is not None]
     documents = read_documents(dataset, column=column, split=split)
 
     # a model without its head would get a random one, and with it wrong predictions
+    with_head = gguf_file is not None or has_head(lm, revision)
     model, tokenizer = load_lm(
-        lm,
-        lm_dtype,
-        device_map,
-        revision,
-        with_head=gguf_file is not None or has_head(lm, revision),
-        gguf_file=gguf_file,
-        places=[str(place) for place in places] or None,
+        lm, lm_dtype, device_map, revision, with_head, gguf_file=gguf_file, places=places or None
     )
     options: dict[str, Any] = {"max_tokens": max_tokens, "allow_mismatch": allow_mismatch}
     found = evaluate(saes, model, documents, tokenizer, settings, **options)

@@ -86,16 +86,9 @@ def read(source: Source, given: Given) -> Checkpoint:
         return acts, acts @ W_dec.float().T + b_dec.float()
 
     their_name = trainer.get("submodule_name")
-    about = origin_fields(
-        source,
-        given,
-        NAME,
-        place_of(trainer),
-        their_name,
-        trainer.get("lm_name"),
-        dict_class=kind,
-        submodule_name=their_name,
-    )
+    origin = {"dict_class": kind, "submodule_name": their_name}
+    place, model = place_of(trainer), trainer.get("lm_name")
+    about = origin_fields(source, given, NAME, place, their_name, model, **origin)
     ours = OneExpert(
         weights["W_enc"],
         W_dec.T,

@@ -98,19 +98,13 @@ def read(source: Source, given: Given) -> Checkpoint:
         return acts, (kept @ dec + b_dec.float()) / scale * size + shift
 
     # at the ends of a block, TransformerLens' name is exact; within a block, the module's path is
-    place = from_transformer_lens(metadata.get("hook_name"))
+    their_name = metadata.get("hook_name")
+    place = from_transformer_lens(their_name)
     if place is None and metadata.get("hf_hook_name"):
         place = from_module_path(metadata["hf_hook_name"])
-    about = origin_fields(
-        source,
-        given,
-        NAME,
-        place,
-        metadata.get("hook_name"),
-        metadata.get("model_name"),
-        hook_name=metadata.get("hook_name"),
-        architecture=kind,
-    )
+    origin = {"hook_name": their_name, "architecture": kind}
+    model = metadata.get("model_name")
+    about = origin_fields(source, given, NAME, place, their_name, model, **origin)
     # acts divided by a row's norm, times the row: acts times a row of length 1
     ours = OneExpert(
         weights.get("W_enc", W_enc.T),
