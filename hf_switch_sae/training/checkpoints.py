@@ -8,8 +8,8 @@
     │   └── checksums.json              size and CRC-32 of every other file
     └── .partial-checkpoint-300/        being written; renamed once all of it is on the disk
 
-Beware Not by `files.written_beside`: several processes write into one partial folder, so its name
-       must be known to all of them, and a checkpoint that is there already is replaced.
+Beware `files.written_beside` would not do here: several processes write into one partial folder,
+       so all of them must know its name, and a checkpoint that is there already is replaced.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import transformers
 
 from hf_switch_sae.activations.interface import Activations
+from hf_switch_sae.files import write_json
 from hf_switch_sae.hub.layout import NOTES
 from hf_switch_sae.sae.model import SwitchSAE
 
@@ -36,8 +36,7 @@ def write_notes(
         **run,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    text = json.dumps(notes, indent=2, default=str) + "\n"
-    (folder / NOTES).write_text(text, encoding="utf-8")
+    write_json(folder / NOTES, notes, default=str)
 
 
 def arguments_of(args: Any) -> dict[str, Any]:
