@@ -1,8 +1,8 @@
-"""The numerical kernels, on plain tensors.
+"""The numerical kernels, on plain tensors; README.md in this folder says what is where, and why.
 
-`reference` holds the definitions; `routed` the computation, over the primitives of a backend
-(`native`, `eager`, `triton_kernels`, or the naive ones of `reference`) that `backends` chooses;
-`operators` what autograd and `torch.compile` see of it; `token` the short way of a single token.
+`reference` has the definitions. `routed` computes them from the primitives of a backend (`triton`,
+`native`, `eager`, or `reference` itself), which `backends` chooses. `operators` shows the result to
+autograd and `torch.compile`. `native.token` is the short way for a single token.
 """
 
 from hf_switch_sae.ops.backends import BACKENDS, backend_for, explain_backends, use_backend

@@ -117,7 +117,7 @@ def gather_sum(coefs: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     Raises:
         FeatureIdError: on a CPU, an id of no row.
     """
-    if len(ids) == 1:  # embedding_bag takes 5 times as long, for its checks
+    if len(ids) == 1:  # embedding_bag takes 1.2 times as long, for its checks
         try:
             return torch.mm(coefs.to(W.dtype), W.index_select(0, ids.view(-1)))
         except IndexError:
@@ -134,7 +134,7 @@ def row_dots(g: Tensor, ids: Tensor, W: Tensor) -> Tensor:
     (n, k), num_rows = ids.shape, len(W)
     can = g.device.type == "cpu" and g.dtype == W.dtype and g.dtype in _SAMPLED
     if can and n and k <= num_rows:  # a CSR row can't have more entries than columns
-        # a matrix product of which only these entries are computed: 10 times as fast as a gather
+        # a matrix product of which only these entries are computed: 13 times as fast as a gather
         starts, empty = torch.arange(0, n * k + 1, k), g.new_zeros(n * k)
         wanted = torch.sparse_csr_tensor(
             starts, ids.flatten(), empty, (n, num_rows), check_invariants=False
@@ -178,7 +178,8 @@ def scatter_sum(
             mode="sum",
         )
 
-    # in blocks of features, where the result must be copied to `out` or is large
+    # In blocks of features if the result must be copied to `out`, or is large: a block stays in
+    # cache until it is copied, which takes half the time.
     block = max(1, _BLOCK_BYTES // (d * x.element_size()))
     if out is None and (x.device.type != "cpu" or num_rows <= block):
         return bags(0, len(tokens), slice(0, num_rows))

@@ -4,7 +4,9 @@ How    PyTorch gives the memory of a freed gradient of 75 MB back to the system,
        must fault it in again, page by page, which takes longer than the sums that fill it. So this
        memory is kept as long as the weight lives, in pages of 2 MiB, and used again when nobody
        else refers to it. And the C library is told once to keep the blocks that a step frees.
-Why    @WHY@
+Why    Without kept gradients, a training step of 4096 tokens with 24,576 features of width 768
+       takes 1.35 times as long; without kept blocks, 1.15 times (`python -m tests.bench.tricks
+       memory`, one thread). Large pages gain less than the 3 % that can be told apart there.
 Beware Somebody may keep an old gradient: `p.grad` summed over two steps, a list of gradients, or a
        gradient's storage alone. Only reference counts tell, those of the storage and of its Python
        object; then the next gradient gets new memory.

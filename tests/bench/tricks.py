@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -82,51 +82,49 @@ def token_table() -> Table:
 
 # ---------------------------------------------------------------- memory of gradients
 
-MEMORY = {
-    "all of it": {},
-    "without kept gradients": {"hf_switch_sae.ops.routed.gradient_of": lambda weight: None},
-    "without huge pages": {"hf_switch_sae.ops.memory._advise_huge_pages": lambda storage: None},
-    "without kept blocks": {"hf_switch_sae.ops.memory._keep_freed_blocks": lambda: None},
+_OFF: dict[str, Any] = {
+    "kept gradients": ("hf_switch_sae.ops.routed.gradient_of", lambda weight: None),
+    "huge pages": ("hf_switch_sae.ops.memory._advise_huge_pages", lambda storage: None),
+    "kept blocks": ("hf_switch_sae.ops.memory._keep_freed_blocks", lambda: None),
 }
+"""Part of `memory.py` -> what to replace to switch it off."""
 
 
-def training_steps(variant: str, steps: int = 15) -> float:
-    """Seconds of a training step, as a median, with a part of `memory.py` switched off."""
+def training_step(without: str | None) -> Callable[[], None]:
+    """A training step, with a part of `memory.py` switched off while it runs."""
     sae, x = switch_sae(32).train(), torch.randn(TOKENS, D)
     optimizer = SwitchSAEAdam(sae, lr=1e-4)
 
     def step() -> None:
-        sae(x).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with mock.patch(*_OFF[without]) if without else nullcontext():
+            sae(x).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    with patched(MEMORY[variant]):
-        taken = [seconds(step) for _ in range(steps + 3)]
-    return statistics.median(taken[3:])
-
-
-@contextmanager
-def patched(what: dict[str, Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, new in what.items():
-            stack.enter_context(mock.patch(name, new))
-        yield
+    return step
 
 
-def memory_table(rounds: int = 5) -> Table:
-    """Each variant in a process of its own, as the C library never forgets what it has learned."""
-    found: dict[str, list[float]] = {name: [] for name in MEMORY}
+def seconds_of_a_step(without: str | None, steps: int = 15) -> float:
+    step = training_step(without)
+    return statistics.median([seconds(step) for _ in range(steps + 3)][3:])
+
+
+def memory_table(rounds: int = 9) -> Table:
+    """Steps in turns; the C library never forgets what it has learned, so there whole processes."""
+    rows: Table = [HEAD]
+    for part in ("kept gradients", "huge pages"):
+        rows.append(compared(f"training step, {part}", training_step(None), training_step(part)))
+    found: dict[str | None, list[float]] = {None: [], "kept blocks": []}
     for _ in range(rounds):
-        for name, taken in found.items():
-            code = f"from tests.bench.tricks import training_steps; print(training_steps({name!r}))"
+        for part, taken in found.items():
+            code = f"from tests.bench.tricks import seconds_of_a_step as s; print(s({part!r}))"
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", "-c", code],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             taken.append(float(done.stdout))
-    taken = {name: statistics.median(each) for name, each in found.items()}
-    best = taken.pop("all of it")
-    return [HEAD, *(row(f"training step {name}", best, each) for name, each in taken.items())]
+    with_it, without = (statistics.median(taken) for taken in found.values())
+    return [*rows, row("training step, kept blocks", with_it, without)]
 
 
 # ---------------------------------------------------------------- kernels in C++

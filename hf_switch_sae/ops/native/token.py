@@ -1,9 +1,14 @@
-"""One token on a CPU, by the native kernels: encoded in one call and decoded in one.
+"""A single token on a CPU: one call of a native kernel encodes it, and one decodes it.
 
-While a model generates, an SAE sees one token at a time. Its products take some 15 microseconds
-then, an operator of torch one or two, and to look at a tensor a tenth: what counts is how often
-that is done. So what the kernels must know of an SAE is laid out once, and at each token it is only
-asked whether that still holds. No weight is copied; the expert's rows are read where they lie.
+How    While a model generates, an SAE sees one token at a time. Its products then take some 15
+       microseconds, one of torch's operators 1 or 2, and a look at a tensor a tenth of that. So the
+       number of operators and looks decides. What the kernels must know of an SAE is therefore laid
+       out once, as a plan, and each token only checks that the plan is still valid. No weight is
+       copied: the expert's rows are read where they lie.
+Why    Encoding and decoding one token in the general way takes 4.7 times as long (24,576 features,
+       64 experts, float32), 7.5 times in bfloat16, and 2.1 times with 262,144 features, where most
+       of the time goes into reading weights (`python -m tests.bench.tricks token`, one thread).
+Beware A plan holds addresses. `holds` must notice everything that can move or replace a weight.
 """
 
 from __future__ import annotations
@@ -21,15 +26,15 @@ from hf_switch_sae.ops.native.kernels import PLAIN
 
 _CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.bfloat16)
-_WORTH_A_THREAD = 2**17  # weights of an expert that one token is multiplied with
+_WORTH_A_THREAD = 2**17  # weights of an expert from which several threads are worth their start
 _POINTERS = (
     *("scale", "outlier_norm", "router", "b_router"),
     *("b_dec", "W_enc", "b_enc", "W_dec"),
 )
 Weights = tuple[Any, ...]
-"""Of an SAE, in this order: input_scale [], outlier_norm [], router.weight [E, d], b_router [d],
-all float32; b_dec [d], W_enc [E, m, d], b_enc [E, m] or None, W_dec [E, m, d]. Without a router, as
-of one expert, it is None."""
+"""An SAE's tensors in this order: input_scale [], outlier_norm [], router.weight [E, d], b_router
+[d], all float32; b_dec [d], W_enc [E, m, d], b_enc [E, m] or None, W_dec [E, m, d]. With one expert
+there is no router: its two are None."""
 Rules = tuple[int, bool, bool]
 """k, subtract_b_dec, apply_router_probs."""
 
@@ -45,7 +50,7 @@ class _Layout(ctypes.Structure):
 
 
 class TokenPlan:
-    """How the kernels take a single token through an SAE, as long as it `holds`.
+    """Takes single tokens through an SAE, as long as it `holds`.
 
     logits = router @ (scale * x - b_router)    acts = the k largest of
     p * relu(W_enc[e] @ (x - b_dec / scale) + b_enc[e] / scale)
@@ -59,18 +64,19 @@ class TokenPlan:
         self.can = self._of[-1] and _are_as_described(weights, k)
         self._dtype, self._is_long = W_enc.dtype, m * d >= _WORTH_A_THREAD
         self._layout = _Layout(*self._of[0], E, m, d, *rules, W_enc.dtype == torch.bfloat16)
+        # the kernels read it at this address, so it must live as long as the plan
         self._at = ctypes.addressof(self._layout)
         self._k, self.width, self.num_features = k, d, E * m
         self._like: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def holds(self, weights: Weights, rules: Rules) -> bool:
-        """Whether all is where it was, and the large weights as they were."""
+        """Whether every tensor is where it was, and the large ones have their shape and dtype."""
         return self._of == _seen(weights, rules)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., d] of one token -> acts [..., k] in the dtype of W_enc, ids [..., k] int64.
 
-        A token whose norm is over outlier_norm has no activation.
+        A token whose norm exceeds outlier_norm has no activations.
         """
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = x.to(torch.float32).contiguous()
@@ -84,7 +90,7 @@ class TokenPlan:
         """acts, ids [..., slots] of one token -> y [..., d] in the dtype of W_dec.
 
         Raises:
-            FeatureIdError: an id of no feature.
+            FeatureIdError: an id is no feature.
         """
         if acts.dtype != self._dtype or not acts.is_contiguous():
             acts = acts.to(self._dtype).contiguous()
@@ -96,7 +102,7 @@ class TokenPlan:
         return y
 
     def _results_of(self, ndim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What acts, ids and y are to be like: the fastest way to make one."""
+        """Templates of acts, ids and y with this many dimensions: empty_like is the fastest way."""
         if (like := self._like.get(ndim)) is None:
             ones = (1,) * (ndim - 1)
             like = self._like[ndim] = (
@@ -111,7 +117,7 @@ _plans: WeakKeyDictionary[nn.Module, TokenPlan] = WeakKeyDictionary()
 
 
 def token_plan(owner: nn.Module, weights: Weights, rules: Rules) -> TokenPlan | None:
-    """The plan of an SAE's weights, which `owner` has; None if the kernels can't take them."""
+    """The plan for an SAE whose weights `owner` holds; None if the kernels can't read them."""
     plan = _plans.get(owner)
     if plan is None or not plan.holds(weights, rules):
         plan = _plans[owner] = TokenPlan(weights, rules)
@@ -119,7 +125,7 @@ def token_plan(owner: nn.Module, weights: Weights, rules: Rules) -> TokenPlan | 
 
 
 def _seen(weights: Weights, rules: Rules) -> tuple[Any, ...]:
-    """What a plan rests on: a weight may be replaced, or get other memory, at any time."""
+    """All that a plan depends on: a weight may be replaced, or get new memory, at any time."""
     W_enc, W_dec = weights[5], weights[7]
     places = [None if t is None else t.data_ptr() for t in weights]
     sizes = W_enc.dtype, W_enc.shape, W_enc.stride(), W_dec.shape, W_dec.stride()
@@ -127,7 +133,7 @@ def _seen(weights: Weights, rules: Rules) -> tuple[Any, ...]:
 
 
 def _are_as_described(weights: Weights, k: int) -> bool:
-    """Whether all lies row by row in a CPU's memory, as `Weights` has it."""
+    """Whether all tensors lie row by row in a CPU's memory, as `Weights` describes them."""
     *numbers, b_dec, W_enc, b_enc, W_dec = weights
     (E, m, d), low = W_enc.shape, W_enc.dtype
     shapes = ((), (), (E, d), (d,)), ((d,), (E, m, d), (E, m), (E, m, d))
