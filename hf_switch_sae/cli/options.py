@@ -139,9 +139,13 @@ class _Parser(HfArgumentParser):
 
 
 def run_arguments(
-    preset: Mapping[str, Any], in_file: Mapping[str, Any], typed: Mapping[str, list[str]]
+    preset: Mapping[str, Any], in_file: Mapping[str, Any], on_line: Mapping[str, list[str]]
 ) -> SwitchSAETrainingArguments:
-    """The arguments of a preset, changed by a file's values, and then by the command line's words.
+    """The arguments of a preset, changed by a file, and then by the command line.
+
+    Args:
+        preset, in_file: name -> value.
+        on_line: name -> the words after it, as `pairs_of` returns them.
 
     Raises:
         ConfigError: a value that is not of the field's type, or that this machine can't do.
@@ -150,7 +154,7 @@ def run_arguments(
     texts = {name: [value] for name, value in in_file.items() if isinstance(value, str)}
     words = [
         word
-        for name, values in {**texts, **typed}.items()
+        for name, values in {**texts, **on_line}.items()
         for word in (f"--{name}", *(values or ["true"]))
     ]
     parser = _Parser([SwitchSAETrainingArguments])  # type: ignore[list-item]
