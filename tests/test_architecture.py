@@ -83,17 +83,21 @@ FACE = [
     "use_backend",
 ]
 
-MAX_FILE, MAX_FUNCTION = 450, 70
+MAX_FILE, MAX_FUNCTION = 400, 60
 LONG_FILES = {
+    "lm/hookpoints.py": "one subject, how a model's tree is searched, whose parts need each other",
     "sae/model.py": "one class, and most of its lines are what its methods take and return",
 }
 """File -> why it is longer than MAX_FILE. An entry whose file has become shorter fails."""
 LONG_FUNCTIONS: dict[str, str] = {
-    "compare.compare_saes": "its arguments are its options, each said in a line",
-    "record.record_corpus": "its arguments are its options, each said in a line",
-    "pipeline.train_release": "its arguments are all one can say of a run, a line each",
-    "record_corpus.record": "its arguments are all one can say of a recording, a line each",
+    "cli/compare.py: compare_saes": "its arguments are its options, each said in a line",
+    "cli/record.py: record_corpus": "its arguments are its options, each said in a line",
+    "ops/reference.py: routed_encode": "the definition; most of it says what is what",
+    "ops/triton/kernels.py: _expert_products": "one Triton kernel, whose tile stays in registers",
+    "sessions/record_corpus.py: record": "its arguments are all one can say of a recording",
+    "training/pipeline.py: train_release": "its arguments are all one can say of a run",
 }
+"""The same of functions and MAX_FUNCTION."""
 
 
 def imported_names(module: pathlib.Path):
@@ -185,7 +189,8 @@ def test_no_file_is_long(module):
 def test_no_function_is_long(module):
     for name, node, _ in definitions(module):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            where, lines = f"{module.stem}.{name}", node.end_lineno - node.lineno + 1
+            where = f"{module.relative_to(PACKAGE)}: {name}"
+            lines = node.end_lineno - node.lineno + 1
             assert (lines > MAX_FUNCTION) == (where in LONG_FUNCTIONS), f"{where}: {lines} lines"
 
 

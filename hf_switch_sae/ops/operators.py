@@ -41,7 +41,7 @@ def routed_encode(
     batch_topk: bool = False,
     center: Tensor | None = None,
     in_order: bool = False,
-    counts: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.routed_encode`, computing only the experts that tokens visit.
 
@@ -58,10 +58,10 @@ def routed_encode(
         return W_enc.new_zeros(0, slots), expert_ids.new_zeros(0, slots)
     if has_tangent(x, center, W_enc, b_enc, gates):
         return reference.routed_encode(
-            x, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, center, in_order, counts
+            x, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, center, in_order, counted
         )
     given = (
-        *(x, center, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, in_order, counts),
+        *(x, center, W_enc, b_enc, expert_ids, gates, k, threshold, batch_topk, in_order, counted),
         _low(x, W_enc),
     )
     if _is_for_operator(x, center, W_enc, b_enc):
@@ -143,7 +143,7 @@ def _(
     threshold: Tensor | None,
     batch_topk: bool,
     in_order: bool,
-    counts: Tensor | None,
+    counted: Tensor | None,
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     slots: int | torch.SymInt

@@ -51,7 +51,7 @@ def routed_encode(
     batch_topk: bool = False,
     center: Tensor | None = None,
     in_order: bool = False,
-    counts: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode each token with its own experts and keep the active features.
 
@@ -73,7 +73,7 @@ def routed_encode(
         batch_topk: keep k * n over the batch instead of k per token; ties at the border are kept.
         center: [d] or None, the `b_dec` already subtracted from x; it only gets its gradient.
         in_order: a promise that expert_ids [n, 1] rise, so that nothing has to be sorted.
-        counts: [n] bool, the tokens that `batch_topk` is over, k for each; others keep nothing.
+        counted: [n] bool, the tokens that `batch_topk` is over, k for each; others keep nothing.
             None: all.
 
     Returns:
@@ -98,9 +98,9 @@ def routed_encode(
         keep = keep & (acts > threshold)
     acts, keep = acts.reshape(n, E * m), keep.reshape(n, E * m)
     if batch_topk and k is not None and n:
-        counts = torch.ones(n, dtype=torch.bool, device=x.device) if counts is None else counts
-        keep = keep & counts[:, None]
-        wanted = min(k * int(counts.sum()), acts.numel())
+        counted = torch.ones(n, dtype=torch.bool, device=x.device) if counted is None else counted
+        keep = keep & counted[:, None]
+        wanted = min(k * int(counted.sum()), acts.numel())
         largest = torch.where(keep, acts, 0).flatten().sort(descending=True).values[:wanted]
         keep = keep & (acts >= largest[-1:].sum())  # 0 if no token counts
     slots = k if k is not None and not batch_topk else max(1, int(keep.sum(1).max()) if n else 1)
@@ -255,37 +255,37 @@ def adam_rows(
 # ---------------------------------------------------------------- the losses
 
 
-def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
+def column_sums(x: Tensor, counted: Tensor | None) -> Tensor:
     """sum_n x[n]: x [n, d] -> [d], over rows that count [n] bool, or over all; others may be nan.
 
     In float32, or in float64 if x is; so are the sums below.
     """
-    return _counted(wide(x), counts).sum(0)
+    return _counted(wide(x), counted).sum(0)
 
 
 def squared_sums(
-    x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counts: Tensor | None
+    x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counted: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """sum |x - x_hat|^2 and sum |x - mean|^2, 0-d; 0 if x_hat or mean is None.
 
-    x, x_hat [n, d], mean [d]; counts as above.
+    x, x_hat [n, d], mean [d]; counted as above.
     """
     none = wide(x).new_zeros(())
-    error = none if x_hat is None else _counted(wide(x) - wide(x_hat), counts).square().sum()
-    deviation = none if mean is None else _counted(wide(x) - mean, counts).square().sum()
+    error = none if x_hat is None else _counted(wide(x) - wide(x_hat), counted).square().sum()
+    deviation = none if mean is None else _counted(wide(x) - mean, counted).square().sum()
     return error, deviation
 
 
 def scaled_errors(
-    x: Tensor, x_hat: Tensor, scale: Tensor, counts: Tensor | None, want_sums: bool
+    x: Tensor, x_hat: Tensor, scale: Tensor, counted: Tensor | None, want_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
     """scale [] * (x_hat - x), [n, d] in the dtype of x_hat, 0 in rows that do not count.
 
     And, if wanted, its column sums [d].
     """
-    errors = _counted(scale * (wide(x_hat) - wide(x)), counts)
+    errors = _counted(scale * (wide(x_hat) - wide(x)), counted)
     return errors.to(x_hat.dtype), errors.sum(0) if want_sums else None
 
 
-def _counted(rows: Tensor, counts: Tensor | None) -> Tensor:
-    return rows if counts is None else torch.where(counts[:, None], rows, 0)
+def _counted(rows: Tensor, counted: Tensor | None) -> Tensor:
+    return rows if counted is None else torch.where(counted[:, None], rows, 0)

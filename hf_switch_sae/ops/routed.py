@@ -35,7 +35,7 @@ def keep_largest(
     ids: Tensor,
     k: int | None,
     batch_topk: bool = False,
-    counts: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint selection among candidates: each token's k largest slots; all active if k is None.
 
@@ -44,13 +44,13 @@ def keep_largest(
         ids: [n, s].
         k: slots kept per token, at most s.
         batch_topk: keep the k * n largest over all tokens instead, ties at the border included.
-        counts: [n] bool, the tokens that `batch_topk` is over; others keep nothing. None: all.
+        counted: [n] bool, the tokens that `batch_topk` is over; others keep nothing. None: all.
 
     Returns:
         acts, ids [n, k], or as wide as the fullest token needs when k is None or with `batch_topk`.
     """
     if batch_topk and k is not None and acts.numel():
-        acts, num = _of_counted(acts, counts)
+        acts, num = _of_counted(acts, counted)
         acts = torch.where(acts >= _border(acts.detach(), k * num), acts, 0)
     if k is None or batch_topk:
         slots = max(1, int((acts > 0).sum(1).max())) if len(acts) else 1
@@ -62,11 +62,11 @@ def keep_largest(
     return acts, ids.gather(1, slot)
 
 
-def _of_counted(acts: Tensor, counts: Tensor | None) -> tuple[Tensor, int]:
-    """acts [n, s], 0 for tokens that do not count, and how many do; counts [n] bool, None: all."""
-    if counts is None:
+def _of_counted(acts: Tensor, counted: Tensor | None) -> tuple[Tensor, int]:
+    """acts [n, s], 0 for tokens that do not count, and how many do; counted [n] bool, None: all."""
+    if counted is None:
         return acts, len(acts)
-    return acts.where(counts[:, None], 0), int(counts.sum())
+    return acts.where(counted[:, None], 0), int(counted.sum())
 
 
 def _border(acts: Tensor, count: int) -> Tensor:
@@ -104,14 +104,14 @@ def encode_pairs(
     threshold: Tensor | None,
     batch_topk: bool,
     in_order: bool,
-    counts: Tensor | None,
+    counted: Tensor | None,
     low: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Each (token, expert) pair's kept features, ungated: acts, ids [n * t, s] in pair order."""
     visits = _Visits(x.to(low or W_enc.dtype), W_enc, b_enc, expert_ids, gates, threshold, in_order)
     if batch_topk:
         assert k is not None
-        acts, ids = _select_in_batch(visits, k, counts)
+        acts, ids = _select_in_batch(visits, k, counted)
     else:
         acts, ids = visits.joined(_select(visits, *chunk, k) for chunk in visits.chunks())
     return acts.to(W_enc.dtype), ids + visits.experts[:, None] * W_enc.shape[1]
@@ -196,18 +196,18 @@ def _select(
     return pairs, acts, ids
 
 
-def _select_in_batch(visits: _Visits, k: int, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _select_in_batch(visits: _Visits, k: int, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """The k largest gated activations for each token, of all together, ties at the border included.
 
     From each pair's largest few: exact as long as every pair has one that is not kept; else more
     are taken. So what is held at once is pairs x few, not pairs x m.
 
     Args:
-        counts: [n] bool, which tokens these are; others get none. None: all.
+        counted: [n] bool, which tokens these are; others get none. None: all.
     """
     m, everything = visits.W_enc.shape[1], slice(None)
     few = min(4 * k, m)
-    of_pairs = None if counts is None else counts.repeat_interleave(visits.t)
+    of_pairs = None if counted is None else counted.repeat_interleave(visits.t)
     while True:
         acts, ids = visits.joined(_select(visits, *chunk, few) for chunk in visits.chunks())
         gated, num = _of_counted(visits.gated(acts, everything), of_pairs)

@@ -69,7 +69,7 @@ def update_statistics(sae: CalibratedSAE, code: Encoded) -> None:
     if not len(acts):
         return
     since = sae.num_tokens_since_fired.view(sae.config.num_experts, -1)
-    count_since_fired(since, acts, code.ids, code.tokens.expert_ids, code.counts_in_order)
+    count_since_fired(since, acts, code.ids, code.tokens.expert_ids, code.counted_in_order)
     if sae.config.activation != "batch_topk":
         return
     smallest = acts.where(acts > 0, torch.inf).amin().float() * sae.input_scale
@@ -143,7 +143,7 @@ class RunningStatistics:
 
 @torch.no_grad()
 def count_since_fired(
-    since: Tensor, acts: Tensor, ids: Tensor, expert_ids: Tensor, counts: Tensor | None
+    since: Tensor, acts: Tensor, ids: Tensor, expert_ids: Tensor, counted: Tensor | None
 ) -> None:
     """Bring `since` up to date: how many tokens its expert has seen since a feature was active.
 
@@ -151,12 +151,12 @@ def count_since_fired(
         since: [E, m] int64, changed in place.
         acts, ids: [n, slots]; a slot of 0 is no firing.
         expert_ids: [n, t], in [0, E).
-        counts: [n] bool, which tokens count; None for all.
+        counted: [n] bool, which tokens count; None for all.
     """
     seen = torch.ones_like(expert_ids)
     fired = (acts > 0).long()
-    if counts is not None:
-        seen, fired = seen * counts[:, None], fired * counts[:, None]
+    if counted is not None:
+        seen, fired = seen * counted[:, None], fired * counted[:, None]
     visits = since.new_zeros(len(since)).index_add_(0, expert_ids.flatten(), seen.flatten())
     since += visits[:, None]
     firings = since.new_zeros(since.numel()).index_add_(0, ids.flatten(), fired.flatten())

@@ -3,7 +3,7 @@
 Room   hidden_states [..., d] -> `Encoded`, what decoding and losses go on from. With `sort` its
        tokens are in the order of experts, where each has one: then an expert's rows are contiguous.
 Beware Two orders of tokens meet here. What has `in_order` in its name, or no place of its own, is
-       in the order of experts; `router`, `counts` and `unit` are as the tokens came.
+       in the order of experts; `router`, `counted` and `unit` are as the tokens came.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Encoded(NamedTuple):
     """[n] int64, the place of each token; None likewise."""
     router: tuple[Tensor, Tensor, Tensor] | None
     """logits and probs [n, E], expert ids [n, t], as the tokens came; None with one expert."""
-    counts: Tensor | None
+    counted: Tensor | None
     """[n] bool, as the tokens came: which count in the losses; None for all."""
-    counts_in_order: Tensor | None
+    counted_in_order: Tensor | None
     """The same, in order."""
     tokens: Routed
     """What the experts were given, in order."""
@@ -93,7 +93,7 @@ def encode_tokens(
     mask = None if mask is None else mask.reshape(-1).to(x.device)
     if config.input_norm != "none":
         x, unit = normalized(x, config.input_norm)
-    counts = counts_in_order = counted_of(outlier, mask)
+    counted = counted_in_order = counted_of(outlier, mask)
     if outlier is not None:  # encoded as nothing: it may be infinite
         x = x.where(~outlier[:, None], fixed.to(x.dtype) if centered else 0)
     # the router sees the residual as it is, the encoder what `subtract_b_dec` says
@@ -103,7 +103,7 @@ def encode_tokens(
         # index_select, as the gradient of indexing would sort what lies in order already
         x, expert_ids = x.index_select(0, order), expert_ids.index_select(0, order)
         gates = None if gates is None else gates.index_select(0, order)
-        counts_in_order = None if counts is None else counts.index_select(0, order)
+        counted_in_order = None if counted is None else counted.index_select(0, order)
     # less a constant: the bias gets its gradient as `center`, by column sums, without one for z
     ours = order is not None and centered and not x.requires_grad and x.dtype == fixed.dtype
     z = x.sub_(fixed) if ours else x - fixed
@@ -116,11 +116,11 @@ def encode_tokens(
         center=bias if centered else None,
         in_order=order is not None,
     )
-    rule = _rule(sae, counts_in_order)
+    rule = _rule(sae, counted_in_order)
     acts, ids = sae.experts.encode(tokens, rule)
     if outlier is not None:  # a bias may still have made it active
         acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
-    both = counts, counts_in_order
+    both = counted, counted_in_order
     return Encoded(z, bias, acts, ids, order, inverse, router, *both, tokens, rule, unit)
 
 
@@ -175,14 +175,14 @@ def _orders(sae: EncodingSAE, expert_ids: Tensor) -> tuple[Tensor | None, Tensor
     return order, inverse
 
 
-def _rule(sae: EncodingSAE, counts_in_order: Tensor | None) -> Rule:
+def _rule(sae: EncodingSAE, counted_in_order: Tensor | None) -> Rule:
     """Which activations are kept now: batch_topk has one rule in training, another outside."""
     config = sae.config
     if config.activation != "batch_topk":
         return Rule(config.k, _threshold(sae) if config.activation == "jumprelu" else None)
     # in training the border lies where the batch puts it, so there is no threshold
     if sae.training:
-        return Rule(config.k, None, in_batch=True, counts=counts_in_order)
+        return Rule(config.k, None, in_batch=True, counted=counted_in_order)
     message = (
         "this batch_topk SAE has no threshold yet, so it can't encode outside training: "
         "train it, or call calibrate() on batches of the residual stream."

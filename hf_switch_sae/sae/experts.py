@@ -62,7 +62,7 @@ class Rule(NamedTuple):
     """[E, m] in scaled units, what an activation must exceed; None for 0."""
     in_batch: bool = False
     """The k * n largest of all tokens together instead, ties at the border included."""
-    counts: Tensor | None = None
+    counted: Tensor | None = None
     """[n] bool, the tokens that `in_batch` is over; None for all."""
 
     def of(self, first: int, num_experts: int) -> Rule:
@@ -139,7 +139,7 @@ class Experts(nn.ModuleList):
                 parts.append((pairs, acts.to(x.device), ids))
         # a token's experts may lie in several groups: its k are chosen among all of them
         acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t))
-        return ops.keep_largest(acts, ids, rule.k, rule.in_batch, rule.counts)
+        return ops.keep_largest(acts, ids, rule.k, rule.in_batch, rule.counted)
 
     def reconstruct_with(self, candidates: Tensor, k: int, tokens: Routed) -> Tensor:
         """[n, d]: what some features alone would make of the tokens, decoder bias left out.
@@ -234,7 +234,7 @@ def _encode(group: ExpertGroup, tokens: Routed, rule: Rule) -> tuple[Tensor, Ten
         rule.in_batch,
         tokens.center,
         tokens.in_order,
-        rule.counts,
+        rule.counted,
     )
     return acts, ids + first * W_enc.shape[1]
 

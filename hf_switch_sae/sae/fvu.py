@@ -45,13 +45,13 @@ class WholeBatch:
 
 
 def batch_sums(
-    x: Tensor, counts: Tensor | None, expert_ids: Tensor | None, num_experts: int
+    x: Tensor, counted: Tensor | None, expert_ids: Tensor | None, num_experts: int
 ) -> Tensor:
     """What adds up over the parts of a batch: tokens, their squares, their sum, experts chosen.
 
     Args:
         x: [n, d]. Squares are taken of deviations from the part's mean, so that no digits are lost.
-        counts: [n] bool, which tokens count; None for all.
+        counted: [n] bool, which tokens count; None for all.
         expert_ids: [n, t]; None with one expert.
 
     Returns:
@@ -59,15 +59,15 @@ def batch_sums(
     """
     # in float64 the square of the mean can be taken off again without losing digits
     widest = torch.float32 if x.device.type == "mps" else torch.float64
-    tokens = torch.full((), len(x), device=x.device) if counts is None else counts.sum()
-    mean = ops.column_sums(x, counts) / tokens.clamp_min(1)
-    _, squares = ops.squared_sums(x, None, mean, counts)
+    tokens = torch.full((), len(x), device=x.device) if counted is None else counted.sum()
+    mean = ops.column_sums(x, counted) / tokens.clamp_min(1)
+    _, squares = ops.squared_sums(x, None, mean, counted)
     # only sums of a whole part go to float64: converting x would double the memory read
     tokens, mean = tokens.to(widest), mean.to(widest)
     head = torch.stack([tokens, squares.to(widest) + tokens * mean.square().sum()])
     parts = [head, tokens * mean]
     if expert_ids is not None:
-        weight = torch.ones(len(x), device=x.device) if counts is None else counts.float()
+        weight = torch.ones(len(x), device=x.device) if counted is None else counted.float()
         chosen = torch.zeros(num_experts, device=x.device)
         # a token that visits t experts adds to each of them
         chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(expert_ids.shape[1]))
@@ -78,7 +78,7 @@ def batch_sums(
 def fvu_of(
     x: Tensor,
     x_hat: Tensor,
-    counts: Tensor | None,
+    counted: Tensor | None,
     whole: WholeBatch | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -88,7 +88,7 @@ def fvu_of(
 
     Args:
         x, x_hat: [n, d], floating; both are differentiated.
-        counts: [n] bool, which tokens count; None for all. Others may be nan or infinite.
+        counted: [n] bool, which tokens count; None for all. Others may be nan or infinite.
         whole: the batch that these are a part of, whose deviation is the one to divide by, as a
             constant.
         bias: [d], a part of x_hat that was taken off x instead of being added to x_hat. The value
@@ -96,23 +96,23 @@ def fvu_of(
     """
     # a compiler fuses the formula by itself
     if torch.compiler.is_compiling() or ops.has_tangent(x, x_hat, bias):
-        return fvu_formula(x, x_hat, counts, whole, bias)
+        return fvu_formula(x, x_hat, counted, whole, bias)
     known = None if whole is None else whole.deviation
-    fvu: Tensor = _Fvu.apply(x, x_hat, counts, known, bias)  # type: ignore[no-untyped-call]
+    fvu: Tensor = _Fvu.apply(x, x_hat, counted, known, bias)  # type: ignore[no-untyped-call]
     return fvu
 
 
 def fvu_formula(
     x: Tensor,
     x_hat: Tensor,
-    counts: Tensor | None,
+    counted: Tensor | None,
     whole: WholeBatch | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """The definition of `fvu_of`, which autograd differentiates by itself."""
     x, x_hat = (part.to(wide_dtype(x, x_hat)) for part in (x, x_hat))
     x_hat = x_hat if bias is None else x_hat + (bias - bias.detach())
-    where = x.new_ones(len(x), 1, dtype=torch.bool) if counts is None else counts[:, None]
+    where = x.new_ones(len(x), 1, dtype=torch.bool) if counted is None else counted[:, None]
     x, error, tokens = x.where(where, 0), (x - x_hat).where(where, 0), where.sum()
     if whole is not None:
         return error.square().sum() / whole.deviation
@@ -129,14 +129,14 @@ class _Fvu(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         x_hat: Tensor,
-        counts: Tensor | None,
+        counted: Tensor | None,
         known: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        mean, tokens = None, len(x) if counts is None else counts.sum()
+        mean, tokens = None, len(x) if counted is None else counted.sum()
         if known is None:
-            mean = ops.column_sums(x, counts) / tokens
-        error, deviation = ops.squared_sums(x, x_hat, mean, counts)
+            mean = ops.column_sums(x, counted) / tokens
+        error, deviation = ops.squared_sums(x, x_hat, mean, counted)
         fvu: Tensor = error / (deviation if known is None else known)
         if known is not None:
             deviation = known
@@ -146,24 +146,24 @@ class _Fvu(torch.autograd.Function):
         elif tokens <= 1:
             fvu = torch.full_like(fvu, torch.nan)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, x_hat, counts, mean, deviation, fvu)
+        ctx.save_for_backward(x, x_hat, counted, mean, deviation, fvu)
         return fvu
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_hat, counts, mean, deviation, fvu = ctx.saved_tensors
+        x, x_hat, counted, mean, deviation, fvu = ctx.saved_tensors
         need_x, need_x_hat, *_, need_bias = ctx.needs_input_grad
         # d fvu / d x_hat = -2 (x - x_hat) / deviation
         scale = 2 * grad / deviation
         d_x, d_x_hat, d_bias = None, None, None
         if need_x_hat or need_bias:
-            d_x_hat, d_bias = ops.scaled_errors(x, x_hat, scale, counts, need_bias)
+            d_x_hat, d_bias = ops.scaled_errors(x, x_hat, scale, counted, need_bias)
         if need_x:
-            d_x, _ = ops.scaled_errors(x_hat, x, scale, counts, want_sums=False)
+            d_x, _ = ops.scaled_errors(x_hat, x, scale, counted, want_sums=False)
             if mean is not None:  # its own gradient is 0, as deviations from it add up to 0
                 rows = mean.expand_as(x)
-                d_x -= ops.scaled_errors(rows, x, scale * fvu, counts, want_sums=False)[0]
+                d_x -= ops.scaled_errors(rows, x, scale * fvu, counted, want_sums=False)[0]
         return (
             d_x,
             d_x_hat if need_x_hat else None,

@@ -60,16 +60,16 @@ def losses_of(
     losses: dict[str, Tensor] = {}
     if router is not None:
         logits, probs, expert_ids = router
-        losses["router_aux_loss"] = balance_of(probs, expert_ids, code.counts, whole)
+        losses["router_aux_loss"] = balance_of(probs, expert_ids, code.counted, whole)
         if config.router_z_loss_coef:
-            losses["router_z_loss"] = router_z_loss_of(logits, code.counts)
+            losses["router_z_loss"] = router_z_loss_of(logits, code.counted)
     y2 = None
     if sae.training:
         if router is not None and config.second_expert_loss_coef:
             y2 = _second_reconstruction(sae, code, router)
         losses |= _training_losses(sae, code, y, y2)
     if whole is not None:  # a mean over this part counts for its share of the whole
-        tokens = len(code.z) if code.counts is None else code.counts.sum()
+        tokens = len(code.z) if code.counted is None else code.counted.sum()
         share = tokens / whole.tokens
         losses |= {name: losses[name] * share for name in _MEANS if name in losses}
     if y2 is not None:
@@ -88,11 +88,11 @@ def _error(
     add = torch.add if code.inverse is None else Tensor.add_
     reconstruction = add(as_ordered(y, code.inverse), code.bias.to(y.dtype))
     if code.unit is None:
-        return fvu_of(code.z, y, code.counts_in_order, whole, code.bias), reconstruction
+        return fvu_of(code.z, y, code.counted_in_order, whole, code.bias), reconstruction
     # with a normalized input the error is that of the LM's own units
     reconstruction = code.unit.back(reconstruction)
     x = hidden_states.reshape_as(reconstruction).to(reconstruction.device)
-    return fvu_of(x, reconstruction, code.counts, whole), reconstruction
+    return fvu_of(x, reconstruction, code.counted, whole), reconstruction
 
 
 # ---------------------------------------------------------------- in training
@@ -153,14 +153,14 @@ def _auxk_loss(sae: TrainedSAE, code: Encoded, y: Tensor) -> Tensor:
     explained = sae.experts.reconstruct_with(dead, slots, tokens)
     rest = (code.z - y).detach()
     # with no error at all, as of a single token, there is nothing to explain
-    return fvu_of(rest, explained, code.counts_in_order).nan_to_num(0.0, 0.0, 0.0)
+    return fvu_of(rest, explained, code.counted_in_order).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _l1_loss(sae: TrainedSAE, code: Encoded) -> Tensor:
     """How much is active: acts times the length of their decoder rows, in lengths of a token."""
     lengths = torch.cat([wide(g.W_dec).norm(dim=-1).flatten() for g in sae.experts])
     size = sae.input_scale / math.sqrt(len(sae.b_dec))
-    return l1_loss_of(wide(code.acts) * size, lengths[code.ids], code.counts_in_order)
+    return l1_loss_of(wide(code.acts) * size, lengths[code.ids], code.counted_in_order)
 
 
 def _best_expert_loss(sae: TrainedSAE, code: Encoded, logits: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def _best_expert_loss(sae: TrainedSAE, code: Encoded, logits: Tensor) -> Tensor:
         logits[tried],
         wide(errors),
         config.router_best_expert_temperature,
-        None if code.counts is None else code.counts[tried],
+        None if code.counted is None else code.counted[tried],
     )
 
 
@@ -197,7 +197,7 @@ def _better_of_two_loss(
         logits.topk(2).values,
         torch.stack(errors, 1),
         sae.config.router_best_expert_temperature,
-        code.counts_in_order,
+        code.counted_in_order,
     )
 
 
@@ -205,43 +205,43 @@ def _better_of_two_loss(
 
 
 def balance_of(
-    probs: Tensor, expert_ids: Tensor, counts: Tensor | None, whole: WholeBatch | None = None
+    probs: Tensor, expert_ids: Tensor, counted: Tensor | None, whole: WholeBatch | None = None
 ) -> Tensor:
     """num_experts * sum_e f_e P_e over the tokens that count; 0-d, 1 at perfect balance.
 
     Args:
         probs: [n, E], the router's; differentiated.
         expert_ids: [n, t].
-        counts: [n] bool, which tokens count; None for all.
+        counted: [n] bool, which tokens count; None for all.
         whole: the batch that these are a part of, whose f_e are the ones to balance.
     """
     (n, num_experts), t = probs.shape, expert_ids.shape[1]
     if whole is not None and whole.chosen is not None:
-        total = probs.sum(0) if counts is None else probs.where(counts[:, None], 0).sum(0)
+        total = probs.sum(0) if counted is None else probs.where(counted[:, None], 0).sum(0)
         return num_experts * (whole.chosen * total).sum() / (whole.tokens.square() * t)
-    weight = probs.new_ones(n) if counts is None else counts.to(probs.dtype)
+    weight = probs.new_ones(n) if counted is None else counted.to(probs.dtype)
     chosen = probs.new_zeros(num_experts)
     chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(t))
-    total = probs.sum(0) if counts is None else probs.where(counts[:, None], 0).sum(0)
+    total = probs.sum(0) if counted is None else probs.where(counted[:, None], 0).sum(0)
     tokens = weight.sum().clamp_min(1)
     return num_experts * (chosen * total).sum() / (tokens * tokens * t)
 
 
-def router_z_loss_of(logits: Tensor, counts: Tensor | None) -> Tensor:
+def router_z_loss_of(logits: Tensor, counted: Tensor | None) -> Tensor:
     """mean(logsumexp(logits) ** 2) over the tokens that count: keeps logits near 0; 0-d.
 
     Args:
         logits: [n, E]; differentiated.
-        counts: [n] bool, which tokens count; None for all.
+        counted: [n] bool, which tokens count; None for all.
     """
     squares = logits.logsumexp(-1).square()
-    if counts is None:
+    if counted is None:
         return squares.sum() / max(1, len(squares))
-    return squares.where(counts, 0).sum() / counts.sum().clamp_min(1)
+    return squares.where(counted, 0).sum() / counted.sum().clamp_min(1)
 
 
 def router_best_expert_loss_of(
-    logits: Tensor, errors: Tensor, temperature: float, counts: Tensor | None
+    logits: Tensor, errors: Tensor, temperature: float, counted: Tensor | None
 ) -> Tensor:
     """Cross entropy of the router to the experts that reconstruct best, over counted tokens; 0-d.
 
@@ -251,26 +251,26 @@ def router_best_expert_loss_of(
         logits: [n, E], the router's; differentiated.
         errors: [n, E], the squared error of each token under each expert; a constant.
         temperature: how much better, as a share of the error, an expert must be to stand out.
-        counts: [n] bool, which tokens count; None for all.
+        counted: [n] bool, which tokens count; None for all.
     """
     # relative to the token's error, so that hard tokens don't decide alone
     scale = temperature * errors.mean(1, keepdim=True)
     target = (-errors / scale.clamp_min(torch.finfo(errors.dtype).tiny)).softmax(-1).detach()
     entropy = -(target * logits.log_softmax(-1)).sum(1)
-    if counts is None:
+    if counted is None:
         return entropy.sum() / max(1, len(entropy))
-    return entropy.where(counts, 0).sum() / counts.sum().clamp_min(1)
+    return entropy.where(counted, 0).sum() / counted.sum().clamp_min(1)
 
 
-def l1_loss_of(acts: Tensor, lengths: Tensor, counts: Tensor | None) -> Tensor:
+def l1_loss_of(acts: Tensor, lengths: Tensor, counted: Tensor | None) -> Tensor:
     """mean over the tokens that count of sum_j acts[n, j] * lengths[n, j]; 0-d.
 
     Args:
         acts: [n, slots], >= 0; differentiated.
         lengths: [n, slots], of the features' decoder rows; differentiated.
-        counts: [n] bool, which tokens count; None for all.
+        counted: [n] bool, which tokens count; None for all.
     """
     sums = (acts * lengths).sum(1)
-    if counts is None:
+    if counted is None:
         return sums.sum() / max(1, len(sums))
-    return sums.where(counts, 0).sum() / counts.sum().clamp_min(1)
+    return sums.where(counted, 0).sum() / counted.sum().clamp_min(1)

@@ -437,12 +437,12 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         x, expert_ids, e = rows_of(self, hidden_states), None, self.config.num_experts
         mask = mask_of(hidden_states, attention_mask)
         mask = None if mask is None else mask.reshape(-1).to(self.device)
-        counts = counted_of(outliers_among(self, x), mask)
+        counted = counted_of(outliers_among(self, x), mask)
         if e > 1:
             t, norm = self.config.num_experts_per_token, self.config.input_norm
             seen = x if norm == "none" else normalized(x, norm)[0]
             expert_ids = self.router(seen, self.b_router, self.input_scale, t)[2]
-        return batch_sums(x, counts, expert_ids, e)
+        return batch_sums(x, counted, expert_ids, e)
 
     def dead_features(self) -> Tensor:
         """[num_features] bool: not active on the last `dead_after_tokens` tokens of their expert.

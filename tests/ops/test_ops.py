@@ -69,9 +69,9 @@ class Case:
             for name, value in inputs.items()
         }
         limit = None if self.threshold is None else torch.full((self.E, self.m), self.threshold)
-        counts = None
+        counted = None
         if self.counted is not None:
-            counts = torch.rand(self.n, generator=generator) < self.counted
+            counted = torch.rand(self.n, generator=generator) < self.counted
         return {
             **leaves,
             "expert_ids": allowed[order].sort(0).values if self.in_order else allowed[order],
@@ -79,7 +79,7 @@ class Case:
             "threshold": None if limit is None else limit.to(dtype),
             "batch_topk": self.batch_topk,
             "in_order": self.in_order,
-            "counts": counts,
+            "counted": counted,
         }
 
 
@@ -619,7 +619,7 @@ def test_operators_pass_torchs_own_check_of_custom_operators(name):
     case = CASES[name]
     inputs = case.tensors()
     order = ("x", "center", "W_enc", "b_enc", "expert_ids", "gates", "k", "threshold")
-    rest = (inputs["batch_topk"], case.in_order, inputs["counts"], None)
+    rest = (inputs["batch_topk"], case.in_order, inputs["counted"], None)
     arguments = (*(inputs[key] for key in order), *rest)
     torch.library.opcheck(torch.ops.hf_switch_sae.routed_encode, arguments)
     acts, ids = encode(ops, inputs)

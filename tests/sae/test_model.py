@@ -509,12 +509,12 @@ def test_a_token_alone_is_encoded_and_decoded_as_in_a_batch(kind, outlier):
 
 def test_the_fvu_is_its_formula_in_value_and_gradient():
     torch.manual_seed(0)
-    for counts in (None, torch.rand(1500) > 0.3, torch.zeros(1500, dtype=torch.bool)):
+    for counted in (None, torch.rand(1500) > 0.3, torch.zeros(1500, dtype=torch.bool)):
         x = torch.randn(1500, 700, requires_grad=True)  # several blocks
         x_hat = torch.randn(1500, 700, requires_grad=True)
         bias = torch.randn(700, requires_grad=True)
-        given = (x - bias.detach(), x_hat, counts, None, bias)  # a bias that x_hat is without
-        mine, wanted = losses.fvu_of(*given), losses.fvu_formula(x, x_hat + bias, counts)
+        given = (x - bias.detach(), x_hat, counted, None, bias)  # a bias that x_hat is without
+        mine, wanted = losses.fvu_of(*given), losses.fvu_formula(x, x_hat + bias, counted)
         torch.testing.assert_close(mine, wanted, equal_nan=True)
         torch.testing.assert_close(losses.fvu_formula(*given), wanted, equal_nan=True)
         if not mine.isnan():

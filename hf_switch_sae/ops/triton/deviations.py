@@ -20,7 +20,7 @@ ROWS = 32
 
 @jit
 def _rows_of(
-    x_ptr, counts_ptr, start, n, cols, d: tl.constexpr, COUNTED: tl.constexpr, STEP: tl.constexpr
+    x_ptr, counted_ptr, start, n, cols, d: tl.constexpr, COUNTED: tl.constexpr, STEP: tl.constexpr
 ):
     """STEP rows of x from `start` on in float32; which elements count, and where they lie.
 
@@ -29,7 +29,7 @@ def _rows_of(
     rows = start + tl.arange(0, STEP)
     inside = (rows < n)[:, None] & (cols < d)[None, :]
     if COUNTED:
-        inside = inside & (tl.load(counts_ptr + rows, mask=rows < n, other=0) != 0)[:, None]
+        inside = inside & (tl.load(counted_ptr + rows, mask=rows < n, other=0) != 0)[:, None]
     place = rows.to(tl.int64)[:, None] * d + cols[None, :]
     return tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32), inside, place
 
@@ -37,7 +37,7 @@ def _rows_of(
 @jit
 def _column_sums(
     x_ptr,  # [n, d]
-    counts_ptr,  # [n] uint8
+    counted_ptr,  # [n] uint8
     parts_ptr,  # [blocks of ROWS, d] float32, out
     n,
     d: tl.constexpr,
@@ -50,7 +50,7 @@ def _column_sums(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([STEP, BLOCK], dtype=tl.float32)
     for start in range(block * ROWS, block * ROWS + ROWS, STEP):
-        x, _, _ = _rows_of(x_ptr, counts_ptr, start, n, cols, d, COUNTED, STEP)
+        x, _, _ = _rows_of(x_ptr, counted_ptr, start, n, cols, d, COUNTED, STEP)
         total += x
     tl.store(parts_ptr + block.to(tl.int64) * d + cols, tl.sum(total, 0), mask=cols < d)
 
@@ -60,7 +60,7 @@ def _squared_sums(
     x_ptr,  # [n, d]
     x_hat_ptr,  # [n, d]
     mean_ptr,  # [d] float32
-    counts_ptr,  # [n] uint8
+    counted_ptr,  # [n] uint8
     parts_ptr,  # [2, programs] float32, out: errors, deviations
     n,
     d: tl.constexpr,
@@ -78,7 +78,7 @@ def _squared_sums(
     if HAS_MEAN:
         mean = tl.load(mean_ptr + cols, mask=cols < d, other=0.0)[None, :]
     for start in range(block * ROWS, block * ROWS + ROWS, STEP):
-        x, inside, place = _rows_of(x_ptr, counts_ptr, start, n, cols, d, COUNTED, STEP)
+        x, inside, place = _rows_of(x_ptr, counted_ptr, start, n, cols, d, COUNTED, STEP)
         if HAS_HAT:
             error = x - tl.load(x_hat_ptr + place, mask=inside, other=0.0).to(tl.float32)
             errors += error * error
@@ -96,7 +96,7 @@ def _scaled_errors(
     x_ptr,  # [n, d]
     x_hat_ptr,  # [n, d]
     scale_ptr,  # []
-    counts_ptr,  # [n] uint8
+    counted_ptr,  # [n] uint8
     errors_ptr,  # [n, d], out
     parts_ptr,  # [blocks of ROWS, d] float32, out
     n,
@@ -112,7 +112,7 @@ def _scaled_errors(
     scale = tl.load(scale_ptr).to(tl.float32)
     total = tl.zeros([STEP, BLOCK], dtype=tl.float32)
     for start in range(block * ROWS, block * ROWS + ROWS, STEP):
-        x, inside, place = _rows_of(x_ptr, counts_ptr, start, n, cols, d, COUNTED, STEP)
+        x, inside, place = _rows_of(x_ptr, counted_ptr, start, n, cols, d, COUNTED, STEP)
         x_hat = tl.load(x_hat_ptr + place, mask=inside, other=0.0).to(tl.float32)
         error = tl.where(inside, scale * (x_hat - x), 0.0)  # scale may be nan
         total += error
@@ -123,19 +123,19 @@ def _scaled_errors(
         tl.store(parts_ptr + block.to(tl.int64) * d + cols, tl.sum(total, 0), mask=cols < d)
 
 
-def column_sums(x: Tensor, counts: Tensor | None) -> Tensor:
+def column_sums(x: Tensor, counted: Tensor | None) -> Tensor:
     """As `reference.column_sums`."""
-    grid, sizes = _grid(x, counts)
+    grid, sizes = _grid(x, counted)
     parts = _parts(grid, x)
-    launch(_column_sums, grid, x, _as_bytes(counts, x), parts, **sizes)
+    launch(_column_sums, grid, x, _as_bytes(counted, x), parts, **sizes)
     return parts.sum(0)
 
 
 def squared_sums(
-    x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counts: Tensor | None
+    x: Tensor, x_hat: Tensor | None, mean: Tensor | None, counted: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `reference.squared_sums`."""
-    grid, sizes = _grid(x, counts)
+    grid, sizes = _grid(x, counted)
     parts = torch.empty(2, grid[0] * grid[1], dtype=torch.float32, device=x.device)
     launch(
         _squared_sums,
@@ -143,7 +143,7 @@ def squared_sums(
         x,
         x if x_hat is None else x_hat,
         x if mean is None else mean,
-        _as_bytes(counts, x),
+        _as_bytes(counted, x),
         parts,
         HAS_HAT=x_hat is not None,
         HAS_MEAN=mean is not None,
@@ -154,10 +154,10 @@ def squared_sums(
 
 
 def scaled_errors(
-    x: Tensor, x_hat: Tensor, scale: Tensor, counts: Tensor | None, want_sums: bool
+    x: Tensor, x_hat: Tensor, scale: Tensor, counted: Tensor | None, want_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.scaled_errors`."""
-    grid, sizes = _grid(x, counts)
+    grid, sizes = _grid(x, counted)
     errors = torch.empty_like(x_hat, memory_format=torch.contiguous_format)
     parts = _parts(grid, x) if want_sums else None
     launch(
@@ -166,7 +166,7 @@ def scaled_errors(
         x,
         x_hat,
         scale,
-        _as_bytes(counts, x),
+        _as_bytes(counted, x),
         errors,
         errors if parts is None else parts,
         WANT_SUMS=want_sums,
@@ -175,13 +175,13 @@ def scaled_errors(
     return errors, None if parts is None else parts.sum(0)
 
 
-def _grid(x: Tensor, counts: Tensor | None) -> tuple[tuple[int, int], dict[str, Any]]:
+def _grid(x: Tensor, counted: Tensor | None) -> tuple[tuple[int, int], dict[str, Any]]:
     """The grid of the kernels above, over rows and columns, and their sizes."""
     n, d = x.shape
     block = min(256, triton.next_power_of_2(d))
     sizes = {"n": n, "d": d, "ROWS": ROWS, "STEP": 8, "BLOCK": block, "num_warps": 4}
     grid = triton.cdiv(n, ROWS), triton.cdiv(d, block)
-    return grid, {**sizes, "COUNTED": counts is not None}
+    return grid, {**sizes, "COUNTED": counted is not None}
 
 
 def _parts(grid: tuple[int, int], x: Tensor) -> Tensor:
@@ -189,6 +189,6 @@ def _parts(grid: tuple[int, int], x: Tensor) -> Tensor:
     return torch.empty(grid[0], x.shape[1], dtype=torch.float32, device=x.device)
 
 
-def _as_bytes(counts: Tensor | None, other: Tensor) -> Tensor:
+def _as_bytes(counted: Tensor | None, other: Tensor) -> Tensor:
     """The mask as a kernel reads it; any tensor if there is none."""
-    return other if counts is None else counts.view(torch.uint8)
+    return other if counted is None else counted.view(torch.uint8)
