@@ -148,12 +148,16 @@ def write_once(path: Path, data: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of processes of this machine that no longer run."""
+    """Remove the unfinished files and folders of this machine's processes that no longer run."""
     for path in folder.glob(".tmp-*"):
         found = LEFT_OVER.fullmatch(path.name)
         if found is None or found["host"] != socket.gethostname():
             continue
-        if not _is_running(int(found["process"])):
+        if _is_running(int(found["process"])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 

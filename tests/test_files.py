@@ -3,12 +3,20 @@
 import errno
 import json
 import os
+import socket
 
 import pytest
 from helpers.saes import make
 
 from hf_switch_sae import Recipe, Steer, export, export_recipe
-from hf_switch_sae.files import LEFT_OVER, rounded, write_json, write_once, written_beside
+from hf_switch_sae.files import (
+    LEFT_OVER,
+    remove_leftovers,
+    rounded,
+    write_json,
+    write_once,
+    written_beside,
+)
 
 
 def test_a_file_replaces_what_was_there_when_all_of_it_is_written(tmp_path):
@@ -111,3 +119,18 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, name, monkeypatch):
     monkeypatch.undo()
     WRITERS[name](tmp_path / "place")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_leftover_files_and_folders_go_and_what_a_leftover_link_leads_to_stays(tmp_path):
+    ended = 2**22 + 1  # above the largest process id that Linux gives
+    name = f".tmp-{socket.gethostname()}-{ended}-0000000{{}}".format
+    (tmp_path / name(1)).write_text("half")
+    (tmp_path / name(2) / "deep").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / name(3)).symlink_to(tmp_path / "mine")
+    ours = tmp_path / f".tmp-{socket.gethostname()}-{os.getpid()}-00000004"
+    ours.mkdir()
+
+    remove_leftovers(tmp_path)
+
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "mine", ours])

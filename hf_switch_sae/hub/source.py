@@ -21,7 +21,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from hf_switch_sae.errors import ConversionError, HubError
 from hf_switch_sae.hub.errors import plain_hub_errors
-from hf_switch_sae.hub.layout import LLAMA_SCOPE_WEIGHTS, WEIGHTS
+from hf_switch_sae.hub.layout import LLAMA_SCOPE_WEIGHTS, WEIGHTS, in_checkpoint
 from hf_switch_sae.hub.tensors import Tensors, read_tensors, strings_in
 
 SOURCE_KEYWORDS = (
@@ -169,10 +169,14 @@ class Source:
         return Tensors(self._held[file], f"{self.where}/{file}")
 
     def folders(self) -> list[str]:
-        """Folders with weights in them, sorted; "" is the source's own."""
+        """Folders with weights in them, sorted; "" is the source's own.
+
+        A run's checkpoints are left out, unless there is nothing else.
+        """
         # Llama Scope's weights lie a folder below its config, and the config's folder is the SAE's
         places = (f.removesuffix(LLAMA_SCOPE_WEIGHTS) for f in self.files if f.endswith(WEIGHTS))
-        return sorted({place.rpartition("/")[0] for place in places})
+        found = sorted({place.rpartition("/")[0] for place in places})
+        return [folder for folder in found if not in_checkpoint(Path(folder))] or found
 
     def weight_files(self, *suffixes: str) -> list[str]:
         """Files with one of these endings, directly in this folder."""

@@ -7,7 +7,7 @@ from hf_switch_sae.activations.live import LiveActivations
 from hf_switch_sae.activations.policy import TokenPolicy
 from hf_switch_sae.activations.settings import ActivationSettings
 from hf_switch_sae.activations.stored import TensorActivations
-from hf_switch_sae.evaluation.calibration import calibrate
+from hf_switch_sae.evaluation.calibrate import calibrate
 from hf_switch_sae.evaluation.evaluate import evaluate
 from hf_switch_sae.training.arguments import SAE_PRESETS, SwitchSAETrainingArguments
 from hf_switch_sae.training.pipeline import TrainedRelease, train_release

@@ -112,17 +112,17 @@ def measure_of(sae: SwitchSAE, x: Tensor, output: SwitchSAEOutput, loss: Tensor)
     assert output.features is not None
     assert output.fvu is not None
     assert output.router_aux_loss is not None
-    is_real = ~sae.is_outlier(x)
-    tokens = is_real.sum()
+    counted = ~sae.is_outlier(x)
+    tokens = counted.sum()
     active = (output.features.acts > 0).sum()
-    entropy, chosen = tokens.new_zeros(()), is_real.new_zeros(0)
+    entropy, chosen = tokens.new_zeros(()), counted.new_zeros(0)
     if output.router_logits is not None:
         logp = output.router_logits.log_softmax(-1)
-        entropy = -(logp.exp() * logp).sum(-1).where(is_real, 0).sum()
+        entropy = -(logp.exp() * logp).sum(-1).where(counted, 0).sum()
         entropy = entropy / math.log(sae.config.num_experts)
         # how often each expert was chosen, outliers not counted
         ids = output.router_logits.topk(sae.config.num_experts_per_token).indices
-        weight = is_real.float().repeat_interleave(ids.shape[1])
+        weight = counted.float().repeat_interleave(ids.shape[1])
         chosen = torch.zeros(sae.config.num_experts, device=ids.device)
         chosen.index_add_(0, ids.flatten(), weight)
     # one tensor, so that a log needs a single exchange between processes

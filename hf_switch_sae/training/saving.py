@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hf_switch_sae.errors import NonFiniteError, SwitchSAEError, TrainingError
-from hf_switch_sae.evaluation.calibration import calibrate_on
+from hf_switch_sae.evaluation.calibrate import calibrate_on
 from hf_switch_sae.files import rounded
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.training import checkpoints, sharded

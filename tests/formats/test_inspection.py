@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from hf_switch_sae import ConversionError, SwitchSAE, SwitchSAEError, inspect
+from hf_switch_sae import ConversionError, SwitchSAE, SwitchSAEError, inspect, load_all
 from hf_switch_sae.cli.app import app
 from hf_switch_sae.release.card import BEGIN, END, render_card
 from hf_switch_sae.release.push import _files_to_push, save_all
@@ -26,6 +26,16 @@ def release(tmp_path):
     second = make("plain_topk", hookpoint=B, base_model="org/lm", source={"repo": "org/first"})
     save_all({A: first, B: second}, tmp_path / "release")
     return tmp_path / "release"
+
+
+def test_checkpoints_of_a_run_are_no_saes_of_its_folder_but_can_be_named(release):
+    make("plain_topk", hookpoint=A).save_pretrained(release / "checkpoint-8" / A)
+    assert [summary.path for summary in inspect(release).saes] == [A, B]
+    assert sorted(load_all(release)) == [A, B]
+    checkpoint = release / "checkpoint-8"
+    assert [summary.path for summary in inspect(checkpoint).saes] == [A]
+    assert [summary.path for summary in inspect(release, "checkpoint-8").saes]
+    assert sorted(load_all(checkpoint)) == [A]
 
 
 def test_every_sae_of_a_folder_is_described_as_its_file_has_it(release):
