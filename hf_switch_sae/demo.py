@@ -27,7 +27,7 @@ from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.hub.layout import DESCRIPTIONS
 from hf_switch_sae.sae.model import SwitchSAE
-from hf_switch_sae.sessions.session import Session
+from hf_switch_sae.sessions.session import SessionOfOne
 
 LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RELEASE = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-switch-sae"
@@ -168,7 +168,7 @@ def _show_features(
     console: Console,
     lm: PreTrainedModel,
     tokenizer: Any,
-    session: Session,
+    session: SessionOfOne,
     sae: SwitchSAE,
     prompt: str,
     words: dict[int, str],
@@ -178,7 +178,6 @@ def _show_features(
     with torch.no_grad():
         lm(**inputs)
     features = session.features
-    assert isinstance(features, SparseFeatures)
     table = Table(title="What it reads in the prompt, token by token", title_justify="left")
     table.add_column("token")
     table.add_column("features, rarest and strongest first: id (words it fires on), % of maximum")
@@ -209,7 +208,7 @@ def _show_steering(
     console: Console,
     lm: PreTrainedModel,
     tokenizer: Any,
-    session: Session,
+    session: SessionOfOne,
     prompt: str,
     words: dict[int, str],
     edits: tuple[Steer, ...],

@@ -25,7 +25,6 @@ from hf_switch_sae.errors import SwitchSAEError
 from hf_switch_sae.lm.loading import load_lm
 from hf_switch_sae.processes import rank_and_world
 from hf_switch_sae.sessions.record_corpus import record
-from hf_switch_sae.store import FeatureStore
 
 
 def record_corpus(
@@ -93,8 +92,6 @@ def record_corpus(
         lm_revision=revision,
         allow_mismatch=allow_mismatch,
     )
-    assert isinstance(found, FeatureStore)
-
     # of several processes, the first to end sees only a part of what there will be
     alone = world == 1
     if index and alone and found.shards:

@@ -84,7 +84,6 @@ def token_table() -> Table:
 
 _OFF: dict[str, Any] = {
     "kept gradients": ("hf_switch_sae.ops.routed.gradient_of", lambda weight: None),
-    "huge pages": ("hf_switch_sae.ops.memory._advise_huge_pages", lambda storage: None),
     "kept blocks": ("hf_switch_sae.ops.memory._keep_freed_blocks", lambda: None),
 }
 """Part of `memory.py` -> what to replace to switch it off."""
@@ -112,8 +111,8 @@ def seconds_of_a_step(without: str | None, steps: int = 15) -> float:
 def memory_table(rounds: int = 9) -> Table:
     """Steps in turns; the C library never forgets what it has learned, so there whole processes."""
     rows: Table = [HEAD]
-    for part in ("kept gradients", "huge pages"):
-        rows.append(compared(f"training step, {part}", training_step(None), training_step(part)))
+    part = "kept gradients"
+    rows.append(compared(f"training step, {part}", training_step(None), training_step(part)))
     found: dict[str | None, list[float]] = {None: [], "kept blocks": []}
     for _ in range(rounds):
         for part, taken in found.items():
