@@ -57,6 +57,7 @@ class Given:
         given = getattr(self, name)
         if given is None and found is None:
             raise ConversionError(f"{source.where} does not tell its {name}: pass {name}=.")
+        # unlike a hookpoint, these decide what the SAE computes, so the files can't be overruled
         if given is not None and found is not None and given != found:
             raise ConversionError(f"{name}={given} contradicts {source.where}, which has {found}.")
         return found if given is None else given
@@ -73,6 +74,7 @@ class Given:
             ConversionError: neither tells, or the user's has no site.
         """
         if self.hookpoint is not None:
+            # a module's path alone leaves open whether its input or its output is meant
             if self.hookpoint.rpartition(".")[2] not in SITES:
                 raise ConversionError(
                     f"hookpoint={self.hookpoint!r} names no site: it is a block or a module with "
@@ -81,6 +83,7 @@ class Given:
             return self.hookpoint
         if self.layer is not None and found is None:
             return hookpoint_of(self.layer)
+        # where the files tell the place, layer= may only agree with them
         if self.layer is not None and found is not None:
             self._check_layer(found, source)
         if found is not None:
@@ -123,6 +126,7 @@ class Checkpoint:
     def build(self, dtype: torch.dtype | None = None) -> SwitchSAE:
         """The SAE, in float32 unless a dtype is given or its weights share a 16-bit one."""
         sae = SwitchSAE(SwitchSAEConfig(**self.config))
+        # as `from_pretrained` does: in training, a batch_topk SAE does not use its threshold
         sae.train(False)
 
         # router.weight is found among the parameters, everything else is an attribute of the SAE
@@ -232,8 +236,10 @@ def integer(value: Any, name: str, where: str) -> int | None:
     Raises:
         ConversionError: it is something else.
     """
+    # k may come from a 0-d tensor, and `Tensors.number` gives that as a float
     if value is None or (isinstance(value, float) and value.is_integer()):
         return None if value is None else int(value)
+    # to Python, True is an int
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConversionError(f"{name}={value!r} in {where} is no whole number.")
     return value

@@ -68,6 +68,7 @@ def convert(
         HubError: the repository can't be read.
         TypeError: an option that does not exist.
     """
+    # checked first: found out at the end, it would have cost a download of gigabytes
     if folder is not None and Path(folder).exists():
         raise ConversionError(f"{folder} is there already; name a folder that is not.")
     if (lm is None) != (inputs is None):
@@ -79,6 +80,7 @@ def convert(
     if not found.holds:
         raise ConversionError(f"{name}: {found}; it was not written.")
 
+    # measured before anything is saved, as a language model that does not fit raises
     live = None
     if lm is not None and inputs is not None:
         with sae.attach(lm) as session:
@@ -112,6 +114,7 @@ def export(sae: SwitchSAE, folder: str | Path, format: str) -> tuple[str, ...]:
 
 
 def _read(name: str | Path, format: str | None, options: Mapping[str, Any]) -> Checkpoint:
+    # a misspelled k= must not go unnoticed, with the files' own k in its place
     unknown = options.keys() - GIVEN - set(SOURCE_KEYWORDS)
     if unknown:
         raise TypeError(f"convert() has no option {sorted(unknown)[0]!r}.")

@@ -25,6 +25,7 @@ from hf_switch_sae.sae.model import SwitchSAE
 
 def keep_topk(pre: Tensor, k: int) -> Tensor:
     """relu(pre) [n, F], with all but the k largest of each row set to 0."""
+    # relu first: a row with fewer than k positive values must keep no negative one
     acts = pre.relu()
     values, ids = acts.topk(k, dim=-1)
     return torch.zeros_like(acts).scatter(-1, ids, values)
@@ -32,6 +33,7 @@ def keep_topk(pre: Tensor, k: int) -> Tensor:
 
 def keep_above(pre: Tensor, threshold: Tensor) -> Tensor:
     """relu(pre) [n, F] where pre exceeds the threshold ([F] or 0-d), else 0."""
+    # relu too: nothing keeps a threshold from being below 0
     return pre.relu() * (pre > threshold)
 
 
@@ -51,6 +53,8 @@ def normed_by_hand(x: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor | float]
     Written as the other projects write it, on purpose not with `sae.input_norm`.
     """
     if how == "layer_norm":
+        # not nn.LayerNorm: both OpenAI and SAELens divide by d - 1, add 1e-5 to the standard
+        # deviation rather than the variance, and leave it out on the way back
         mean = x.mean(-1, keepdim=True)
         std = ((x - mean) ** 2).sum(-1, keepdim=True).div(x.shape[-1] - 1).sqrt()
         return (x - mean) / (std + 1e-5), std, mean
@@ -99,6 +103,7 @@ class DenseWeights:
             raise ConversionError(f"{format} has no {c.activation!r} that also keeps at most k.")
 
         # pre = W (s x) + b fires above t just when W x + b / s fires above t / s
+        # acts then come out in the units of x, so W_dec stays, and only b_dec is divided as well
         s = sae.input_scale.float().cpu()
         with torch.no_grad():
             held = {name: getattr(sae, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
@@ -141,6 +146,7 @@ def write_checkpoint(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> No
     for name, content in files.items():
         file = folder / name
         if name.endswith(".safetensors"):
+            # safetensors refuses a transposed view
             save_file({key: value.contiguous() for key, value in content.items()}, file)
         elif name.endswith(".pt"):
             torch.save(dict(content), file)

@@ -62,6 +62,7 @@ def read(source: Source, given: Given) -> Checkpoint:
     F = integer(trainer.get("dict_size"), "dict_size", source.where)
     W_enc, W_dec, b_enc, b_dec = _matrices(kind, tensors, F, d)
     F, d = W_enc.shape
+    # SAELens' loader subtracts for AutoEncoderNew too; the class itself does not
     subtract = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     k = _k(kind, tensors, trainer, source, given)
     threshold = _threshold(kind, tensors, F, source, given)
@@ -82,6 +83,7 @@ def read(source: Source, given: Given) -> Checkpoint:
         elif threshold is not None:
             acts = keep_above(pre + b_enc.float(), threshold)
         else:
+            # relu has no k: the F largest are all there are
             acts = keep_topk(pre + b_enc.float(), k or F)
         return acts, acts @ W_dec.float().T + b_dec.float()
 
@@ -140,6 +142,7 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
         if kind != "AutoEncoder":
             # AutoEncoderTopK stores a threshold too, and -1 for none
             one = dense.one_threshold(NAME) if kind == "BatchTopKSAE" else torch.tensor(-1.0)
+            # their from_pretrained takes k from the state dict
             tensors |= {"k": torch.tensor(c.k, dtype=torch.int), "threshold": one}
     place = layer_of(c.hookpoint)
     trainer = {
@@ -171,6 +174,7 @@ def _told_by(tensors: Tensors) -> str | None:
         "group_sizes": "MatryoshkaBatchTopKSAE",
     }
     found = [kind for name, kind in marks.items() if name in tensors]
+    # a Matryoshka SAE has W_enc too, but with a k
     if not found and "W_enc" in tensors and "k" not in tensors:
         found = ["JumpReluAutoEncoder"]
     return found[0] if len(found) == 1 else None
@@ -193,7 +197,7 @@ def _matrices(
         "GatedAutoEncoder": "decoder_bias",
     }.get(kind, "b_dec")
     b_dec, W_dec = tensors.take(bias, d), tensors.take("decoder.weight", d, F)
-    gated_one = kind == "GatedAutoEncoder"
+    gated_one = kind == "GatedAutoEncoder"  # its encoder has two biases, which `read` takes
     return W_enc, W_dec, torch.zeros(F) if gated_one else tensors.take("encoder.bias", F), b_dec
 
 

@@ -61,6 +61,7 @@ def read(source: Source, given: Given) -> Checkpoint:
         acts = keep_above(x / scale @ W_enc.float() + b_enc.float(), threshold)
         return acts, (acts @ W_dec.float() + b_dec.float()) * scale
 
+    # without a factor, the tensors are left in their own dtype, which `build` looks at
     ours = OneExpert(
         W_enc.T if scale == 1.0 else W_enc.T.float() / scale,
         W_dec if scale == 1.0 else W_dec.float() * scale,
@@ -95,6 +96,7 @@ def _refuse_transcoders(source: Source, names: set[str], config: dict[str, Any])
             f"{source.where} is a {kind or 'transcoder'}: it reads one place and writes another, "
             "and a SwitchSAE does both in one."
         )
+    # Gemma Scope 1 has no config, and all of it is jump_relu
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise ConversionError(f"{source.where} is a {config['architecture']!r}, not a jump_relu.")
 
@@ -104,14 +106,18 @@ def _place(source: Source, config: dict[str, Any]) -> str | None:
         return from_module_path(config["hf_hook_point_in"])
     address = _address(source)
     if _EMBEDDING.search(address):
+        # the embedding as it enters block 0, after Gemma's factor: hence the scale in `read`
         return hookpoint_of(0, "resid_pre")
     layer = layer_in(address, r"layer_(\d+)")
+    # Gemma Scope 1 has the site in the repository's name, -pt-res or -pt-res-canonical;
+    # Gemma Scope 2 in a folder's
     site = re.search(r"-(res|mlp|att)(?:-[a-z]+)?(?:/|$)|(resid_post|attn_out|mlp_out)", address)
     if layer is None or site is None:
         return None
     block = f"model.layers.{layer}"
     return {
         "res": hookpoint_of(layer),
+        # an SAE of what the MLP adds to the stream: Gemma 2 normalizes that first
         "mlp": f"{block}.post_feedforward_layernorm.resid_post",
         "att": f"{block}.self_attn.o_proj.resid_pre",
     }.get(site[1] or {"resid_post": "res", "attn_out": "att", "mlp_out": "mlp"}[site[2]])

@@ -21,6 +21,7 @@ NAME = "goodfire"
 def recognizes(source: Source) -> bool:
     """Told by its one .pt or .pth file, with an `encoder_linear.weight` in it."""
     files = source.weight_files(".pt", ".pth")
+    # only the names in it are read: its tensors are gigabytes, and may lie on the Hub
     return len(files) == 1 and "encoder_linear.weight" in source.names(files[0])
 
 
@@ -38,6 +39,7 @@ def read(source: Source, given: Given) -> Checkpoint:
         acts = (x @ W_enc.float().T + b_enc.float()).relu()
         return acts, acts @ W_dec.float().T + b_dec.float()
 
+    # repository and file may both have the layer; if they differ, `layer_in` finds none
     layer = layer_in(f"{source.where}/{file}", r"-SAE-l(\d+)(?:\.pth?)?(?:/|$)")
     place = None if layer is None else hookpoint_of(layer)
     ours = OneExpert(W_enc, W_dec.T, b_enc, b_dec, "relu", subtracts=False)

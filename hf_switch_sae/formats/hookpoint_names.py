@@ -30,12 +30,14 @@ def from_module_path(name: object) -> str | None:
     if not match:
         return None
     site: Site = "resid_pre" if match[2] == "input" else "resid_post"
+    # by the path's end: multimodal models nest it deeper, as model.language_model.layers.7
     block = re.fullmatch(r"(?:[\w.]*\.)?(?:layers|h)\.(\d+)", match[1])
     return hookpoint_of(block[1], site) if block else f"{match[1]}.{site}"
 
 
 def from_base_module(name: str) -> str | None:
     """sparsify's names, modules of the base model: `layers.7`, `h.3` or `layers.7.mlp`."""
+    # a folder may be called anything: only a number or an embedding makes it a module
     return from_module_path(name) if re.search(r"\.\d+(\.|$)|embed", name) else None
 
 

@@ -4,8 +4,8 @@ How    Of a safetensors file, the header and the small tensors of statistics are
        file, the names of its tensors. Other projects' checkpoints are named by their format.
 Beware A .pt file from before torch 1.6 holds its tensors among their names, so it is read whole.
        The header is parsed here, as huggingface_hub's parsers (tried: one for a folder, one for the
-       Hub) do not tell where the data begins, which the statistics lie in, and raise TypeError or
-       AttributeError for some damaged headers.
+       Hub) do not tell where the data begins, which we need to read the statistics, and raise
+       TypeError or AttributeError for some damaged headers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hf_switch_sae.hub.source import Source, listed_folders, open_source
 _NUMBERS = ("input_scale", "residual_norm", "outlier_norm", "statistics_tokens")
 _PER_FEATURE = ("feature_max", "feature_rate")
 _DTYPES = {"F32": torch.float32, "I64": torch.int64}
+# about what safetensors itself allows
 _MOST_HEADER = 100 * 2**20
 
 
@@ -102,6 +103,7 @@ def inspect(name: str | Path, subfolder: str = "", **where: Any) -> Inspection:
     """
     source = open_source(name, subfolder, **where)
     if not source.files:
+        # the whole is listed again, as `source` knows only what is in the subfolder
         there = listed_folders(open_source(name, **where, whole=True)) if subfolder else ""
         raise ConversionError(
             f"there are no files in {source.where}"
@@ -117,6 +119,7 @@ def _summary(source: Source) -> SAESummary | None:
     if not is_ours(config):
         found = recognize(source)
         return None if found is None else SAESummary(path, found.NAME)
+    # hundreds of sampled weights, which tell a reader nothing
     config.pop("base_model_fingerprint", None)
     tensors: dict[str, tuple[str, list[int]]] = {}
     numbers: dict[str, float] = {}
@@ -159,6 +162,7 @@ def _read_header(
         if name in header and shapes[name][0] in _DTYPES
     }
     numbers = {name: float(values[name]) for name in _NUMBERS if name in values}
+    # before calibration all rates are 0, and every feature would be called dead
     if numbers.get("statistics_tokens") and set(_PER_FEATURE) <= values.keys():
         numbers["dead_share"] = float((values["feature_rate"] == 0).float().mean())
         numbers["largest feature_max"] = float(values["feature_max"].max())
@@ -169,6 +173,7 @@ def _tensor(stream: BinaryIO, start: int, entry: dict[str, Any], what: str) -> t
     try:
         first, last = entry["data_offsets"]
         stream.seek(start + first)
+        # a bytearray, as torch warns of memory that can't be written to
         data = bytearray(stream.read(last - first))
         return torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     except (ValueError, TypeError, RuntimeError) as err:  # cut short, or a shape that does not fit

@@ -69,13 +69,16 @@ def read(source: Source, given: Given) -> Checkpoint:
     b_dec = tensors.take("decoder.bias", d)
     held = (W_enc, W_dec, b_enc, b_dec)
     if old:
+        # in float32, as the file has bfloat16, which would round again at each scaling
         ours, formula = _with_norms(source, config, *(value.float() for value in held))
     else:
         threshold = tensors.take("log_jumprelu_threshold", F).float().exp()
+        # never taken to be 1: a wrong scale gives other features, and no error
         scale = float(given.settle("input_scale", None, source))
         ours, formula = _with_scale(scale, threshold, *held)
     tensors.finish()
     their_name = config.get("hook_point_in")
+    # hyperparams.json does not name the model; the release's folders do
     model = "meta-llama/Llama-3.1-8B" if "Llama3_1-8B-Base" in source.where else None
     place = from_transformer_lens(their_name)
     about = origin_fields(source, given, NAME, place, their_name, model, hook_name=their_name)

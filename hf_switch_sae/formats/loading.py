@@ -50,6 +50,7 @@ def load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
         The error given: nothing there is in a known format, or it can't be reached.
     """
     where = {n: kwargs[n] for n in SOURCE_KEYWORDS if kwargs.get(n) is not None}
+    # not within the try below, which would hide that the path climbs out
     check_inside(where.get("subfolder", ""), "subfolder")
     try:
         source = open_source(name, **where)
@@ -73,9 +74,11 @@ def load_foreign(name: str, kwargs: dict[str, Any], error: Exception) -> Any:
         rest = {n: v for n, v in kwargs.items() if n not in mine}
         result = SwitchSAE.from_pretrained(folder, **rest)
     except BaseException:
+        # Ctrl+C, too, must not leave gigabytes in the temporary folder
         shutil.rmtree(folder, ignore_errors=True)
         raise
     sae = result[0] if isinstance(result, tuple) else result
+    # else the temporary folder's name would stand there
     sae.config._name_or_path = name
     # its weights may be mapped from the folder, so that goes only when the SAE does
     weakref.finalize(sae, shutil.rmtree, folder, ignore_errors=True)
@@ -119,6 +122,7 @@ def pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
         name, file, kwargs.get("cache_dir"), kwargs.get("revision") or "main"
     )
     if isinstance(cached, str):
+        # it ends in snapshots/<commit>/<subfolder>/config.json
         commit = Path(cached).parents[len(Path(file).parts) - 1].name
         config = (result[0] if isinstance(result, tuple) else result).config
         here = {"repo": name, "revision": commit, "path": subfolder}
@@ -151,6 +155,7 @@ def load_all(name: str | Path, revision: str | None = None, **options: Any) -> d
     folders = source.folders()
     if not folders:
         raise HubError(f"there is no SAE in {name}: no weights in it.")
+    # the commit that was listed: a push in between must not mix two releases
     commit = {} if source.revision is None else {"revision": source.revision}
     return {
         folder: SwitchSAE.from_pretrained(name, subfolder=folder, **commit, **options)

@@ -24,6 +24,7 @@ from hf_switch_sae.hub.tensors import Tensors
 from hf_switch_sae.lm.names import hookpoint_of
 
 NAME = "openai"
+# kept for training; what the SAE computes does not depend on them
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
@@ -51,6 +52,7 @@ def read(source: Source, given: Given) -> Checkpoint:
 
     def formula(x: Tensor) -> tuple[Tensor, Tensor]:
         h, std, mean = normed_by_hand(x, norm)
+        # the ReLU models have no k: all F are kept
         acts = keep_topk((h - b_dec.float()) @ W_enc.float().T + b_enc.float(), k or F)
         return acts, (acts @ W_dec.float().T + b_dec.float()) * std + mean
 
@@ -74,6 +76,7 @@ def _rule(
         )
     if activation == "ReLU":
         return "relu", None
+    # with another postact_fn, such as the identity, negative values would stay
     if activation != "TopK" or state.get("postact_fn", "ReLU") != "ReLU":
         raise ConversionError(
             f"{source.where} has the activation {activation!r} {state or ''}; ReLU and TopK with "

@@ -36,6 +36,7 @@ def read(source: Source, given: Given) -> Checkpoint:
         ConversionError: the files of several layers without `layer`, or a missing parameter.
     """
     files = source.weight_files(".sae.pt")
+    # layer= chooses the file here; in other formats it only says where the SAE belongs
     if given.layer is not None:
         wanted = f"layer{given.layer}.sae.pt"
         if wanted not in files:
@@ -55,6 +56,7 @@ def read(source: Source, given: Given) -> Checkpoint:
     W_dec, b_enc = tensors.take("W_dec", d, F), tensors.take("b_enc", F)
     b_dec = tensors.take("b_dec", d)
     tensors.finish()
+    # `layer_in` finds any number, here k
     k = given.settle("k", layer_in(source.where, r"-L0_(\d+)(?:/|$)"), source)
 
     def formula(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ _READERS: tuple[Reader, ...] = (
     switch_sae,
     scale_sae,
     dictionary_learning,
+    # these two look into a .pt file of any name, which takes a request, so they come last
     goodfire,
     openai,
 )
@@ -98,6 +99,7 @@ def reader_of(source: Source, name: str | None = None) -> Reader:
     if name is not None:
         if name not in FORMATS:
             raise ConversionError(f"no format {name!r}; there are {', '.join(FORMATS)}.")
+        # taken at the user's word: the reader says itself what it misses
         return _READERS[FORMATS.index(name)]
     found = recognize(source)
     if found is not None:

@@ -181,7 +181,7 @@ def _kind(cfg: dict[str, Any], source: Source, given: Given) -> tuple[str, int |
 def _scale(cfg: dict[str, Any], source: Source, given: Given) -> tuple[float, str]:
     """Our input_scale and input_norm."""
     how = cfg.get("normalize_activations") or "none"
-    how = "expected_average_only_in" if how is True else how
+    how = "expected_average_only_in" if how is True else how  # early versions wrote a bool
     if how in _NORMS:
         return float(given.input_scale or 1.0), _NORMS[how]
     if how != "expected_average_only_in":
@@ -207,6 +207,7 @@ def _rule(
     """
     if kind == "gated":
         gate, mag, r = (tensors.take(name, F) for name in ("b_gate", "b_mag", "r_mag"))
+        # the formula keeps both paths: folded as ours are, it would not check the folding
         return gated(
             W_enc.T, gate, mag, r
         ), lambda xW: (xW + gate.float() > 0) * (r.float().exp() * xW + mag.float()).relu()
@@ -223,6 +224,7 @@ def _rule(
     if kind == "standard":
         return ours, lambda xW: pre(xW).relu()
     if kind == "topk":
+        # `_kind` has settled k; the 1 is for the type checker
         return ours, lambda xW: keep_topk(pre(xW), k or 1)
     if kind == "batchtopk":
         one = tensors.number("topk_threshold")
@@ -238,6 +240,7 @@ def _rule(
 
 def gated(W_enc: Tensor, b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> dict[str, Tensor]:
     """W_enc [F, d], b_enc [F] and threshold [F] of the JumpReLU SAE that equals a gated one."""
+    # e^r > 0, so the gate's condition may be multiplied by it: e^r W x > -e^r b_gate
     size = r_mag.float().exp()
     return {
         "W_enc": W_enc.float() * size[:, None],

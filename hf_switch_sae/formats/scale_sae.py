@@ -106,6 +106,7 @@ def _experts(tensors: Tensors, E: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
 def _shift(gate: Tensor, bias: Tensor, center: Tensor, source: Source) -> Tensor:
     """b_router [d], such that gate @ (x - b_router) = gate @ (x - center) + bias."""
     # gate @ offset = bias has a solution unless the gate's rows are dependent
+    # gelsd finds the shortest offset, and takes dependent rows too
     wide, wanted = gate.double(), bias.double()
     offset = torch.linalg.lstsq(wide, wanted[:, None], driver="gelsd").solution[:, 0]
     if not torch.allclose(wide @ offset, wanted, atol=1e-6, rtol=1e-6):

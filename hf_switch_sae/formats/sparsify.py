@@ -39,6 +39,7 @@ def read(source: Source, given: Given) -> Checkpoint:
         ConversionError: a transcoder, another activation, or a missing parameter.
     """
     cfg, tensors = source.json(CONFIG), source.tensors(WEIGHTS)
+    # a key may be missing: `signed` is in old files only
     for name, wanted in {"activation": "topk", "transcode": False, "signed": False}.items():
         if cfg.get(name, wanted) != wanted:
             raise ConversionError(
@@ -58,6 +59,7 @@ def read(source: Source, given: Given) -> Checkpoint:
         acts = keep_topk((x - b_dec.float()) @ W_enc.float().T + b_enc.float(), k)
         return acts, acts @ W_dec.float() + b_dec.float()
 
+    # in a release, config.json lies at the top, so a single hookpoint's folder has none
     place, model = from_base_module(source.folder_name), source.json("config.json").get("model")
     about = origin_fields(source, given, NAME, place, source.folder_name, model)
     ours = OneExpert(W_enc, W_dec, b_enc, b_dec, "topk", subtracts=True, k=k)
@@ -79,6 +81,7 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
         "W_dec": dense.W_dec,
         "b_dec": dense.b_dec,
     }
+    # num_latents gives the width; beside it, expansion_factor is not used and need not be exact
     cfg: dict[str, Any] = {
         "activation": "topk",
         "expansion_factor": max(1, sae.config.num_features // sae.config.hidden_size),

@@ -145,6 +145,7 @@ def _origin(config: SwitchSAEConfig) -> dict[str, Any]:
 def _block_after(place: str | None) -> int:
     """The block to whose output llama.cpp has to add."""
     found = layer_of(place)
+    # what block i is given is what block i - 1 put out
     block = found[0] - (found[1] == "resid_pre") if found else -1
     if block < 1:
         raise EditError(
@@ -166,7 +167,8 @@ def _csv_row(
         raise EditError(
             "lm-eval's CSV has one feature a place; this recipe has several. Write a .pt instead."
         )
-    origin = _origin(sae.config)  # a repository of ours is none that sparsify can load
+    # sparsify can't load a repository of ours, only the one that the SAE was taken from
+    origin = _origin(sae.config)
     if sparse_model is None and origin.get("format") == "sparsify" and origin.get("repo"):
         sparse_model = str(origin["repo"])
         module = module or origin.get("path")

@@ -38,9 +38,10 @@ def recognizes(source: Source) -> bool:
         return False
     kind = source.section(CONFIG, "trainer").get("dict_class")
     return (
+        # the MoE is recognized so that `read` can refuse it by name
         kind in ("SwitchAutoEncoder", "MoEAutoEncoder")
         or "switch" in str(kind).lower()
-        or (kind is None and "decoder" in source.names(WEIGHTS))
+        or (kind is None and "decoder" in source.names(WEIGHTS))  # theirs is decoder.weight
     )
 
 

@@ -50,16 +50,19 @@ def plain_hub_errors(repo_id: str, what: str) -> Iterator[None]:
     try:
         yield
     except HubError:
+        # it is an OSError too, and comes from a call within, which has said what went wrong
         raise
     except (_ON_THE_WAY, HFValidationError, EntryNotFoundError, OSError, RuntimeError) as err:
         # if an upload stops, the client wraps the error in a RuntimeError
         cause = err.__cause__ if isinstance(err, RuntimeError) else err
+        # a RuntimeError without a cause is not the client's
         if not isinstance(cause, Exception):
             raise
         raise HubError(f"could not {what} {repo_id}: {_reason(cause)}") from err
 
 
 def _reason(err: Exception) -> str:
+    # the second is an EntryNotFoundError too, and would read as a missing file
     if isinstance(err, OfflineModeIsEnabled | LocalEntryNotFoundError):
         return "the Hub is offline or can't be reached, and the cache does not have what is needed."
     if isinstance(err, GatedRepoError):

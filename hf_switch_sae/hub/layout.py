@@ -52,6 +52,7 @@ def is_ours(config: Mapping[str, Any]) -> bool:
 
 def recipe_path(name: str) -> str:
     """Where a release keeps a recipe; raises HubError if the name can't be a file's name."""
+    # no dot in front: a push leaves hidden files out
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise HubError(f"{name!r} is no name for a recipe: letters, digits, '-', '_' and '.' only.")
     return f"{RECIPES}/{name}.json"
@@ -61,6 +62,7 @@ def saes_in(folder: Path) -> dict[str, dict[str, Any]]:
     """Subfolder ("" for the folder itself) -> config, of every SAE of ours, ordered by path."""
     found = {}
     for file in sorted(folder.rglob(CONFIG)):
+        # relative, as the user may have named a checkpoint itself as the folder
         if in_checkpoint(file.relative_to(folder)):
             continue
         config = read_json(file)

@@ -90,6 +90,7 @@ class Source:
         Raises:
             HubError: it can't be read.
         """
+        # HfFileSystem does not know the cache: it would ask the Hub all the same
         if self.hub is None or self.hub.get("local_files_only"):
             with self.path(file).open("rb") as stream:
                 yield stream
@@ -109,6 +110,7 @@ class Source:
         """
         _, files = _under(folder, list(self.files), self.name)
         inner = "/".join(part for part in (self.subfolder, folder) if part)
+        # a cache of its own, as files are held by their names within the folder
         return replace(self, subfolder=inner, files=files, _held={})
 
     def names(self, file: str) -> frozenset[str]:
@@ -143,6 +145,7 @@ class Source:
             if not isinstance(value, dict):
                 raise ConversionError(f"{file} of {self.where} is no JSON object.")
             self._held[file] = value
+        # a copy, as callers take entries out of it
         return dict(self._held[file])
 
     def section(self, file: str, name: str) -> dict[str, Any]:
@@ -222,6 +225,7 @@ def open_source(
     if local.is_dir():
         everything = [p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()]
         return Source(str(name), *_under(subfolder, everything, str(name)))
+    # no repository is called that, so the Hub need not be asked
     if local.is_absolute() or str(name).startswith("."):
         raise ConversionError(f"there is no folder {name}.")
 
@@ -251,6 +255,7 @@ def check_inside(path: str, what: str) -> str:
 
 def _under(subfolder: str, everything: list[str], name: str) -> tuple[str, tuple[str, ...]]:
     """The folder and the files in it, for a subfolder or for a single file."""
+    # all of them, before any is opened or downloaded
     for file in everything:
         check_inside(file, f"a file of {name}")
     if subfolder in everything:
@@ -269,6 +274,7 @@ def _cached(name: str, revision: str, cache_dir: str | Path | None) -> tuple[str
     """
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
     folder = cache / repo_folder_name(repo_id=name, repo_type="model")
+    # a branch or a tag has a file with its commit in it; a full commit id has none
     ref = folder / "refs" / revision
     commit = ref.read_text().strip() if ref.is_file() else revision
     snapshot = folder / "snapshots" / commit

@@ -61,6 +61,7 @@ class Tensors:
         if not bool(torch.isfinite(value).all()):
             raise ConversionError(f"{name!r} in {self.where} has entries that are not finite.")
         self._taken.add(name)
+        # a pickled nn.Parameter still asks for gradients
         return value.detach()
 
     def number(self, name: str) -> float | None:
@@ -109,10 +110,12 @@ def read_tensors(path: Path) -> dict[str, Any]:
             with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 return {name: torch.from_numpy(np.asarray(file[name])) for name in file.files}
         if path.suffix in (".pt", ".pth"):
+            # to the CPU, as a file saved on a GPU would ask for one
             held = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise ConversionError(f"{path.name} is no .safetensors, .npz, .pt or .pth file.")
     except (ConversionError, MemoryError):
+        # running out of memory says nothing about the file
         raise
     except (SafetensorError, BadZipFile, RuntimeError, EOFError, OSError) as err:
         raise ConversionError(f"{path.name} can't be read: {_first_line(err)}") from err
@@ -137,6 +140,7 @@ def strings_in(file: BinaryIO) -> frozenset[str] | None:
     """
     try:
         with ZipFile(file) as held:
+            # the folder within is called what the file was called when it was saved
             (entry,) = [each for each in held.infolist() if each.filename.endswith("/data.pkl")]
             if entry.file_size > _MOST_PICKLE:
                 return None

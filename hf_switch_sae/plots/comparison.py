@@ -33,6 +33,7 @@ from hf_switch_sae.plots.style import (
     save,
 )
 
+# name in the legend, color, marker, line style
 _FAMILIES = {
     "switch": ("Switch SAE", BLUE, "o", "-"),
     "topk": ("TopK SAE", VERMILION, "s", "--"),
@@ -78,8 +79,10 @@ def draw_comparison(
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices, by x, of the points that no other point beats.
 
-    One point beats another if it is lower in one coordinate and not higher in the other.
+    One point beats another if it is lower in one coordinate and not higher in the other. Of points
+    that are the same, only the first is returned.
     """
+    # by x, then y: a point is on the front if it is below all points before it
     order = sorted(range(len(points)), key=lambda index: points[index])
     front: list[int] = []
     for index in order:
@@ -92,6 +95,7 @@ def _costs(saes: Sequence[_SAE]) -> Any:
     figure = new_figure(6.6, 4.8)
     axes = figure.add_subplot()
     points = [(float(sae["flops_per_token"]["total"]), float(sae["fvu"])) for sae in saes]
+    # relu and jumprelu SAEs may have no k; they are left out of the front
     k = Counter(sae["k"] for sae in saes if sae["k"] is not None).most_common(1)
     alike = [point for point, sae in zip(points, saes, strict=True) if k and sae["k"] == k[0][0]]
     front = [alike[index] for index in pareto_front(alike)]
@@ -113,6 +117,7 @@ def _costs(saes: Sequence[_SAE]) -> Any:
     axes.set_ylabel("FVU (lower is better)")
     _room_for_labels(axes, points, log_x=True)
     legend_above(figure, axes, 5)
+    # labels come last: axis limits and legend decide which pixel a point is at
     lines = [stairs] if len(front) > 1 else []
     label_points(axes, points, [str(sae["label"]) for sae in saes], lines)
     return figure
@@ -144,6 +149,7 @@ def _sparsity(saes: Sequence[_SAE], figure_of: str, said: str) -> Any:
 
 
 def _scatter(axes: Any, saes: Sequence[_SAE], points: Sequence[tuple[float, float]]) -> None:
+    # a call for each family, so that each is in the legend once
     for name in dict.fromkeys(str(sae["family"]) for sae in saes):
         said, color, marker, _ = _family(name)
         of_it = [point for sae, point in zip(saes, points, strict=True) if sae["family"] == name]

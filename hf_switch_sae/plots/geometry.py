@@ -116,6 +116,7 @@ def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
     """Draw dots in the order given; of few experts, each gets a color and a marker of its own."""
     xs, ys = points.T.numpy()
     size = min(max(24_000 / max(len(xs), 1), 5.0), 24.0)
+    # rasterized, as tens of thousands of dots would make an SVG of many megabytes
     if experts == 1:
         return axes.scatter(xs, ys, s=size, color=BLUE, lw=0, rasterized=True)
     if experts > _NAMED_EXPERTS:
@@ -132,6 +133,7 @@ def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
                 ys[mine],
                 s=size,
                 c=EXPERT_COLORS[each % len(EXPERT_COLORS)],
+                # shifted after each round of colors, so that no two of 16 experts look alike
                 marker=EXPERT_MARKERS[(each + each // len(EXPERT_COLORS)) % len(EXPERT_MARKERS)],
                 lw=0.15,
                 edgecolors="#444444",
@@ -155,6 +157,7 @@ def _duplicates(geometry: Geometry) -> Any:
     if len(kinds) < 2:
         kinds = [("any", "anywhere", BLUE, "o")]
     lines = (("share", "features", "-"), ("of_activations", "activations", "--"))
+    # one feature: a share of features is never smaller, so the log axis begins there
     lowest = 1 / geometry.sae["num_features"]
     for kind, where, color, marker in kinds:
         for name, said, style in (*lines, ("null", "random vectors", ":")):
@@ -170,6 +173,7 @@ def _duplicates(geometry: Geometry) -> Any:
                 color=color,
                 marker=marker,
                 ms=4,
+                # the curves of both kinds may coincide, so their markers take turns
                 markevery=(0 if kind == "between" else 3, 6),
                 label=f"{said}, {where}",
             )
@@ -205,6 +209,7 @@ def _similarity(geometry: Geometry) -> Any:
     if experts <= _NAMED_EXPERTS:
         axes.set_xticks(range(experts))
         axes.set_yticks(range(experts))
+        # a number has to be read on dark cells and on light ones
         middle = float((values.nan_to_num(0).max() + values.nan_to_num(1).min()) / 2)
         for row, line in enumerate(values.tolist()):
             for column, value in enumerate(line):

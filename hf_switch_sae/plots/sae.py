@@ -27,6 +27,7 @@ from hf_switch_sae.plots.style import (
     save,
 )
 
+# figure in a run's log, what its axis says, whether the axis is logarithmic
 _CURVES = (
     ("fvu", "FVU (log scale)", True),
     ("dead_share", "dead features, share", False),
@@ -110,6 +111,7 @@ def _load(num_experts: int, rate: Tensor | None, load: Sequence[float] | None) -
     shares = torch.as_tensor(load, dtype=torch.float64) if load is not None else None
     said = "tokens"
     if shares is None:
+        # features are numbered expert by expert
         of_each = torch.as_tensor(rate).double().cpu().view(num_experts, -1).sum(1)
         shares, said = of_each / of_each.sum().clamp_min(1e-30), "activations"
     axes.bar(range(num_experts), shares.tolist(), color=BLUE, width=0.8)
@@ -132,6 +134,7 @@ def _density(rate: Tensor) -> Any:
     alive = rate[rate > 0].log10()
     never = len(rate) - len(alive)
     if len(alive):
+        # if all features fire alike, bins still need a width
         low, high = float(alive.min()), max(float(alive.max()), float(alive.min()) + 0.1)
         edges = torch.linspace(low, high, 41, dtype=torch.float64)
         counts = torch.histogram(alive.clamp(low, high), edges).hist
@@ -160,6 +163,7 @@ def _training(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]])
                     [x / 1e6 for x in xs], ys, style, color=color, marker=marker, ms=4, label=kind
                 )
         if name == "expert_load":
+            # 1 is the least it can be: every expert as busy as any other
             axes.axhline(1, color=GRAY, lw=1)
         elif logarithmic:
             axes.set_yscale("log")

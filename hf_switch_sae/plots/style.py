@@ -37,7 +37,7 @@ _SETTINGS: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
-    "svg.hashsalt": "hf-switch-sae",
+    "svg.hashsalt": "hf-switch-sae",  # else ids in an SVG are random
     "savefig.dpi": 160,
 }
 
@@ -88,6 +88,7 @@ def new_figure(width: float = 6.0, height: float = 4.0) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    # it attaches itself; `label_points` needs its renderer to measure texts
     FigureCanvasAgg(figure)
     return figure
 
@@ -147,6 +148,7 @@ def label_points(
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     at = axes.transData.transform(points)
+    # a marker's radius and some air: 4.5 points, in pixels
     dot = 4.5 * figure.dpi / 72
     # what a label must not cover: the points, the lines, and the labels before it
     taken = [(x - dot, y - dot, x + dot, y + dot) for x, y in at]
@@ -187,10 +189,12 @@ def _free_place(
         for way, (x, y) in enumerate(_around(point, size, dot * (1.3 + step))):
             box = (x, y, x + size[0], y + size[1])
             beside = step == 0 and way < 4
+            # a label cut by the frame is worse than one that covers something, hence the 3
             covered = sum(_overlap(box, each) for each in others) + 3 * _outside(box, frame)
             if not beside:  # the line that leads there must cover nothing either
                 leader = list(_boxes_along((point, (x + size[0] / 2, y + size[1] / 2))))
                 covered += sum(_overlap(a, b) for a in leader for b in others)
+            # of places equally bad up to rounding, the first is the nearest
             if found is None or covered < found[0] - 1e-9:
                 found = (covered, box, beside)
             if covered == 0:

@@ -67,7 +67,9 @@ def render_card(folder: str | Path, repo_id: str, license_id: str | None = None)
     if not old:
         content = f"{part}\n"
     else:
+        # the front matter is already in `data`, merged with ours
         kept = re.sub(r"\A---\n.*?\n---\n", "", old, flags=re.DOTALL)
+        # a function, as backslashes in a replacement string are escapes
         content = re.sub(f"{BEGIN}.*?{END}", lambda _: part, kept, flags=re.DOTALL)
     return f"---\n{data.to_yaml()}\n---\n{content}"
 
@@ -91,6 +93,7 @@ def _text(folder: Path) -> str:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hf_switch_sae.release", "templates"),
+        # a misspelled name is an error, not a gap in the card
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -123,6 +126,7 @@ def _data(repo_id: str, saes: dict[str, Facts], old: str, license_id: str | None
         "base_model_relation": "adapter" if bases else None,
     }
     theirs: dict[str, Any] = _front_matter(old).to_dict()  # type: ignore[no-untyped-call]
+    # the Hub's name for the results; they are made anew below
     theirs.pop("model-index", None)
     results = [
         EvalResult(
@@ -136,10 +140,11 @@ def _data(repo_id: str, saes: dict[str, Facts], old: str, license_id: str | None
         for name, value in each.metrics.items()
         if name in ("fvu", "l0", "ce_recovered")
     ]
-    # results need a model's name, and take the place of any that are there
+    # theirs last, so that what a person entered stays
     entries: dict[str, Any] = {**ours, **theirs}
     if license_id is not None:
         entries["license"] = license_id
+    # results need a model's name, and take the place of any that are there
     if results:
         entries |= {"model_name": theirs.get("model_name") or repo_id, "eval_results": results}
     return ModelCardData(**{name: value for name, value in entries.items() if value is not None})

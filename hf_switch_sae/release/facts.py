@@ -87,9 +87,11 @@ def _facts(folder: Path, place: str, config: dict[str, Any]) -> Facts:
     measured = read_json(own / METRICS)
     metrics = measured or config.get("metrics") or {}
     return Facts(
+        # None for what a config lacks: the template stops at a missing name
         config={**_OPTIONAL, **config},
         metrics={
             name: value
+            # the template formats numbers, and to Python a bool is an int
             for name, value in metrics.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         },
@@ -145,6 +147,7 @@ def _statistics(own: Path) -> dict[str, float]:
     """The statistics stored with an SAE's weights, as a card shows them."""
     found: dict[str, torch.Tensor] = {}
     names = ("statistics_tokens", "residual_norm", "outlier_norm", "feature_max")
+    # a large SAE is saved in several files, and each statistic is in one of them
     for file in sorted(own.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -152,12 +155,13 @@ def _statistics(own: Path) -> dict[str, float]:
                 found |= {name: tensors.get_tensor(name) for name in names if name in there}
         except (SafetensorError, OSError) as err:
             raise SwitchSAEError(f"{file} can't be read: {err}") from err
+    # over 0 tokens the others are only what they were initialized with
     if set(names) - found.keys() or not int(found["statistics_tokens"]):
         return {}
     # features that never fired have a largest activation of 0, which would hide the median
     strengths = found.pop("feature_max").float()
     numbers = {name: float(value) for name, value in found.items()}
-    if numbers["outlier_norm"] == float("inf"):
+    if numbers["outlier_norm"] == float("inf"):  # no bound: nothing to show
         del numbers["outlier_norm"]
     fired = strengths[strengths > 0]
     if len(fired):

@@ -77,6 +77,7 @@ def pull(
         names = [name for name in names if "/" not in name or name in wanted]
 
     with plain_hub_errors(repo_id, "pull"):
+        # at the commit whose names were checked: the branch may have moved on
         snapshot_download(
             repo_id, revision=info.sha, local_dir=folder, allow_patterns=names, token=token
         )
@@ -103,6 +104,7 @@ def pull_recipe(
 
 def is_outside(name: str) -> bool:
     """Whether a file's name in a repository leads out of the folder it is written to."""
+    # Windows has ways out of its own: backslashes, and drives (C:)
     parts = name.replace("\\", "/").split("/")
     return name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "" in parts
 
@@ -114,7 +116,9 @@ def _remove_files_of_earlier_pulls(folder: Path, keep: set[str]) -> None:
         file = folder / name
         if name in keep or not file.is_file():
             continue
+        # the client's three lines: commit, etag, time
         _, etag, *_ = record.read_text(encoding="utf-8").splitlines()
+        # with any other content it was changed since, and is the user's
         if etag in _etags(file):
             file.unlink()
             record.unlink()

@@ -25,6 +25,7 @@ from hf_switch_sae.release.card import write_card
 from hf_switch_sae.sae.model import SwitchSAE
 
 _NEVER_PUSHED = {"__pycache__"}
+# it tells the Hub which files are large
 _PUSHED_THOUGH_HIDDEN = {".gitattributes"}
 
 
@@ -108,6 +109,7 @@ def save_all(saes: Mapping[str, SwitchSAE], folder: str | Path) -> None:
     Raises:
         ConversionError: a name climbs out of the folder.
     """
+    # all names first: a bad one must not leave half of the SAEs in the folder
     names = [check_inside(name, "the name of an SAE") for name in saes]
     for name, sae in zip(names, saes.values(), strict=True):
         sae.save_pretrained(Path(folder) / name)
@@ -138,6 +140,7 @@ def _with_owner(api: HfApi, repo_id: str) -> str:
     """A repository's full name; a name without an owner is the user's own."""
     if "/" in repo_id:
         return repo_id
+    # asked only if need be, as it takes a request and a token
     with plain_hub_errors(repo_id, "find out whose"):
         return f"{api.whoami()['name']}/{repo_id}"
 
@@ -154,6 +157,7 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
         hidden = {part for part in name.parts if part.startswith(".")} - _PUSHED_THOUGH_HIDDEN
         if hidden or _NEVER_PUSHED & set(name.parts) or in_checkpoint(name) or not path.is_file():
             continue
+        # it would publish a file that may never have been meant to be public
         if root not in path.resolve().parents:
             raise HubError(f"{path} is a link out of {folder}; put the file itself there.")
         found[name.as_posix()] = path
@@ -163,6 +167,7 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
 def _validate(readme: Path, repo_id: str) -> None:
     with plain_hub_errors(repo_id, "check the card of"):
         try:
+            # a request: the Hub knows which licenses and tasks it accepts
             ModelCard.load(readme).validate()
         except (ValueError, yaml.YAMLError) as err:
             raise HubError(f"the card of {repo_id} ({readme}) is not valid: {err}") from err

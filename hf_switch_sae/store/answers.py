@@ -82,6 +82,7 @@ def window(
     before, after = (context, context) if isinstance(context, int) else context
     start, stop = max(0, row - before), min(reader.num_rows(shard), row + after + 1)
     documents, _, _ = reader.tokens(shard, start, stop)
+    # rows are ordered by document, so those of one lie together
     mine = np.flatnonzero(documents == documents[row - start])
     return start + int(mine[0]), start + int(mine[-1]) + 1
 
@@ -126,6 +127,7 @@ def occurrences(reader: ShardReader, text: Array, most: int) -> list[Location]:
         for i, each in enumerate(text):
             here &= token[i : i + count] == each
         here &= document[:count] == document[last:]
+        # next to each other in the document too: special tokens may have been left out
         here &= position[last:] - position[:count] == last
         for row in np.flatnonzero(here).tolist():
             found += [(shard, row + i) for i in range(len(text))]
@@ -140,6 +142,7 @@ def csr_of(parts: list[TokenRows], num_features: int) -> Tensor:
         return torch.zeros(0, num_features, dtype=torch.float16).to_sparse_csr()
     rows = TokenRows.cat(parts)
     token = np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
+    # a row's features are strongest first, and CSR wants rising columns
     order = np.lexsort((rows.ids, token))
     return torch.sparse_csr_tensor(
         torch.from_numpy(rows.offsets),

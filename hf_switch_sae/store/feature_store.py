@@ -73,7 +73,7 @@ class FeatureStore:
         """Read the list of shards again, to see what other writers have added."""
         self._reader = ShardReader(list_shards(self.path), self.provenance.layout)
         self.__dict__.pop("_index", None)
-        self.__dict__.pop("_starts", None)
+        self.__dict__.pop("_starts", None)  # where cached_property keeps it
 
     def __repr__(self) -> str:
         shards = self.shards
@@ -183,7 +183,7 @@ class FeatureStore:
                 "folder of their own."
             )
         with locked(self.path / ".lock", wait=True):
-            shards = list_shards(self.path)
+            shards = list_shards(self.path)  # anew: another process may have added some
             first = shards[-1].last + 1 if shards else 0
             numbered = [
                 replace(rows, document=np.full(len(rows), first + i, np.int64))
@@ -303,7 +303,7 @@ class FeatureStore:
         Raises:
             StoreError: no index of what is recorded.
         """
-        return torch.from_numpy(self._index.max_act.copy())
+        return torch.from_numpy(self._index.max_act.copy())  # the caller may change it
 
     def coactivation(self, feature: int, n: int = 20, tokens: int = 256) -> list[Companion]:
         """The features that are most often active where this one is, most often first.

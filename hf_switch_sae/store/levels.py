@@ -86,10 +86,12 @@ class Levels:
         new_acts = np.concatenate([acts[exact], acts[~exact]])
         # then each level, by row: rising and falling in turn
         for level, (low, high) in enumerate(self.begins.tolist()):
+            # a view: sorting it sorts new_rows
             some = new_rows[low:high]
             some.sort()
             if level % 2:
                 some[:] = some[::-1].copy()
+            # acts fall with rising rank, so the last is the smallest
             new_acts[low:high] = new_acts[high - 1]
         acts[:], rows[:] = new_acts, new_rows
         exact[:here], exact[here:] = True, False

@@ -61,6 +61,7 @@ class _Sink(io.RawIOBase):
     def seal(self) -> None:
         """Write the rest of the body, the seal, and the footer."""
         # the footer's length stands at its end
+        # closing the writer may have ended the body too, so the footer need not be all that is held
         length, _ = _TAIL.unpack(self._held[-_TAIL.size :])
         cut = len(self._held) - _TAIL.size - length
         body, footer = bytes(self._held[:cut]), bytes(self._held[cut:])
@@ -113,6 +114,7 @@ def write_parquet(
         sink.holding = True
         writer.close()
         sink.seal()
+        # the size is known only now; on an error `written_whole` keeps nothing of the file
         if room is not None and file.tell() > room:
             raise _TooLarge
         return file.tell()
@@ -154,6 +156,7 @@ def check_body(path: Path) -> None:
     Raises:
         StoreError: it is cut short or damaged.
     """
+    # the footer first, as its length tells where the body ends
     read_footer(path)
     with reading(path), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -198,6 +201,7 @@ def reading(path: Path) -> Iterator[None]:
             None
         )
     except (pa.ArrowException, OSError, ValueError, OverflowError) as err:
+        # which of these pyarrow raises depends on the bytes that are damaged
         raise _damaged(path, str(err).splitlines()[0][:200] if str(err) else "unreadable") from err
 
 

@@ -163,6 +163,7 @@ class Index:
         begin = self._begin(feature, part)
         table = self._read(part, begin + start, begin + stop)
         acts, rows, exact = (table[name].to_numpy() for name in ("act", "token_row", "exact"))
+        # levels follow from the counts: with other counts, rows would be taken for other ranks
         pinned = np.arange(start, stop) < len(levels.pinned)
         if not (table["feature"].to_numpy() == feature).all() or (exact != pinned).any():
             raise self._unfit("its features.parquet")
@@ -176,8 +177,10 @@ class Index:
         for shard, inside in self._by_shard(rows):
             here = rows[inside] - self._shard_starts[shard]
             acts[inside] = self._reader.acts_of(shard, here, feature)
+        # stored is the level's smallest act; any other means that the shards have changed
         if acts.min() != floors[0]:
             raise self._unfit("the shards")
+        # of equal acts the earlier token first, as when ranks were given out
         order = np.lexsort((rows, -acts))
         return acts[order], rows[order]
 
@@ -188,6 +191,7 @@ class Index:
             yield shard, slice(int(cuts[shard]), int(cuts[shard + 1]))
 
     def _locations(self, rows: Array) -> list[Location]:
+        # from the right: a shard without tokens begins at the same row as the next one
         shards = np.searchsorted(self._shard_starts, rows, side="right") - 1
         within = rows - self._shard_starts[shards]
         return list(zip(shards.tolist(), within.tolist(), strict=True))

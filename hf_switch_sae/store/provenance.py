@@ -105,6 +105,7 @@ class Provenance:
                 raise StoreError(
                     f"{store} is not a store, and not empty: give a folder that is new or empty."
                 )
+            # before store.json: once that is there, nobody writes the card
             if not (store / "README.md").exists():  # or the user's own
                 card = _CARD.replace("{features_per_expert}", str(self.layout.features_per_expert))
                 with written_whole(store / "README.md") as file:
@@ -172,6 +173,7 @@ class Provenance:
 
 
 def _holds_other_things(store: Path) -> bool:
+    # a lock, a README and what a killed process left don't make it somebody's folder
     return any(
         path.name not in ("README.md", ".lock") and not path.name.startswith(".tmp-")
         for path in store.iterdir()

@@ -108,6 +108,7 @@ class TokenRows:
         active = half > 0  # in float16: a tiny act becomes 0 and is not stored
         offsets = np.zeros(len(half) + 1, np.int64)
         np.cumsum(active.sum(-1), out=offsets[1:])
+        # a token's ids are all of one expert, so the first tells it
         expert = ids[:, 0] // layout.features_per_expert if layout.is_local else None
         return cls(document, position, token, offsets, ids[active], half[active], expert)
 
@@ -157,6 +158,7 @@ class TokenRows:
         width = max(k, int(lengths.max(initial=0)))
         acts = np.zeros((len(self), width), np.float16)
         ids = np.zeros((len(self), width), np.int64)
+        # a mask is filled row by row, the order in which the postings lie
         filled = np.arange(width) < lengths[:, None]
         acts[filled], ids[filled] = self.acts, self.ids
         return SparseFeatures(torch.from_numpy(acts), torch.from_numpy(ids), num_features)
@@ -179,6 +181,7 @@ class TokenRows:
             name: pa.array(column.astype(schema.field(name).type.to_pandas_dtype()))
             for name, column in columns.items()
         }
+        # a list's offsets have 32 bits in Arrow: enough, as shards are written in parts
         offsets = pa.array(self.offsets.astype(np.int32))
         for name, values in (("ids", ids), ("acts", self.acts)):
             kind = schema.field(name).type

@@ -35,6 +35,7 @@ from hf_switch_sae.store.rows import Array, RowLayout, TokenRows
 
 FOLDER = "tokens"
 ROW_GROUP = 4096
+# 12 digits: sorted by name, as `load_dataset` takes them, shards are in order of documents
 _NAME = re.compile(r"tokens-(\d{12})-(\d{12})\.parquet")
 _ENCODINGS = {
     "document": "DELTA_BINARY_PACKED",
@@ -71,6 +72,7 @@ def list_shards(store: Path) -> list[TokenShard]:
         if name := _NAME.fullmatch(path.name):
             found.append(TokenShard(path, int(name[1]), int(name[2]), path.stat().st_size))
     found.sort(key=lambda shard: shard.first)
+    # if any two overlap, two neighbors do
     for one, other in pairwise(found):
         if other.first <= one.last:
             raise StoreError(
