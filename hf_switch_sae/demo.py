@@ -34,6 +34,7 @@ RELEASE = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-swi
 SAE = RELEASE / "layers.15.resid_post"
 RECIPE = "demo_recipe.json"
 PROMPT = "Tell me about your day."
+# ordinary prose, for the preflight
 _TEXT = (
     "The committee met on Tuesday to discuss the new library. Several members thought that the "
     "building was too expensive, while others pointed out that the old one had no room for books, "
@@ -174,6 +175,7 @@ def _show_features(
     words: dict[int, str],
     strongest: int = 3,
 ) -> None:
+    # something before the prompt, as the first position tells nothing: see below
     inputs = tokenizer(f"{tokenizer.eos_token}{prompt}", return_tensors="pt")
     with torch.no_grad():
         lm(**inputs)
@@ -198,6 +200,7 @@ def _by_surprise(sae: SwitchSAE, token: SparseFeatures) -> list[tuple[float, int
     A strong activation tells more than a weak one, and a rare feature more than a frequent one.
     """
     ids = token.ids[token.acts > 0]
+    # a feature that never fired in calibration has a maximum and a rate of 0
     share = token.acts[token.acts > 0].float() / sae.feature_max[ids].clamp_min(1e-9)
     surprise = share * -sae.feature_rate[ids].clamp_min(1e-9).log()
     order = surprise.argsort(descending=True)
@@ -223,6 +226,7 @@ def _show_steering(
             out = lm.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=max_new_tokens,
+                # greedy, so that the answers differ by the edits alone
                 do_sample=False,
                 repetition_penalty=1.1,
                 pad_token_id=tokenizer.eos_token_id,

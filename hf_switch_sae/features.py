@@ -135,6 +135,7 @@ class SparseFeatures:
         if not isinstance(feature_ids, Tensor) and hasattr(feature_ids, "__index__"):
             return self.select([int(feature_ids)])[..., 0]
         wanted = _checked_ints(feature_ids, self.num_features)
+        # one by one: comparing with all at once would make [..., k, n]
         columns = [torch.where(self.ids == feature, self.acts, 0).sum(-1) for feature in wanted]
         if len(columns) == 1:
             return columns[0][..., None]

@@ -55,6 +55,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     """
     with scratch_beside(path) as beside:
         yield beside
+        # the content first: a rename may reach the disk before what it names
         for file in beside.rglob("*") if beside.is_dir() else (beside,):
             if file.is_file():
                 sync(file)
@@ -70,6 +71,7 @@ def sync(path: Path) -> None:
     """
     is_folder = path.is_dir()
     try:
+        # Windows flushes only files that are open for writing
         handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             os.fsync(handle)
@@ -151,6 +153,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files and folders of this machine's processes that no longer run."""
     for path in folder.glob(".tmp-*"):
         found = LEFT_OVER.fullmatch(path.name)
+        # machines may share a folder, and a process id means nothing on another
         if found is None or found["host"] != socket.gethostname():
             continue
         if _is_running(int(found["process"])):
@@ -182,6 +185,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
+        # the file stays: if it were removed, two processes could lock two files of that name
         try:
             import fcntl
 

@@ -45,12 +45,14 @@ def processes_here() -> int:
 
 def _are_joined() -> bool:
     distributed = torch.distributed
+    # torch can be built without it
     return distributed.is_available() and distributed.is_initialized()
 
 
 def _number(name: str, default: int) -> int:
     said = os.environ.get(name, "")
     try:
+        # set but empty is the same as not set
         return int(said or default)
     except ValueError:
         raise ConfigError(f"{name}={said!r} in the environment is no number: unset it.") from None
@@ -67,6 +69,7 @@ def alone(tensor: Tensor) -> Tensor:
 
 def added_up(tensor: Tensor) -> Tensor:
     """The `Reduce` of the processes that torch.distributed joins; all of them must call it."""
+    # all_reduce works in place, and the caller's own share must stay as it is
     tensor = tensor.clone()
     torch.distributed.all_reduce(tensor)
     return tensor

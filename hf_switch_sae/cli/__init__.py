@@ -18,9 +18,11 @@ from hf_switch_sae.errors import SwitchSAEError
 
 def main() -> None:
     """Run a command; the console script `hf-switch-sae`."""
+    # the bars of loading weights would cut through what a command says
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         app()
+    # what the user can mend; anything else is a fault of ours and keeps its traceback
     except (SwitchSAEError, OSError) as err:
         print(f"hf-switch-sae: {err}", file=sys.stderr)
         sys.exit(1)

@@ -24,6 +24,7 @@ from hf_switch_sae.cli import (
     train,
 )
 
+# \b keeps click from joining the lines of the paragraph that follows
 FACE = """
 Attach Switch Sparse Autoencoders to running Hugging Face models: show, steer, clamp and ablate
 features while the model runs.
@@ -49,10 +50,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+# the help lists commands in this order
 app.command("demo")(demo.demo)
 app.command("cache")(cache.cache)
 app.command("calibrate")(calibrate.calibrate_sae)
 app.command("card")(card.card)
+# compare and train take the fields of whole classes: `options` finds them in the extra words
 app.command("compare", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     compare.compare_saes
 )

@@ -52,6 +52,7 @@ def calibrate_sae(
     The SAE is saved with these statistics, which edits take as their unit.
     """
     folder = Path(sae) / subfolder
+    # asked now, not after minutes of measuring
     if output_dir is None and not folder.is_dir():
         raise SwitchSAEError(f"{sae} is no folder here: say where to save it, with --output-dir.")
     switch_sae = load_sae(sae, subfolder)
@@ -60,6 +61,7 @@ def calibrate_sae(
         raise SwitchSAEError(
             f"the config of {sae} has no hookpoint: it was not converted with one."
         )
+    # only the blocks up to the hookpoint, but a GGUF file is always loaded whole
     model, tokenizer = load_lm(
         lm,
         lm_dtype,

@@ -106,6 +106,7 @@ def compare_saes(
     ...). The words of --train are such fields, for one SAE.
     """
     run, of_sae, seeds = _told(context)
+    # a set needs k, as none of its experts may have fewer features
     in_set = _set(named, width, experts, int(of_sae.get("k") or 32), preset)
     planned = plan([*in_set, *(train or [])], of_sae, run, seeds, preset)
     if dry_run:
@@ -146,6 +147,7 @@ def _set(name: str | None, width: int | None, experts: int, k: int, preset: str)
         raise ConfigError(f"no set {name!r}; there are {', '.join(SETS)}.")
     if width is None:
         raise ConfigError(f"--set {name} needs a --width; the sets are {', '.join(SETS)}.")
+    # the published loss has no L1 term, so ReLU SAEs are left out
     return SETS[name](width, experts, k, preset != "published")
 
 
@@ -176,6 +178,7 @@ def _predictions(
         raise ConfigError(f"{name} predicts no next token: leave out --lm and --eval-dataset.")
 
     def measure(saes: dict[str, SwitchSAE]) -> dict[str, dict[str, Any]]:
+        # only now, as the training needs the memory
         model, tokenizer = load_lm(name, "auto", None, gguf_file=gguf_file)
         device = next(model.parameters()).device
         for sae in saes.values():
@@ -188,6 +191,7 @@ def _predictions(
 def _show(found: dict[str, Any]) -> None:
     """Print a table with a row for each SAE, and what became of each claim."""
     saes = sorted(found["saes"], key=lambda each: float(each["fvu"]))
+    # without a language model there is no ce_recovered, without experts no load
     columns = [name for name in _COLUMNS if any(name in each for each in saes)]
     rows = [
         [
@@ -202,6 +206,7 @@ def _show(found: dict[str, Any]) -> None:
     print_table(rows, ["SAE", "kFLOPs/token", "parameters", "tokens", *columns])
     for claim in found["claims"]:
         print(f"\n{'holds' if claim['holds'] else 'DOES NOT HOLD'}: {claim['claim']}")
+        # a sentence has a part for each pair
         for part in claim["sentence"].split("; "):
             print(f"  {part}")
 
@@ -209,6 +214,7 @@ def _show(found: dict[str, Any]) -> None:
 def _told(context: typer.Context) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
     """The runs' arguments, the SAEs' fields, and the seeds."""
     pairs = pairs_of(context.args, "CACHE comes first, and is one")
+    # taken out, as here --seed may have several values
     words = pairs.pop("seed", ["0"])
     if not words or not all(word.isdecimal() for word in words):
         raise ConfigError(f"--seed takes whole numbers, not {' '.join(words)!r}.")

@@ -83,12 +83,14 @@ def convert(
 
 def _load(name: str, where: dict[str, Any], given: dict[str, Any]) -> SwitchSAE:
     """An SAE of ours, or of another project, with what the user tells of it."""
+    # what was not typed must not override what the files say
     known = {option: value for option, value in given.items() if value is not None}
     if known and is_ours(open_source(name, **where).json(CONFIG)):
         options = ", ".join(f"--{option.replace('_', '-')}" for option in known)
         raise typer.BadParameter(f"{name} tells all of this in its config: leave {options} out.")
     try:
         return SwitchSAE.from_pretrained(name, **where, **known)
+    # it is an OSError as well, but its message needs nothing added
     except HubError:
         raise
     except (OSError, SafetensorError) as err:
@@ -103,6 +105,7 @@ def _live(lm: str | None, gguf_file: str | None, text: Path | None) -> dict[str,
         if gguf_file is not None:
             raise typer.BadParameter("--gguf-file is of the language model: give --lm and --text.")
         return {}
+    # before the model is loaded, which takes longer to fail
     try:
         written = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:

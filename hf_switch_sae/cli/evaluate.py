@@ -125,12 +125,14 @@ def _addresses(
             )
         if str(folder) in found:
             raise SwitchSAEError(f"the SAE {folder} is given twice.")
+        # the key is also where `_show` stores the figures
         found[str(folder)] = (name, below)
     return found
 
 
 def _print_figures(shown: dict[str, dict[str, Any]]) -> None:
     """Print a table with a column for each SAE, and what the figures were measured on."""
+    # not every SAE has every figure: those of one expert have no routing
     names = [name for each in shown.values() for name in each]
     rows = [
         [name, *(str(each.get(name, "")) for each in shown.values())]
@@ -139,6 +141,7 @@ def _print_figures(shown: dict[str, dict[str, Any]]) -> None:
     ]
     print_table(rows, ["", *(Path(name).name for name in shown)] if len(shown) > 1 else ())
 
+    # the first speaks for all: one pass over one text
     on = next(iter(shown.values()))["measured_on"]
     bound = "none" if on["outlier_norm"] is None else f"norms over {on['outlier_norm']:.5g}"
     files = ", ".join(file["name"] for file in on["dataset"].get("files", ()))

@@ -15,6 +15,7 @@ from hf_switch_sae.store import FeatureStore
 
 def split_address(address: str) -> tuple[str, str]:
     """The name and the subfolder of `folder`, `org/repo`, or either with `:subfolder`."""
+    # a path that exists may have a colon of its own
     if Path(address).exists() or ":" not in address:
         return address, ""
     name, _, subfolder = address.rpartition(":")

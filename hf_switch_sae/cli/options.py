@@ -29,6 +29,7 @@ Subfolder = Annotated[str, typer.Option(help="Folder of the SAE within it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 
 LmAddress = Annotated[str, typer.Argument(help="Hub id or folder of the language model.")]
+# apart from its alias, like COLUMN and SPLIT: `train` gives these no default
 LM_DTYPE = typer.Option(help="Dtype of the language model.")
 LmDtype = Annotated[str, LM_DTYPE]
 DeviceMap = Annotated[str | None, typer.Option(help="Where the language model's weights go.")]
@@ -135,6 +136,7 @@ class _Parser(HfArgumentParser):
         return super().add_argument(*names, **{**how, "default": argparse.SUPPRESS})
 
     def error(self, message: str) -> NoReturn:
+        # argparse would print the usage of all fields, and exit
         raise ConfigError(message)
 
 
@@ -155,6 +157,7 @@ def run_arguments(
     words = [
         word
         for name, values in {**texts, **on_line}.items()
+        # a bare --bf16 turns it on
         for word in (f"--{name}", *(values or ["true"]))
     ]
     parser = _Parser([SwitchSAETrainingArguments])  # type: ignore[list-item]

@@ -49,6 +49,7 @@ def push(
             )
         print(push_recipe(Recipe.load(path), repo, path.stem))
         return
+    # resolved, because the folder "." has no name
     repo_id = repo or path.resolve().name
     print(
         push_release(

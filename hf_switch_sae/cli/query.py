@@ -98,6 +98,7 @@ def _hit(hit: Hit, tokenizer: Any) -> dict[str, Any]:
     line = {"act": hit.act, "document": hit.document, "position": hit.position}
     if tokenizer is None:
         return {**line, "tokens": list(hit.tokens), "at": hit.at}
+    # decoded apart, so that the brackets stand right around the token
     before, token, after = (
         tokenizer.decode(list(part))
         for part in (

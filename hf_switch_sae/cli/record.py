@@ -71,6 +71,7 @@ def record_corpus(
     name = lm or switch_sae.config.base_model
     if name is None:
         raise SwitchSAEError("the SAE's config names no language model: give one with --lm.")
+    # now, as a launcher's variables that contradict each other are an error
     _, world = rank_and_world()
     model, tokenizer = load_lm(name, dtype, device_map, revision, gguf_file=gguf_file)
     found = record(

@@ -24,6 +24,7 @@ def print_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> None
         table.add_column(title, justify="left" if at == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
+    # a name such as [a] in a cell is text, not markup
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNBOUNDED

@@ -83,6 +83,7 @@ def train(
     --resume_from_checkpoint true, ...), SwitchSAEConfig (--num_features, --num_experts, --k, ...)
     and ActivationSettings (--context, --buffer_bytes, ...). The command line overrides --config.
     """
+    # unknown options are let through, so one before LM would be taken for it
     if lm.startswith("--") or dataset.startswith("--"):
         raise ConfigError(
             "LM and DATASET come first: hf-switch-sae train LM DATASET --layer 15 ..."
@@ -104,6 +105,7 @@ def _train(
 ) -> TrainedRelease:
     """Load the language model, and train as the options say."""
     preset, eval_tokens = str(own.get("preset", "default")), own.get("eval_tokens")
+    # taken out, as `train_release` gives each SAE its own
     hookpoints = _hookpoints(own.get("layer"), sae.pop("hookpoint", None))
     check_before_loading(args, settings, sae, preset, eval_tokens)  # loading may take minutes
     model, tokenizer = load_lm(
@@ -144,6 +146,7 @@ def _told(
     """
     run, sae, rows, own = split_options(read_options(config) if config is not None else {}, _OWN)
     here = {name: value for name, value in context.params.items() if name in _OWN}
+    # an option that was not typed must not override the file
     own |= {name: value for name, value in here.items() if value not in (None, [], ())}
     run_said, sae_said, rows_said, own_said = split_options(pairs_of(context.args), _OWN)
     # typer knows its options by their dashes only; these were spelled with underscores

@@ -86,6 +86,7 @@ def claims_of(saes: list[Entry], comparisons: dict[str, list[Entry]]) -> list[En
             holds = all(pair["relative_difference"] < 0 for pair in pairs)
             said = "; ".join(_sentence(by_name, pair) for pair in pairs)
             claims.append({"claim": claim, "holds": holds, "sentence": said})
+    # beyond the errors of the dense SAEs nothing can be said, so those pairs don't count
     saved = [each for each in comparisons["equal_error"] if each["flops_saved"] is not None]
     if saved:
         said = "; ".join(

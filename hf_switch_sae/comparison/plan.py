@@ -27,6 +27,7 @@ from hf_switch_sae.training.arguments import (
 )
 
 _OF_RUN = {each.name for each in fields(SwitchSAETrainingArguments) if each.init}
+# what the comparison sets by itself, and a push, which would publish one SAE at a time
 _OF_RUN -= {"output_dir", "seed", "data_seed", "resume_from_checkpoint", "push_to_hub"}
 _WORDS = {"topk": "TopK", "batch_topk": "BatchTopK", "relu": "ReLU", "jumprelu": "JumpReLU"}
 _L1 = (0.05, 0.1, 0.2)  # from many active features to few: none of them gives k
@@ -141,6 +142,7 @@ def plan(
             # made now only to be checked and named; the rows' own fields come later
             config = Planned(str(name or each), of_sae, of_run, seed).config()
             title = name or name_of(config)
+            # no leading dot either: .runs has the runs that are not finished
             if not re.fullmatch(r"[\w.\-]+", str(title)) or str(title).startswith("."):
                 raise ConfigError(f"name={title!r} is to be a folder's: letters, digits, - and _.")
             found.append(Planned(f"{title}-seed{seed}", of_sae, of_run, seed))
@@ -163,6 +165,7 @@ def fields_of(words: str) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise ConfigError(f"{word!r} in {words!r} is not name=value, such as num_experts=8.")
+        # people write --num-experts=8 here too
         found[name.lstrip("-").replace("-", "_")] = value_of(value)
     return found
 
@@ -208,6 +211,7 @@ def value_of(word: str) -> Any:
     named = {"true": True, "false": False, "none": None, "null": None}
     if word.lower() in named:
         return named[word.lower()]
+    # int before float, or k would be 32.0
     for kind in (int, float, json.loads):
         try:
             return kind(word)

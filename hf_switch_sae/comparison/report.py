@@ -81,7 +81,7 @@ def compare(
     _check_saes(loaded, rows, {each.name for each in train})
 
     def opened_rows(seed: int) -> CachedActivations:
-        return CachedActivations(cache, rows.hookpoints, seed=seed)
+        return CachedActivations(cache, rows.hookpoints, seed=seed)  # each run has its own cursor
 
     trained = Runs(list(train), opened_rows, _known(rows), Path(folder), command).train()
     opened = {name: SwitchSAE.from_pretrained(place) for name, place in trained.items()} | loaded
@@ -162,6 +162,7 @@ def _measure(
     found = {}
     for name, sae in saes.items():
         device_before = sae.device
+        # rows are looked up by hookpoint, which a foreign SAE may not name
         sae.config.hookpoint = sae.config.hookpoint or test.hookpoints[0]
         nn.Module.to(sae, device)
         sae.train(False)
@@ -194,6 +195,7 @@ def _entry(
         "k": config.k,
         "activation": config.activation,
         "parameters": parameter_count(config),
+        # without a k, as many features are decoded as were active on average
         "flops_per_token": flops_per_token(config, config.k or figures["l0"]).to_dict(),
         "train_tokens": notes.get("tokens"),
         "seed": seed,

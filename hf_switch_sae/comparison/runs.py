@@ -99,9 +99,11 @@ class Runs:
         trainer.train(resume_from_checkpoint=bool(checkpoints_in(working)))
         trainer.save_model(str(self.folder), _internal_call=True)
         self._note(planned, target)
+        # last: as long as it is there, `_check_same` takes a half-saved SAE for ours
         shutil.rmtree(working)
 
     def _arguments(self, planned: Planned) -> SwitchSAETrainingArguments:
+        # the newest checkpoint is all that an interrupted run needs
         told = {"save_total_limit": 1, **planned.run}
         told["report_to"] = told.get("report_to") or "none"
         working = self.folder / _RUNS / planned.name
@@ -113,6 +115,7 @@ class Runs:
     def _identity(self, planned: Planned) -> dict[str, Any]:
         """JSON-able: equal for two runs exactly if they train the same SAE."""
         told = {"sae": planned.sae, "run": planned.run, "seed": planned.seed, "rows": self._rows}
+        # as it reads back from run.json, where tuples have become lists
         found: dict[str, Any] = json.loads(json.dumps(told, default=str))
         return found
 

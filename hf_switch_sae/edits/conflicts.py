@@ -25,6 +25,7 @@ def check_conflicts(edits: Sequence[Edit]) -> None:
 
 def _shared(one: Edit, other: Edit) -> str:
     """The features that both edits set, as the beginning of a sentence; "" if there are none."""
+    # a patch without features sets all of them
     if one.features is None or other.features is None:
         return "features are"
     both = sorted(set(one.features) & set(other.features))  # type: ignore[arg-type]
@@ -61,6 +62,7 @@ def _listed(positions: Positions) -> range | tuple[int, ...] | None:
     if isinstance(positions, slice):
         return range(
             positions.start or 0,
+            # beyond any position that a model has
             2**31 if positions.stop is None else positions.stop,
             positions.step or 1,
         )

@@ -57,6 +57,7 @@ class _Scope:
         }
 
     def __eq__(self, other: object) -> bool:
+        # not field by field, as tensors have no truth value when compared
         return isinstance(other, _Scope) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
@@ -71,6 +72,7 @@ class _OfFeatures(_Scope):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # a feature that is named twice is edited once
         _set(self, "features", tuple(dict.fromkeys(_ints(self.features, "features"))))
 
 
@@ -305,5 +307,6 @@ def _plain(value: Any) -> Any:
             "num_features": value.num_features,
         }
     if isinstance(value, Tensor):
+        # the only tensors left are masks of positions and single amounts
         return {"mask": value.tolist()} if value.dtype == torch.bool else float(value.detach())
     return list(value) if isinstance(value, tuple) else value

@@ -87,6 +87,7 @@ class Recipe:
 def _lines(recipe: Recipe) -> list[str]:
     data = recipe.to_dict()
     edits = data.pop("edits")
+    # an edit a line, so that `diff` shows just those that changed
     return [f"{name}: {value}" for name, value in data.items()] + [
         json.dumps(edit) for edit in edits
     ]

@@ -126,7 +126,7 @@ def evaluate(
         raise TrainingError(
             f"max_tokens={max_tokens} is less than one context of {harvest.settings.context}."
         )
-    modes = {name: each.training for name, each in saes.items()}
+    modes = {name: each.training for name, each in saes.items()}  # batch_topk depends on it
     try:
         for each in saes.values():
             each.train(False)
@@ -156,6 +156,7 @@ def write_metrics(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         The figures as they are written, to the digits worth showing.
     """
     shown = shown_digits(found)
+    # the file is edited, as saving the SAE again would rewrite its weights
     config_file = folder / CONFIG
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["metrics"] = {
@@ -186,6 +187,7 @@ def _harvest(
     if settings.tokens_per_pass is None and vocabulary:
         most = max(settings.context, min(2048, _LOGITS_A_PASS // vocabulary))
         settings = replace(settings, tokens_per_pass=most)
+    # no bound of the text's own: the SAEs' bound is set below
     harvest = Harvest(lm, hookpoint, dataset, tokenizer, replace(settings, outlier_factor=None))
     name = harvest.hookpoints[0]
     for sae in saes.values():

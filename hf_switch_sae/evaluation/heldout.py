@@ -33,6 +33,7 @@ class RowSums:
         self.fired = torch.zeros(config.num_features, dtype=torch.int64, device=device)
         self.error = torch.zeros((), dtype=torch.float64, device=device)
         chosen = config.num_experts if config.num_experts > 1 else 0
+        # laid out as by `batch_sums`: tokens, squares, a sum per column, choices per expert
         self.batch = self.error.new_zeros(2 + config.hidden_size + chosen)
         self.outliers = self.error.new_zeros(2 + config.hidden_size)
         """`batch_sums` of the outliers."""

@@ -153,6 +153,7 @@ class SAEBenchAdapter(nn.Module):
     @property
     def b_dec(self) -> Tensor:
         """[d_in]."""
+        # kept in scaled units, unlike acts, which `encode` returns in the model's own
         return (self.sae.b_dec / self.sae.input_scale).to(self.dtype)
 
     @property
@@ -168,6 +169,7 @@ class SAEBenchAdapter(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> SAEBenchAdapter:
         """As `nn.Module.to`; `cfg` follows."""
         super().to(*args, **kwargs)
+        # SAEBench reads device and dtype off `cfg` as well
         self._update_cfg()
         return self
 
@@ -179,6 +181,7 @@ class SAEBenchAdapter(nn.Module):
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Activations [..., d_sae] -> reconstruction [..., d_in]."""
         acts = feature_acts.to(self.device, self.dtype)
+        # not `sae.decode`: SAEBench edits activations, and then more than k may be active
         return acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,5 +208,6 @@ def _layer_and_site(hookpoint: str | None, layer: int | None) -> tuple[int, str]
             f"the SAE's hookpoint {hookpoint!r} tells no layer: give hook_layer, the block whose "
             "output it reads."
         )
+    # a hook_layer without a known site means that block's output
     site = "resid_post" if found is None else found[1]
     return found[0] if found is not None and layer is None else int(layer or 0), site

@@ -75,6 +75,7 @@ def nearest_by_expert(
     best = rows.new_full((len(rows), num_experts), -torch.inf)
     ids = torch.zeros_like(best, dtype=torch.int64)
     for first, last in _chunks(num_experts, features_per_expert, most):
+        # rounding takes the cosine of equal rows over 1
         cosines = (rows @ columns(first, last).T).clamp_(-1, 1)
         # a row is not its own neighbor
         inside = ((own >= first) & (own < last)).nonzero()[:, 0]

@@ -160,8 +160,10 @@ def _null(
     # The rows stand for evenly spread features, but are drawn anew instead of being those columns:
     # the distribution is the same, and the columns are made only once.
     own = torch.arange(count) * num_features // count
+    # another seed for the columns, or some of them could be these rows
     drawn = random_unit_rows(count, hidden_size, seed, device)(0, count)
     columns = random_unit_rows(num_features, hidden_size, seed + 1, device)
+    # random columns come only once, so all rows are one block, and it must be narrower
     most = max(ROWS * COLUMNS // count, 1)
     return _neighbors(
         lambda first, last: drawn[first:last], own, columns, shape, device, count, most
@@ -212,6 +214,7 @@ def _duplicates(
 ) -> dict[str, Any]:
     """`Geometry.duplicates`."""
     told: dict[str, Any] = {"threshold": threshold}
+    # if nothing has ever fired, there is nothing to weight by
     weight = None if rate is None or not rate.any() else rate
     curve: dict[str, Any] = {"thresholds": list(THRESHOLDS)}
     for kind in _KINDS:
@@ -281,6 +284,7 @@ def _similarity(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> 
     for name, each in (("found", found), ("null", null)):
         told[name] = _own_and_other(each, shape)
     matrix = found.to_experts / found.counts[:, None]
+    # JSON has no infinity
     experts = [[None if value == -torch.inf else value for value in row] for row in matrix.tolist()]
     return {"experts": experts, **told["found"], "null": told["null"]}
 
@@ -290,6 +294,7 @@ def _own_and_other(each: _Neighbors, shape: tuple[int, int]) -> dict[str, float 
     num_experts, m = shape
     total = int(each.counts.sum())
     own = each.to_experts.diagonal().sum() / total
+    # experts of one feature have -inf on the diagonal, which must not reach the sum
     rest = each.to_experts.clone().fill_diagonal_(0).sum()
     return {
         "own": float(own) if m > 1 else None,

@@ -23,7 +23,8 @@ class Geometry:
     """How the features of one SAE lie; m features in each of E experts, F together."""
 
     sae: dict[str, Any]
-    """hookpoint, hidden_size, num_features, num_experts, features_per_expert, k, activation."""
+    """hookpoint, hidden_size, num_features, num_experts, features_per_expert, k, activation, and
+    statistics_tokens (0 if it was never calibrated)."""
     seed: int
     nearest: dict[str, Any]
     """For each kind (any, within, between): mean and quantiles of the nearest neighbor's cosine.

@@ -88,6 +88,7 @@ def draw_maps(
             n_jobs=1,  # sums in the same order, so that the picture is the same each time
             neighbors="exact" if len(rows) <= _EXACT else "auto",
         ).fit(rows.numpy())
+        # three decimals are more than a picture shows
         points[name] = torch.tensor(placed.tolist(), dtype=torch.float64).mul(1e3).round().div(1e3)
         purity[name] = {
             "rows": neighbor_purity(rows, expert, neighbors),

@@ -19,6 +19,7 @@ from hf_switch_sae.errors import TextError
 from hf_switch_sae.text.documents import Document, Documents
 from hf_switch_sae.text.tokenizer import Tokenizer, token_ids
 
+# whichever is reached first: a few long documents, or many short ones
 _CHARACTERS_AT_ONCE, _DOCUMENTS_AT_ONCE = 1 << 20, 256
 
 
@@ -162,6 +163,7 @@ class Packer:
         left: list[int] = []  # tokens that do not fill a context yet
         number = at.context
         for document, tokens in self._tokenized(at.document):
+            # an empty document would be nothing but marks
             tokens = self.marks.around(tokens) if tokens else tokens
             left += tokens[at.offset if document == at.document else 0 :]
             begin = 0

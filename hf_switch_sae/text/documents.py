@@ -114,6 +114,7 @@ def read_documents(
 
 
 def _is_file(row: Any) -> bool:
+    # cheap tests first: a list may hold millions of texts, and the disk is slow to ask
     return (
         isinstance(row, str)
         and len(row) < 1024
@@ -152,6 +153,7 @@ def _of_files(files: list[Path], column: str) -> Documents:
         "kind": "files",
         "column": column,
         "files": [
+            # no folder, so that a corpus that was moved is still the same
             {"name": file.name, "bytes": file.stat().st_size, "sha256": _ends_hash(file)}
             for file in files
         ],
@@ -168,12 +170,14 @@ def _ends_hash(file: Path) -> str:
     """SHA-256, in hex, of a file's first and last MiB, so that a corpus is not read twice."""
     with file.open("rb") as data:
         digest = hashlib.sha256(data.read(_HASHED))
+        # not back over what was read, so a small file is hashed once
         data.seek(max(data.tell(), file.stat().st_size - _HASHED))
         digest.update(data.read())
     return digest.hexdigest()
 
 
 def _count_pieces(file: Path) -> int:
+    # bytes for characters, which is close enough for a progress bar
     return -(-file.stat().st_size // MAX_CHARACTERS)
 
 

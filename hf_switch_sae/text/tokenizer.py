@@ -49,4 +49,5 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
         rules = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else repr(tokenizer)
     digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
     name = str(getattr(tokenizer, "name_or_path", "") or "")
+    # a folder of this machine names nothing on another
     return {"name": "" if Path(name).exists() else name, "sha256": digest}

@@ -56,6 +56,7 @@ def windows_of(
     Raises:
         TextError: there are texts, but no tokenizer.
     """
+    # apart, as all texts are tokenized in one call
     texts = {d.number: d.text for d in documents if isinstance(d.text, str)}
     tokens = {d.number: d.text for d in documents if not isinstance(d.text, str)}
     if texts:
@@ -83,6 +84,7 @@ def batches_of(
     """
     order = sorted(windows, key=lambda window: -len(window.tokens))
     while order:
+        # the first is the longest of those left, so all of the batch fit
         size = max(1, tokens // (len(prefix) + len(order[0].tokens)))
         yield _batch(order[:size], pad, prefix)
         order = order[size:]

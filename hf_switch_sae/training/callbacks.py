@@ -21,12 +21,14 @@ class UnitRows(TrainerCallback):
         """Remove the part of the gradient that would change the rows' lengths."""
         if not isinstance(unwrapped(optimizer), SwitchSAEAdam):
             for sae in self._saes:
+                # else moments would fill up with what normalizing takes away again
                 sae.project_decoder_grad()
 
     def on_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Scale the rows to length 1."""
         if not isinstance(unwrapped(optimizer), SwitchSAEAdam):
             for sae in self._saes:
+                # a step along the sphere's tangent still makes a row a little longer
                 sae.normalize_decoder()
 
 

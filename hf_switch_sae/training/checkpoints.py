@@ -38,6 +38,7 @@ def partial_of(folder: Path) -> Path:
 def begin(folder: Path) -> Path:
     """An empty partial folder, to be filled and then renamed to `folder`."""
     partial = partial_of(folder)
+    # files of a save that was killed must not end up among the new ones
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
@@ -49,6 +50,7 @@ def seal(partial: Path) -> None:
     for path in _files(partial):
         found[path.relative_to(partial).as_posix()] = [path.stat().st_size, _crc32(path)]
         sync(path)
+    # after all files are on the disk, since it vouches for them
     write_json(partial / CHECKSUMS, found, indent=1)
     for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
         sync(folder)
@@ -71,6 +73,7 @@ def move_files(partial: Path, folder: Path) -> None:
     """Rename files one by one into a folder; other files that it holds stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in _files(partial):
+        # before the rename, or a power cut could leave the new name with half of the content
         sync(path)
         path.replace(folder / path.name)
     sync(folder)
@@ -95,6 +98,7 @@ def fault_of(checkpoint: Path) -> str | None:
         noted = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
         for name, (size, crc) in noted.items():
             path = checkpoint / name
+            # the size first: a file that was cut off need not be read
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
             if _crc32(path) != crc:
@@ -120,6 +124,7 @@ def newest_good(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
     for checkpoint in reversed(checkpoints_in(output_dir)):
         fault = fault_of(checkpoint)
         if fault is None:
+            # only now, as without a good one the error below says the same
             for each in faults:
                 warn(f"{each}; going on from {checkpoint.name} instead.")
             return checkpoint
@@ -137,6 +142,7 @@ def rotate(output_dir: Path, limit: int | None, keep: Iterable[Path]) -> None:
         return
     found = checkpoints_in(output_dir)
     kept = {path.resolve() for path in [*keep, *found[-1:]]}
+    # the best and the newest stay even if the limit is 1
     surplus = len(found) - max(limit, len(kept))
     for checkpoint in found:
         if surplus > 0 and checkpoint.resolve() not in kept:
@@ -179,6 +185,7 @@ def _files(folder: Path) -> list[Path]:
 def _crc32(path: Path) -> int:
     found = 0
     with path.open("rb") as file:
+        # in parts, as a checkpoint may not fit into memory beside the run
         while block := file.read(1 << 22):
             found = zlib.crc32(block, found)
     return found

@@ -103,6 +103,7 @@ def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-5) ->
     """[d]: the point with the smallest sum of distances to rows [n, d], by Weiszfeld's method."""
     found = rows.mean(0)
     for _ in range(steps):
+        # a row right at the median would get an infinite weight
         weight = 1 / (rows - found).norm(dim=-1).clamp_min(1e-12)
         moved: Tensor = (rows * weight[:, None]).sum(0) / weight.sum()
         if float((moved - found).norm()) < tolerance:

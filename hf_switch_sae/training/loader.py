@@ -30,6 +30,7 @@ class Stream(IterableDataset):
         self._activations, self._share = activations, (batch_rows, rank, world_size)
         self._batches: Iterator[dict[str, Tensor]] | None = None
         rows = activations.num_rows
+        # the same on every process: one with a batch more would wait for the others forever
         self.length = None if rows is None else max(1, rows // (batch_rows * world_size))
         """Batches per epoch; None if that is not known."""
         self.to_skip = 0
@@ -52,6 +53,7 @@ class Stream(IterableDataset):
     def loader(self) -> DataLoader:
         """As a DataLoader, which has a length if the activations have one."""
         kind = _Measured if self.length is not None else DataLoader
+        # the stream gives out batches, so the loader must neither batch nor collate
         return kind(self, batch_size=None, collate_fn=_as_is)
 
 

@@ -24,6 +24,7 @@ class Monitor:
         self._saes = dict(saes)
         self._steps = 0
         self._sums = [
+            # float32 counts tokens exactly only up to 2**24
             torch.zeros(len(MEASURED) + _experts(sae), dtype=torch.float64)
             for sae in self._saes.values()
         ]
@@ -50,6 +51,7 @@ class Monitor:
         logs: dict[str, float] = {"loss": 0.0}
         for at, (name, sae) in enumerate(self._saes.items()):
             sums = reduce(self._sums[at]).tolist()
+            # not strict: the experts' counts come after the named figures
             found = dict(zip(MEASURED, sums, strict=False))
             logs["loss"] += found["loss"] / self._steps
             figures = {
@@ -60,6 +62,7 @@ class Monitor:
             # an SAE with a single expert has no router to report on
             if chosen := sums[len(MEASURED) :]:
                 figures["balance"] = found["balance"] / self._steps
+                # the busiest expert over the mean, so 1 is an even load
                 figures["expert_load"] = max(chosen) * len(chosen) / max(sum(chosen), 1)
                 figures["router_entropy"] = found["entropy"] / max(found["tokens"], 1)
             prefix = "" if len(self._saes) == 1 else f"{name}/"

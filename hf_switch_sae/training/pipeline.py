@@ -107,8 +107,10 @@ def train_release(
     """
     seed = args.seed if args.data_seed is None else args.data_seed
     settings = activation_settings or ActivationSettings(seed=seed)
+    # the command line has checked this already; a call from Python has not
     check_before_loading(args, settings, sae, preset, eval_tokens)
     wanted = [hookpoints] if isinstance(hookpoints, int | str) else list(hookpoints)
+    # the SAE's folder gets this name, however its place was written
     names = [resolve(lm, at).name for at in wanted]
 
     # of several processes, the first fills the cache, and the others then find it complete
@@ -167,6 +169,7 @@ def check_before_loading(
         raise ConfigError(
             f"eval_tokens {eval_tokens} is less than one context of {settings.context}."
         )
+    # built only to be checked: the model decides the width later
     SwitchSAEConfig(**{**SAE_PRESETS[preset], **(sae or {})})
     folder = Path(str(args.output_dir))
     # checkpoints hold notes too, but those SAEs are not finished
@@ -220,12 +223,14 @@ def _measured(
     folder = Path(str(trainer.args.output_dir), name)
     sae = SwitchSAE.from_pretrained(folder)
     nn.Module.to(sae, trainer.saes[name].device)
+    # alone, as only the first process comes here
     return write_metrics(folder, evaluate(sae, trainer.lm, *text, max_tokens=most, alone=True))
 
 
 def _publish(trainer: SwitchSAETrainer) -> None:
     """Write the card beside the SAEs, and push them if the arguments say so."""
     folder = Path(str(trainer.args.output_dir))
+    # resolved, because the folder "." has no name
     write_card(folder, trainer.args.hub_model_id or folder.resolve().name)
     if trainer.args.push_to_hub:
         trainer.push_release(folder, "Release")

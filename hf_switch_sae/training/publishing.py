@@ -54,6 +54,7 @@ class Publishing(Saving):
                 "from the SAEs' own files."
             )
         with tempfile.TemporaryDirectory() as staged:
+            # all processes take part: sharded weights are gathered from them
             self._write_saes(Path(staged), getattr(torch, self.args.save_dtype))
             if not self.is_world_process_zero():
                 return None
@@ -99,6 +100,7 @@ class Publishing(Saving):
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
         message = f"Training in progress, step {self.state.global_step}"
+        # only the SAEs, so that whoever loads the release gets no optimizer
         with self._staged(Path(checkpoint_folder)) as staged:
             self._push(staged, message)
         # these strategies keep what it takes to resume on the Hub too

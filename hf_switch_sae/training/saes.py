@@ -88,6 +88,7 @@ class SAEsTogether(nn.Module):
             losses.append(self._loss(sae, output, whole))
             measures.append(measure_of(sae, x, output, losses[-1]))
             fired.append(fired_of(sae, output))
+        # no parameter is in two of the losses, so their sum trains each SAE as if alone
         return {"loss": torch.stack(losses).sum(), "measures": measures, "fired": fired}
 
     def _loss(self, sae: SwitchSAE, output: SwitchSAEOutput, whole: WholeBatch | None) -> Tensor:
@@ -135,6 +136,7 @@ def fired_of(sae: SwitchSAE, output: SwitchSAEOutput) -> Tensor:
     """[num_features] bool: which features were active."""
     assert output.features is not None
     ids, acts = output.features.ids.flatten(), output.features.acts.flatten()
+    # added up: an empty slot may repeat an active feature's id, and must not undo it
     firings = torch.zeros(sae.config.num_features, dtype=torch.int32, device=ids.device)
     return firings.index_add_(0, ids, (acts > 0).int()) > 0
 
@@ -164,6 +166,7 @@ def build_saes(
     several = given if isinstance(given, Mapping) else {"": given}
     if not several:
         raise ConfigError("there is no SAE to train: an empty dict was given.")
+    # here, so that random weights don't depend on what drew numbers before
     set_seed(seed)
     saes: dict[str, SwitchSAE] = {}
     for name, each in several.items():
@@ -179,6 +182,7 @@ def build_saes(
             raise ConfigError(
                 f"an SAE to train is a SwitchSAEConfig or a SwitchSAE, not {type(each).__name__}."
             )
+        # one SAE under two names would be stepped twice
         if any(id(sae) == id(other) for other in saes.values()):
             raise ConfigError(f"the SAE {name!r} is there twice: give a copy.")
         saes[name or str(sae.config.hookpoint)] = sae
@@ -203,6 +207,7 @@ def _placed(config: SwitchSAEConfig, lm: nn.Module | None, train_dataset: Any) -
     if lm is not None:
         config.hookpoint = resolve(lm, config.hookpoint).name
         known = base_model_fields(lm)
+        # an SAE that is trained further still names the model it was made for
         if config.base_model_fingerprint is None:
             config.base_model = config.base_model or known["base_model"]
             config.base_model_fingerprint = known["base_model_fingerprint"]

@@ -25,6 +25,7 @@ from hf_switch_sae.training.stepping import Stepping
 
 logger = logging.get_logger(__name__)
 
+# these say where an SAE is from and how well it does, not which run it belongs to
 _MAY_DIFFER = {"metrics", "source", "base_model", "base_model_revision"}
 _MAY_DIFFER |= {"base_model_fingerprint"}
 
@@ -75,6 +76,7 @@ class Saving(sharded.Sharding, Stepping):
             self.store_flos()
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         partial = checkpoints.partial_of(folder)
+        # before anything is written: a run can't go on from NaN
         self._check_finite()
         # three stages, each of them finished by all processes before the next begins: the first
         # process makes the folder, all write to it, the first puts it in its place
@@ -83,6 +85,7 @@ class Saving(sharded.Sharding, Stepping):
             self._on_all(lambda: self._write_checkpoint(partial, folder))
             self._on_all(lambda: self._finish(partial, folder))
         except Exception as err:
+            # gives room back at once, as the disk may be full
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(err, SwitchSAEError):
@@ -91,6 +94,7 @@ class Saving(sharded.Sharding, Stepping):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
+            # old ones go last, so that there is always one to go on from
             best = self.state.best_model_checkpoint
             keep = [Path(best)] if best else []
             checkpoints.rotate(folder.parent, self.args.save_total_limit, keep)
@@ -129,6 +133,7 @@ class Saving(sharded.Sharding, Stepping):
             if isinstance(each, ExportableState):
                 noted: Any = self.state.stateful_callbacks
                 name = type(each).__name__
+                # callbacks of one class share a name, and the Trainer keeps a list for them
                 if isinstance(noted[name], list):
                     noted[name].append(each.state())
                 else:
@@ -150,6 +155,7 @@ class Saving(sharded.Sharding, Stepping):
     def _check_finite(self) -> None:
         """Raise NonFiniteError on every process if a weight is NaN or infinite on any of them."""
         for name, sae in self.saes.items():
+            # of a sharded weight, the part that lies here: the parts are added up below
             weights = [getattr(w, "to_local", lambda w=w: w)() for w in sae.parameters()]
             bad = sum(int((~weight.isfinite()).sum()) for weight in weights)
             if self._added(torch.tensor(bad, device=self.args.device)):

@@ -44,6 +44,7 @@ def gathered(model: Any) -> Iterator[None]:
 
 def whole_state(model: Any) -> dict[str, Any]:
     """The whole state of a sharded model, on the CPU; {} on all processes but the first."""
+    # on the CPU, as a GPU that holds a shard may have no room for the whole
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return dict(get_model_state_dict(model, options=options))
 
@@ -68,6 +69,7 @@ def own_share(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def load_own_share(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load what `own_share` gave, on the same rank of equally many processes."""
+    # in the order in which `state_dict` numbers them
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for number, each in state["state"].items():
         weight = weights[number]
@@ -103,6 +105,7 @@ class Sharding(Trainer):
         """The SAEs with whole weights; all processes must call this, and the first gets them."""
         if not self.is_fsdp_enabled:
             return self.saes
+        # gathering takes all processes, so it comes before asking who saves
         state, found = whole_state(self.model), {}
         if self.args.should_save:
             for at, (name, sae) in enumerate(self.saes.items()):
@@ -117,6 +120,7 @@ class Sharding(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        # a file of each process, so that the moments are never gathered in one place
         name = f"optimizer_{self.args.process_index}.pt"
         torch.save(own_share(unwrapped(self.optimizer)), Path(output_dir) / name)
         if self.args.should_save:

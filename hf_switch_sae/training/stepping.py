@@ -75,6 +75,7 @@ class Stepping(Trainer):
                 lr=list(self.learning_rates.values()),
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
+                # 0 turns clipping off, as it does for `Trainer`
                 max_grad_norm=args.max_grad_norm or None,
             )
         return self.optimizer
@@ -145,6 +146,7 @@ class Stepping(Trainer):
     @torch.no_grad()
     def _sums_over(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """For each SAE the `batch_sums` of a step's parts, added up over all processes."""
+        # a call of the wrapped model, as only that gathers sharded weights
         parts = [self.model_wrapped(batch, only_sums=True)["sums"] for batch in batches]
         return [self._added(torch.stack(each).sum(0)) for each in zip(*parts, strict=True)]
 
@@ -185,6 +187,7 @@ class Stepping(Trainer):
                     sae, self._before[at], self._sums[at], self._fired[at], self._added
                 )
                 if sae.config.activation == "batch_topk":
+                    # each process has seen other rows, so their thresholds differ
                     sae.threshold.copy_(self._added(sae.threshold) / self.args.world_size)
 
     def _not_finite(self, loss: Tensor, inputs: Mapping[str, Tensor]) -> NonFiniteError:
@@ -205,6 +208,7 @@ class Stepping(Trainer):
         )
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # the look that a step on a GPU is spared; from here on the loss is waited for anyway
         if (self.control.should_log or self.control.should_save) and not tr_loss.isfinite():
             raise self._not_finite(tr_loss, {})
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)

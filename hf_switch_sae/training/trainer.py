@@ -100,6 +100,7 @@ class SwitchSAETrainer(Publishing):
         held_out = None
         if eval_dataset is not None:
             held_out = activations_for(readers_of(saes), eval_dataset, *given)
+        # first, so that a run without an end fails before anything is set up
         self._set_end(args)
 
         together = SAEsTogether(saes, args.loss, args.load_balance_alpha)
@@ -237,6 +238,7 @@ class SwitchSAETrainer(Publishing):
 
     def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
         rows = len(next(iter(inputs.values())))
+        # all processes draw equally many rows, so none has to be asked
         self.state.num_input_tokens_seen += rows * self.args.world_size
 
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:
@@ -247,6 +249,7 @@ class SwitchSAETrainer(Publishing):
             second = c.num_experts > 1 and c.second_expert_loss_coef > 0
             visits = c.num_experts_per_token + second
             features = c.features_per_expert * visits + c.num_experts
+            # 6 for each weight, as transformers estimates it; 2 for encoder and decoder
             total += 6 * len(inputs[str(c.hookpoint)]) * c.hidden_size * 2 * features
         return total
 
@@ -254,6 +257,7 @@ class SwitchSAETrainer(Publishing):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with fvu, l0, dead_share, expert_load, tokens and more at each step."""
+        # an evaluation and the run's end are logged here too, and have no steps to report
         if "loss" in logs:
             found = self._monitor.take(self._added)
             own = self._own_optimizer
@@ -300,6 +304,7 @@ class SwitchSAETrainer(Publishing):
             for name, figures in found.items()
             for figure, v in figures.items()
         }
+        # what `load_best_model_at_end` goes by unless told otherwise
         metrics[f"{metric_key_prefix}_loss"] = sum(figures["fvu"] for figures in found.values())
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
