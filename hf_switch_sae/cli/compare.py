@@ -219,9 +219,9 @@ def _told(context: typer.Context) -> tuple[dict[str, Any], dict[str, Any], list[
     if not words or not all(word.isdecimal() for word in words):
         raise ConfigError(f"--seed takes whole numbers, not {' '.join(words)!r}.")
     run, of_sae, rows, _ = split_options(pairs, set())
-    if rows or {"output_dir", "hookpoint"} & pairs.keys():
-        name = next(iter(rows), "output_dir")
-        raise ConfigError(f"--{name} has no meaning here: the rows are the cache's. See --help.")
+    foreign = [*rows, *(name for name in ("output_dir", "hookpoint") if name in pairs)]
+    if foreign:
+        raise ConfigError(f"--{foreign[0]} has no meaning here: the rows are the cache's. See --help.")
     typed_run, typed_sae = (
         {name: typed(name, value) for name, value in part.items()} for part in (run, of_sae)
     )
