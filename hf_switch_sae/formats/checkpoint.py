@@ -75,7 +75,8 @@ class Given:
         """
         if self.hookpoint is not None:
             # a module's path alone leaves open whether its input or its output is meant
-            if self.hookpoint.rpartition(".")[2] not in SITES:
+            path, _, site = self.hookpoint.rpartition(".")
+            if not path or site not in SITES:
                 raise ConversionError(
                     f"hookpoint={self.hookpoint!r} names no site: it is a block or a module with "
                     "its side, 'layers.<i>.resid_post' or '<module path>.resid_pre'."

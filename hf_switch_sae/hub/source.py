@@ -176,9 +176,7 @@ class Source:
 
         A run's checkpoints are left out, unless there is nothing else.
         """
-        # Llama Scope's weights lie a folder below its config, and the config's folder is the SAE's
-        places = (f.removesuffix(LLAMA_SCOPE_WEIGHTS) for f in self.files if f.endswith(WEIGHTS))
-        found = sorted({place.rpartition("/")[0] for place in places})
+        found = sorted({_sae_folder(file) for file in self.files if file.endswith(WEIGHTS)})
         return [folder for folder in found if not in_checkpoint(Path(folder))] or found
 
     def weight_files(self, *suffixes: str) -> list[str]:
@@ -251,6 +249,14 @@ def check_inside(path: str, what: str) -> str:
     if pure.is_absolute() or ".." in pure.parts or (pure.parts and ":" in pure.parts[0]):
         raise ConversionError(f"{what}={path!r} climbs out of its folder, so it was refused.")
     return "" if str(pure) == "." else str(pure)
+
+
+def _sae_folder(weights: str) -> str:
+    """The folder of the SAE that a weights file belongs to."""
+    # Llama Scope's weights lie a folder below its config, and the config's folder is the SAE's
+    above = weights.removesuffix(LLAMA_SCOPE_WEIGHTS)
+    is_whole = above == "" or above.endswith("/")
+    return (above if is_whole else weights).rpartition("/")[0]
 
 
 def _under(subfolder: str, everything: list[str], name: str) -> tuple[str, tuple[str, ...]]:

@@ -195,10 +195,11 @@ def test_what_is_given_may_not_contradict_the_files(tmp_path, name, given):
         SwitchSAE.from_pretrained(folder, **options, **given)
 
 
-def test_a_hookpoint_that_names_no_site_is_refused(tmp_path):
+@pytest.mark.parametrize("hookpoint", ["whatever", "resid_post", ".resid_post"])
+def test_a_hookpoint_without_a_module_or_a_site_is_refused(tmp_path, hookpoint):
     folder, _, _ = LAYOUTS["sparsify"](tmp_path)
-    with pytest.raises(ConversionError, match="'whatever' names no site"):
-        convert(folder, tmp_path / "out", hookpoint="whatever")
+    with pytest.raises(ConversionError, match=f"'{hookpoint}' names no site"):
+        convert(folder, tmp_path / "out", hookpoint=hookpoint)
     assert not (tmp_path / "out").exists()
 
 
