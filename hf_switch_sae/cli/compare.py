@@ -221,7 +221,9 @@ def _told(context: typer.Context) -> tuple[dict[str, Any], dict[str, Any], list[
     run, of_sae, rows, _ = split_options(pairs, set())
     foreign = [*rows, *(name for name in ("output_dir", "hookpoint") if name in pairs)]
     if foreign:
-        raise ConfigError(f"--{foreign[0]} has no meaning here: the rows are the cache's. See --help.")
+        raise ConfigError(
+            f"--{foreign[0]} has no meaning here: the rows are the cache's. See --help."
+        )
     typed_run, typed_sae = (
         {name: typed(name, value) for name, value in part.items()} for part in (run, of_sae)
     )

@@ -42,6 +42,8 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
 """The endings of weight files, ours and those of other projects."""
 LLAMA_SCOPE_WEIGHTS = "checkpoints/final.safetensors"
 """Where Llama Scope keeps its weights, relative to the folder of the SAE."""
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+"""The name of a folder with a checkpoint; the number is the step."""
 _MODEL_TYPE = "switch_sae"
 
 
@@ -74,7 +76,7 @@ def saes_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 def in_checkpoint(path: Path) -> bool:
     """Whether a path within a run's folder belongs to a checkpoint, which is not released."""
-    return any(re.fullmatch(r"checkpoint-\d+", part) for part in path.parts)
+    return any(CHECKPOINT.fullmatch(part) for part in path.parts)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
@@ -24,10 +23,15 @@ from pathlib import Path
 
 from hf_switch_sae.errors import TrainingError
 from hf_switch_sae.files import sync, write_json
+from hf_switch_sae.hub.layout import CHECKPOINT
 
 CHECKSUMS = "checksums.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL, _REPLACED = ".partial-", ".replaced-"
+
+
+def folder_of(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return output_dir / f"checkpoint-{step}"
 
 
 def partial_of(folder: Path) -> Path:
@@ -82,13 +86,13 @@ def move_files(partial: Path, folder: Path) -> None:
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """All checkpoints, good or not, ordered by step, the newest last."""
-    found = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    found = [path for path in output_dir.glob("*") if CHECKPOINT.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
-    match = _NAME.fullmatch(checkpoint.name)
+    match = CHECKPOINT.fullmatch(checkpoint.name)
     return int(match[1]) if match else -1
 
 
@@ -167,7 +171,7 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def no_room(folder: Path, err: BaseException, last_good: Path | None) -> TrainingError:
-    """The error to raise for a checkpoint that could not be written."""
+    """The error to raise for a checkpoint, or finished SAEs, that could not be written."""
     kept = f"{last_good} is whole: " if last_good else "There is none before it: "
     free = ""
     with contextlib.suppress(OSError):

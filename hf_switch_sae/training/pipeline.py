@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_switch_sae.activations.cache_files import read_manifest
 from hf_switch_sae.activations.cache_reader import CachedActivations
@@ -21,7 +20,7 @@ from hf_switch_sae.activations.cache_writer import cache_activations
 from hf_switch_sae.activations.settings import ActivationSettings
 from hf_switch_sae.errors import ConfigError, TrainingError
 from hf_switch_sae.evaluation.evaluate import evaluate, write_metrics
-from hf_switch_sae.hub.layout import NOTES
+from hf_switch_sae.hub.layout import NOTES, in_checkpoint
 from hf_switch_sae.lm.hookpoints import resolve
 from hf_switch_sae.release.card import write_card
 from hf_switch_sae.sae.config import SwitchSAEConfig
@@ -172,17 +171,22 @@ def check_before_loading(
     # built only to be checked: the model decides the width later
     SwitchSAEConfig(**{**SAE_PRESETS[preset], **(sae or {})})
     folder = Path(str(args.output_dir))
-    # checkpoints hold notes too, but those SAEs are not finished
-    done = sorted(
-        file.parent
-        for file in folder.glob(f"**/{NOTES}")
-        if not any(part.startswith(PREFIX_CHECKPOINT_DIR) for part in file.parts)
-    )
+    done = [
+        file.parent for file in sorted(folder.glob(f"**/{NOTES}")) if _is_finished(file, folder)
+    ]
     if done and not args.resume_from_checkpoint:
         raise TrainingError(
             f"{done[0]} holds an SAE that a run has finished: choose another output_dir, or "
             "remove it; resume_from_checkpoint=True trains it further."
         )
+
+
+def _is_finished(notes: Path, folder: Path) -> bool:
+    """Whether an SAE's notes in a run's folder are those of a finished run."""
+    # relative, as the run's folder itself may have a checkpoint's name
+    place = notes.relative_to(folder)
+    # checkpoints hold notes too; a name with a dot is of a save that was killed
+    return not in_checkpoint(place) and not any(part.startswith(".") for part in place.parts)
 
 
 def _from_cache(

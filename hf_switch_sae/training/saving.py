@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
@@ -74,7 +75,7 @@ class Saving(sharded.Sharding, Stepping):
         """As `Trainer._save_checkpoint`, but a folder with a checkpoint's name is always whole."""
         if trial is None:
             self.store_flos()
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder = checkpoints.folder_of(Path(self._get_output_dir(trial)), self.state.global_step)
         partial = checkpoints.partial_of(folder)
         # before anything is written: a run can't go on from NaN
         self._check_finite()
@@ -105,7 +106,7 @@ class Saving(sharded.Sharding, Stepping):
         # the best checkpoint may have been rotated away, or be this one, which is not there yet
         best = self.state.best_global_step
         if best is not None:
-            path = folder.with_name(f"checkpoint-{best}")
+            path = checkpoints.folder_of(folder.parent, best)
             if path == folder or path.exists():
                 self.state.best_model_checkpoint = str(path)
         if not self.args.save_only_model:
@@ -217,10 +218,19 @@ class Saving(sharded.Sharding, Stepping):
         """Save each SAE to the subfolder of its name, in `args.save_dtype`, with training.json.
 
         With `args.push_to_hub` they are published too.
+
+        Raises:
+            TrainingError: the disk is full, or can't be written.
         """
         folder = Path(str(output_dir or self.args.output_dir))
         dtype = getattr(torch, self.args.save_dtype)
-        self._write_saes(folder, dtype, beside=True)
+        try:
+            self._write_saes(folder, dtype, beside=True)
+        except (OSError, SafetensorError) as err:
+            # gives room back at once, as the disk may be full
+            for name in self.saes:
+                shutil.rmtree(checkpoints.partial_of(folder / name), ignore_errors=True)
+            raise checkpoints.no_room(folder, err, self.last_good_checkpoint()) from err
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -9,6 +9,7 @@ from helpers.trained import PLACE
 
 from hf_switch_sae import ConfigError, SwitchSAE, SwitchSAETrainingArguments, TrainingError
 from hf_switch_sae.training import ActivationSettings, train_release
+from hf_switch_sae.training.pipeline import check_before_loading
 
 WORDS = activations.WORDS[3:]
 SAE = {"num_features": 32, "num_experts": 4, "k": 2}
@@ -80,3 +81,28 @@ def test_a_finished_sae_is_kept_and_what_contradicts_itself_is_refused_first(tmp
         with pytest.raises(ConfigError, match=message):
             release(tmp_path / "other", **changes)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("output_dir", ["checkpoints/sae", "checkpoint-3/sae"])
+def test_a_finished_sae_is_kept_whatever_the_folder_is_called(tmp_path, output_dir):
+    finished_sae(tmp_path / output_dir / PLACE)
+    with pytest.raises(TrainingError, match="holds an SAE that a run has finished"):
+        check(tmp_path / output_dir)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["checkpoint-8", ".partial-checkpoint-8", f".partial-{PLACE}", ".replaced-checkpoint-8"],
+)
+def test_what_a_killed_run_left_is_not_a_finished_sae(tmp_path, place):
+    finished_sae(tmp_path / place / PLACE)
+    check(tmp_path)
+
+
+def finished_sae(folder):
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text("{}")
+
+
+def check(folder):
+    check_before_loading(arguments(folder), SETTINGS, SAE, "default", None)

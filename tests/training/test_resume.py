@@ -146,6 +146,22 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_kept(tmp_path, monkeypatch)
     assert checkpoints.fault_of(tmp_path / "checkpoint-5") is None
 
 
+def test_a_full_disk_at_the_end_is_said_too_and_the_run_can_save_again(tmp_path, monkeypatch):
+    run = trainer(tmp_path, **SAVING)
+    run.train()
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "sync", full)
+        with pytest.raises(TrainingError, match=r"No space left on device.*checkpoint-24 is whole"):
+            run.save_model()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    run.save_model()
+    assert tensors(tmp_path)
+
+
 def test_cut_off_while_writing_there_is_no_checkpoint_of_that_name(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "seal", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
