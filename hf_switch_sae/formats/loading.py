@@ -126,11 +126,11 @@ def pin_revision(result: Any, name: str, kwargs: Mapping[str, Any]) -> None:
         commit = Path(cached).parents[len(Path(file).parts) - 1].name
         config = (result[0] if isinstance(result, tuple) else result).config
         here = {"repo": name, "revision": commit, "path": subfolder}
-        known = {**here, "taken_from": _origin(config.source or {}, name)}
+        known = {**here, "taken_from": _converted_from(config.source or {}, name)}
         config.source = {key: value for key, value in known.items() if value}
 
 
-def _origin(source: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+def _converted_from(source: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """What an SAE in repository `name` was converted from; None if it was made there."""
     if "taken_from" in source:
         origin: Mapping[str, Any] | None = source["taken_from"]

@@ -1,6 +1,7 @@
 """The formats there are, and which of them a source is in.
 
-Room   To add a format, write its file with what `Reader` asks for, and add it to `_READERS`.
+Room   To add a format, write its file with what `Reader` asks for, and add it to `_READERS`. If it
+       also has what `Writer` asks for, add it to `_WRITERS` too.
 Beware Formats are asked in the order of `_READERS`, by the files of the source.
 """
 

@@ -108,7 +108,7 @@ class FeatureStore:
     @property
     def is_indexed(self) -> bool:
         """Whether there is an index of exactly these shards."""
-        return (self._index_folder / "index.json").exists()
+        return (self._index_folder / postings.LISTING).exists()
 
     @cached_property
     def _starts(self) -> Array:

@@ -30,6 +30,7 @@ from hf_switch_sae.files import (
     write_json,
     written_whole,
 )
+from hf_switch_sae.store import postings
 from hf_switch_sae.store.levels import Levels
 from hf_switch_sae.store.parquet import check_body, read_footer, read_row_groups, write_parquet
 from hf_switch_sae.store.postings import FEATURES, FOLDER, POSTINGS, ROW_GROUP, VERSION
@@ -68,10 +69,10 @@ def build(store: Path, reader: ShardReader, memory: int, progress: Progress) -> 
     """
     folder = store / FOLDER / generation(reader.shards)
     with locked(store / FOLDER / ".lock", wait=False):
-        if not (folder / "index.json").exists():
+        if not (folder / postings.LISTING).exists():
             # make room; a finished index of other shards stays until this one is done
             for other in (store / FOLDER).iterdir():
-                if other.is_dir() and other != folder and not (other / "index.json").exists():
+                if other.is_dir() and other != folder and not (other / postings.LISTING).exists():
                     shutil.rmtree(other)
             limit = max(ROW_GROUP, memory // _BYTES_A_POSTING)
             _remove_if_made_otherwise(folder, limit)
@@ -95,7 +96,7 @@ def remove(store: Path) -> None:
             for folder in (store / FOLDER).iterdir():
                 if folder.is_dir():
                     # index.json first, so that half an index is never taken for a whole one
-                    (folder / "index.json").unlink(missing_ok=True)
+                    (folder / postings.LISTING).unlink(missing_ok=True)
                     shutil.rmtree(folder)
 
 
@@ -189,14 +190,14 @@ def _write_runs(folder: Path, reader: ShardReader, limit: int, progress: Progres
 def _gather(reader: ShardReader, cursor: Location, limit: int) -> tuple[list[TokenRows], Location]:
     """Rows from a location on until they have `limit` postings, and the location after them."""
     blocks: list[TokenRows] = []
-    postings, (index, row) = 0, cursor
-    while index < len(reader.shards) and postings < limit:
+    gathered, (index, row) = 0, cursor
+    while index < len(reader.shards) and gathered < limit:
         if row == 0:  # a damaged shard is noticed before it is indexed
             check_body(reader.shards[index].path)
         stop = min(row + 4 * 4096, reader.num_rows(index))
         if stop > row:
             blocks.append(reader.rows(index, row, stop))
-            postings += len(blocks[-1].ids)
+            gathered += len(blocks[-1].ids)
         index, row = (index, stop) if stop < reader.num_rows(index) else (index + 1, 0)
     return blocks, (index, row)
 
@@ -262,7 +263,7 @@ def _write_parts(
             write_parquet(path, POSTINGS, _sorted(runs, part, counts), ROW_GROUP, _ENCODINGS, [])
         listed.append([path.name, read_footer(path).num_rows])
         progress("sorting features", number + 1, len(parts))
-    if not (folder / "features.parquet").exists():
+    if not (folder / postings.FEATURE_TABLE).exists():
         _write_features(folder, counts, sums, listed)
     index = {
         "version": VERSION,
@@ -275,8 +276,8 @@ def _write_parts(
         "parts": listed,
     }
     # last: only now there is an index
-    with disk_errors_as_store_errors(folder / "index.json"):
-        write_json(folder / "index.json", index, indent=1)
+    with disk_errors_as_store_errors(folder / postings.LISTING):
+        write_json(folder / postings.LISTING, index, indent=1)
 
 
 def _totals(runs: list[_Run], num_features: int) -> tuple[Array, Array]:
@@ -391,4 +392,4 @@ def _write_features(folder: Path, counts: Array, sums: Array, parts: list[list[A
         },
         schema=FEATURES,
     )
-    write_parquet(folder / "features.parquet", FEATURES, [table], ROW_GROUP, {}, [])
+    write_parquet(folder / postings.FEATURE_TABLE, FEATURES, [table], ROW_GROUP, {}, [])

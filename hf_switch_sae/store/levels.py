@@ -14,11 +14,9 @@ Format Ranks count from 0, the largest act; of equal acts the earlier row comes 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from hf_switch_sae.store.rows import Array
 
 _TOP = 64
 _AROUND = 8

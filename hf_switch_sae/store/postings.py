@@ -29,6 +29,8 @@ from hf_switch_sae.store.rows import Array
 from hf_switch_sae.store.shards import Location, ShardReader
 
 FOLDER = "index"
+LISTING = "index.json"
+FEATURE_TABLE = "features.parquet"
 VERSION = 2
 ROW_GROUP = 65_536
 POSTINGS = pa.schema(
@@ -63,7 +65,7 @@ class Index:
     def __init__(self, folder: Path, reader: ShardReader) -> None:
         self.folder, self._reader = folder, reader
         try:
-            index = json.loads((folder / "index.json").read_bytes())
+            index = json.loads((folder / LISTING).read_bytes())
             if (version := index["version"]) != VERSION:
                 raise StoreError(
                     f"{folder} is an index of version {version}, and this package reads version "
@@ -75,12 +77,12 @@ class Index:
             parts = [(str(name), int(rows)) for name, rows in index["parts"]]
         except (OSError, ValueError, KeyError, TypeError) as err:
             raise StoreError(
-                f"{folder / 'index.json'} is damaged ({err}): delete {folder} and call "
+                f"{folder / LISTING} is damaged ({err}): delete {folder} and call "
                 "store.index() again."
             ) from err
         self._shard_starts = np.concatenate([[0], np.cumsum(shard_rows)])
         # counts of all features stay in memory
-        path = folder / "features.parquet"
+        path = folder / FEATURE_TABLE
         footer = read_footer(path)
         names = ["count", "max_act", "mean_act"]
         table = read_row_groups(path, footer, list(range(footer.num_row_groups)), names)
@@ -166,7 +168,7 @@ class Index:
         # levels follow from the counts: with other counts, rows would be taken for other ranks
         pinned = np.arange(start, stop) < len(levels.pinned)
         if not (table["feature"].to_numpy() == feature).all() or (exact != pinned).any():
-            raise self._unfit("its features.parquet")
+            raise self._unfit(f"its {FEATURE_TABLE}")
         return acts, rows
 
     def _level(self, feature: int, part: int, levels: Levels, level: int) -> tuple[Array, Array]:

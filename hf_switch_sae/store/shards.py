@@ -46,7 +46,7 @@ _ENCODINGS = {
 
 
 Location = tuple[int, int]
-"""Of a token: the number of its shard, and its row in it."""
+"""A token's shard and row."""
 
 
 @dataclass(frozen=True)
