@@ -29,6 +29,8 @@ from hf_switch_sae.hub.layout import DESCRIPTIONS
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.sessions.session import SessionOfOne
 
+__all__ = ["load_demo_lm"]
+
 LM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RELEASE = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-switch-sae"
 SAE = RELEASE / "layers.15.resid_post"

@@ -31,7 +31,18 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 EACH_PAGE = pytest.mark.parametrize("page", TEXTS)
 README = TEXTS["README.md"]
-MODULES = ["training", "geometry", "text", "store", "edits", "plots", "formats"]
+MODULES = [
+    "training",
+    "geometry",
+    "text",
+    "store",
+    "release",
+    "sae.flops",
+    "demo",
+    "edits",
+    "plots",
+    "formats",
+]
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -174,9 +185,9 @@ def test_contributing_names_every_folder_and_file_of_the_root():
     package = ROOT / "hf_switch_sae"
     here = {f"{each.name}/" for each in package.iterdir() if (each / "__init__.py").exists()}
     here |= {each.name for each in package.glob("*.py")}
-    assert here == set(
-        re.findall(r"`([a-z_]+(?:/|\.py))`", tree.split("| --- |")[1].split("\n\n")[0])
-    )
+    rows = tree.split("| --- |\n")[1].split("\n\n")[0].splitlines()
+    named = " ".join(row.split("|")[1] for row in rows)
+    assert here == set(re.findall(r"`([a-z_]+(?:/|\.py))`", named))
 
 
 def test_the_bug_form_asks_for_the_versions_that_troubleshooting_names():

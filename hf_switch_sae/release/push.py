@@ -80,7 +80,7 @@ def push(
         recipe.save(folder / recipe_path(name))
     if create_card:
         write_card(folder, repo_id)
-    files = _files_to_push(folder)
+    files = files_to_push(folder)
     with plain_hub_errors(repo_id, "push to"):
         api.create_repo(repo_id, private=private, exist_ok=True)
         if branch != "main":
@@ -145,7 +145,7 @@ def _with_owner(api: HfApi, repo_id: str) -> str:
         return f"{api.whoami()['name']}/{repo_id}"
 
 
-def _files_to_push(folder: Path) -> dict[str, Path]:
+def files_to_push(folder: Path) -> dict[str, Path]:
     """Path in the repository -> file, sorted.
 
     Raises:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.sae.config import SwitchSAEConfig
 
+__all__ = ["Flops", "flops_per_token", "parameter_count"]
+
 
 class Flops(NamedTuple):
     """Operations of one token's forward pass."""

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hf_switch_sae import ConversionError, SwitchSAE, SwitchSAEError, inspect, load_all
 from hf_switch_sae.cli.app import app
 from hf_switch_sae.release.card import BEGIN, END, render_card
-from hf_switch_sae.release.push import _files_to_push, save_all
+from hf_switch_sae.release.push import files_to_push, save_all
 
 A, B = "layers.3.resid_post", "layers.7.resid_pre"
 
@@ -209,4 +209,4 @@ def test_hidden_files_are_not_part_of_a_release(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     (tmp_path / ".gitattributes").write_text("")
-    assert list(_files_to_push(tmp_path)) == [".gitattributes", "sae/config.json"]
+    assert list(files_to_push(tmp_path)) == [".gitattributes", "sae/config.json"]

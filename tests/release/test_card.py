@@ -17,7 +17,7 @@ from hf_switch_sae.cli.app import app
 from hf_switch_sae.hub.layout import saes_in
 from hf_switch_sae.release.card import BEGIN, END, known_repo_id, render_card, write_card
 from hf_switch_sae.release.facts import CAPTIONS, facts_of
-from hf_switch_sae.release.push import _files_to_push, save_all
+from hf_switch_sae.release.push import files_to_push, save_all
 
 CARDS = pathlib.Path(__file__).parents[2] / "model_cards"
 RELEASES = sorted(path.parent for path in CARDS.glob("*/README.md"))
@@ -149,7 +149,7 @@ def test_a_card_shows_every_figure_that_lies_there_and_says_what_it_is(release):
     for target in shown.values():
         assert (release / target).is_file()
         assert not target.startswith("/")
-    assert set(shown.values()) <= set(_files_to_push(release))
+    assert set(shown.values()) <= set(files_to_push(release))
 
 
 def test_a_card_tells_of_every_file(release):
