@@ -148,7 +148,7 @@ class _Writer:
         start = self._shards[-1].end if self._shards else Cursor()
         harvest = self._harvest
         stop = None
-        # the bar counts rows towards the limit that comes first, if there is one
+        # the bar counts rows toward the limit that comes first, if there is one
         rows_to_come = [n for n in (max_rows, max_bytes and max_bytes // self._row_bytes) if n]
         bar = _Bar(min(rows_to_come, default=None), harvest.documents.count, progress)
         with bar, closing(harvest.passes(harvest.contexts(start, epochs=1))) as passes:
@@ -246,7 +246,7 @@ class _Writer:
 
 
 class _Bar:
-    """A progress bar: rows towards a limit if there is one, else documents."""
+    """A progress bar: rows toward a limit if there is one, else documents."""
 
     def __init__(self, rows: int | None, documents: int | None, progress: bool | None) -> None:
         disable = not (sys.stderr.isatty() if progress is None else progress)
@@ -263,7 +263,7 @@ class _Bar:
         now = time.monotonic()
         if self._begin is None:
             self._begin = (now, rows)
-            # what an earlier run has done counts towards the end, but not towards the speed
+            # what an earlier run has done counts toward the end, but not toward the speed
             self._bar.initial = rows if self._in_rows else cursor.document
         self._bar.update((rows if self._in_rows else cursor.document) - self._bar.n)
         since, before = self._begin

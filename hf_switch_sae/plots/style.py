@@ -139,7 +139,7 @@ def label_points(
 
     It takes the first free place inside the frame, from near to far, or the place that covers least
     if none is free. A thin line leads to the point unless the label is right beside it. Nothing
-    may change the layout afterwards.
+    may change the layout afterward.
     """
     # places are in pixels, so the layout has to be computed now, and to stay
     figure = axes.figure

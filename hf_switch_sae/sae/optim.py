@@ -36,7 +36,7 @@ class SwitchSAEAdam(Adam):
         adam.step()
         sae.normalize_decoder()
 
-    What `.grad` holds afterwards is not defined. A weight without a gradient stays as it is. State
+    What `.grad` holds afterward is not defined. A weight without a gradient stays as it is. State
     and `state_dict()` are those of `torch.optim.Adam`, so it works with checkpoints, schedulers and
     accelerate.
 

@@ -207,7 +207,7 @@ def test_no_place_and_an_unknown_place_are_errors_before_anything_is_hooked():
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("wrapper", ["peft", "prompt", "compile", "data_parallel", "offload"])
-def test_wrapped_models_stop_too_and_work_afterwards(wrapper, tmp_path):
+def test_wrapped_models_stop_too_and_work_afterward(wrapper, tmp_path):
     lm = tiny.llama()
     with torch.no_grad(), residuals(lm, [2]) as read:
         want = read(**INPUTS)["layers.2.resid_post"]

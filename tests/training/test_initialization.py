@@ -1,4 +1,4 @@
-"""A router begins towards the clusters of its rows."""
+"""A router begins toward the clusters of its rows."""
 
 import torch
 from helpers.saes import D, E, config
