@@ -1,4 +1,4 @@
-"""Which process this is, of how many, and how tensors are summed over all of them.
+"""Which process this is, of how many, sums over all of them, and whether it shows progress.
 
 How    A launcher (torchrun, `accelerate launch`) sets environment variables in each process it
        starts. torch.distributed knows the same once it has joined the processes.
@@ -7,6 +7,7 @@ How    A launcher (torchrun, `accelerate launch`) sets environment variables in 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -50,12 +51,17 @@ def _are_joined() -> bool:
 
 
 def _number(name: str, default: int) -> int:
-    said = os.environ.get(name, "")
+    value = os.environ.get(name, "")
     try:
         # set but empty is the same as not set
-        return int(said or default)
+        return int(value or default)
     except ValueError:
-        raise ConfigError(f"{name}={said!r} in the environment is no number: unset it.") from None
+        raise ConfigError(f"{name}={value!r} in the environment is no number: unset it.") from None
+
+
+def shows_progress(progress: bool | None) -> bool:
+    """Whether to show a progress bar: as asked for, or if None, when stderr is a terminal."""
+    return sys.stderr.isatty() if progress is None else progress
 
 
 Reduce = Callable[[Tensor], Tensor]

@@ -20,6 +20,7 @@ from hf_switch_sae.errors import BaseModelError, StoreError
 from hf_switch_sae.lm.config import config_of, name_without_path
 from hf_switch_sae.lm.fingerprint import check_base_model, fingerprint
 from hf_switch_sae.lm.hookpoints import unwrap
+from hf_switch_sae.ops.precision import name_of
 from hf_switch_sae.text.contexts import Cursor
 
 FORMAT, VERSION = "hf_switch_sae activations", 1
@@ -134,7 +135,7 @@ def lm_notes(lm: nn.Module, revision: str | None) -> dict[str, Any]:
     return {
         "name": name_without_path(getattr(config_of(root), "_name_or_path", "")),
         "revision": revision,
-        "dtype": str(getattr(root, "dtype", "")).removeprefix("torch."),
+        "dtype": name_of(getattr(root, "dtype", None)),
         "fingerprint": fingerprint(root),
     }
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -47,6 +46,8 @@ from hf_switch_sae.files import (
     write_json,
     written_whole,
 )
+from hf_switch_sae.ops.precision import name_of
+from hf_switch_sae.processes import shows_progress
 from hf_switch_sae.text.contexts import Cursor
 from hf_switch_sae.text.documents import read_documents
 
@@ -125,7 +126,7 @@ class _Writer:
             # through JSON, so that it compares to what was read back
             **json.loads(json.dumps(harvest.identity())),
             "tokens_per_pass": harvest.tokens_per_pass,
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": name_of(self._dtype),
             "outlier_norm": harvest.policy.outlier_norm,
         }
         found = read_manifest(folder)
@@ -249,7 +250,7 @@ class _Bar:
     """A progress bar: rows toward a limit if there is one, else documents."""
 
     def __init__(self, rows: int | None, documents: int | None, progress: bool | None) -> None:
-        disable = not (sys.stderr.isatty() if progress is None else progress)
+        disable = not shows_progress(progress)
         self._in_rows = rows is not None
         self._bar = tqdm(
             total=rows if self._in_rows else documents,

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from hf_switch_sae.hub.layout import CONFIG, METRICS
 from hf_switch_sae.lm.config import vocabulary_size
 from hf_switch_sae.lm.fingerprint import check_base_model
 from hf_switch_sae.lm.hookpoints import unwrap
+from hf_switch_sae.processes import shows_progress
 from hf_switch_sae.sae.model import SwitchSAE
 
 _LOGITS_A_PASS = 1 << 26  # tokens times vocabulary; at most three such tensors are held at once
@@ -130,8 +130,7 @@ def evaluate(
     try:
         for each in saes.values():
             each.train(False)
-        shown = sys.stderr.isatty() if progress is None else progress
-        found = Sweep(saes, harvest, max_tokens, alone).run(shown)
+        found = Sweep(saes, harvest, max_tokens, alone).run(shows_progress(progress))
     finally:
         for name, each in saes.items():
             each.train(modes[name])
@@ -145,8 +144,8 @@ def _check_hookpoints(saes: Mapping[str, SwitchSAE]) -> None:
     if None in hookpoints.values():
         raise ConfigError("the SAE's config has no hookpoint: set it, such as layers.7.resid_post.")
     if len(set(hookpoints.values())) > 1:
-        said = ", ".join(f"{name} at {hookpoint}" for name, hookpoint in hookpoints.items())
-        raise ConfigError(f"SAEs measured together are of one place, not {said}.")
+        places = ", ".join(f"{name} at {hookpoint}" for name, hookpoint in hookpoints.items())
+        raise ConfigError(f"SAEs measured together are of one place, not {places}.")
 
 
 def write_metrics(folder: Path, found: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from hf_switch_sae.errors import ConfigError
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.lm.names import layer_of
+from hf_switch_sae.ops.precision import name_of
 from hf_switch_sae.sae.model import SwitchSAE
 
 
@@ -197,7 +198,7 @@ class SAEBenchAdapter(nn.Module):
 
     def _update_cfg(self) -> None:
         self.cfg.device = str(self.device)
-        self.cfg.dtype = str(self.dtype).removeprefix("torch.")
+        self.cfg.dtype = name_of(self.dtype)
 
 
 def _layer_and_site(hookpoint: str | None, layer: int | None) -> tuple[int, str]:

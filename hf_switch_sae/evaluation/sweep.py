@@ -23,6 +23,7 @@ from hf_switch_sae.errors import TrainingError
 from hf_switch_sae.evaluation.heldout import RowSums
 from hf_switch_sae.lm.hookpoints import unwrap
 from hf_switch_sae.lm.hooks import hook_residual
+from hf_switch_sae.ops.precision import name_of
 from hf_switch_sae.processes import processes
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.text.contexts import Context
@@ -197,8 +198,8 @@ class Sweep:
             **policy,
             "hookpoint": self.hookpoint,
             "base_model": sae.config.base_model,
-            "lm_dtype": str(getattr(root, "dtype", "")).removeprefix("torch."),
-            "sae_dtype": str(sae.dtype).removeprefix("torch."),
+            "lm_dtype": name_of(getattr(root, "dtype", None)),
+            "sae_dtype": name_of(sae.dtype),
             **({"ablated_to": f"mean of the first {_MEAN_ROWS:,} rows"} if self.predicts else {}),
         }
 

@@ -13,7 +13,6 @@ Beware A document is never split over shards, so memory is that of the longest d
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from hf_switch_sae.errors import StoreError, TextError
 from hf_switch_sae.lm.config import check_in_eval, longest_context, without_cache
 from hf_switch_sae.lm.hookpoints import unwrap
 from hf_switch_sae.lm.residuals import input_device, partial_forward
-from hf_switch_sae.processes import rank_and_world
+from hf_switch_sae.processes import rank_and_world, shows_progress
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.sessions.attach import ByPlace, attach
 from hf_switch_sae.sessions.provenance import provenance_of
@@ -241,7 +240,7 @@ class _Recorder:
     def record(self, documents: Documents, limits: _Limits, progress: bool | None) -> None:
         """Record this process's share of the documents."""
         tokens, size, share = 0, 0, self._share
-        disable = not (sys.stderr.isatty() if progress is None else progress)
+        disable = not shows_progress(progress)
         # for the bar alone; streams don't know their length
         total = documents.count
         if total is not None and limits.documents is not None:

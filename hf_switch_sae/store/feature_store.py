@@ -9,7 +9,6 @@ Beware Answers about a feature come from the index, which covers the shards it w
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 from hf_switch_sae.errors import StoreError
 from hf_switch_sae.features import check_feature_ids
 from hf_switch_sae.files import locked, remove_leftovers
+from hf_switch_sae.processes import shows_progress
 from hf_switch_sae.store import answers, postings
 from hf_switch_sae.store import index as indexing
 from hf_switch_sae.store.answers import Companion, Hit, Passage
@@ -214,7 +214,7 @@ class FeatureStore:
         self.refresh()
         if not self.shards:
             raise StoreError(f"{self.path} holds no tokens yet, so there is nothing to index.")
-        disable = not (sys.stderr.isatty() if progress is None else progress)
+        disable = not shows_progress(progress)
         with tqdm(disable=disable, unit="file") as bar:
 
             def show(what: str, done: int, of: int) -> None:
