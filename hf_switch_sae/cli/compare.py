@@ -60,7 +60,7 @@ def compare_saes(
         str | None, typer.Option(help="Layer or hookpoint, if the caches have several.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="The recipe: default, or published (the paper's).")
+        str, typer.Option(help="The preset: default, or published (the paper's).")
     ] = "default",
     lm: Annotated[
         str | None,
@@ -105,7 +105,7 @@ def compare_saes(
     (--num_train_tokens, --bf16, ...; --seed takes several) and SwitchSAEConfig (--k, --activation,
     ...). The words of --train are such fields, for one SAE.
     """
-    run, of_sae, seeds = _told(context)
+    run, of_sae, seeds = _options_of(context)
     # a set needs k, as none of its experts may have fewer features
     in_set = _set(named, width, experts, int(of_sae.get("k") or 32), preset)
     planned = plan([*in_set, *(train or [])], of_sae, run, seeds, preset)
@@ -211,7 +211,7 @@ def _show(found: dict[str, Any]) -> None:
             print(f"  {part}")
 
 
-def _told(context: typer.Context) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+def _options_of(context: typer.Context) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
     """The runs' arguments, the SAEs' fields, and the seeds."""
     pairs = pairs_of(context.args, "CACHE comes first, and is one")
     # taken out, as here --seed may have several values

@@ -41,7 +41,7 @@ def geometry(
     own = Path(sae) / subfolder
     if to is None and not own.is_dir():
         raise SwitchSAEError(f"{sae} is no folder here: say where to write with --to FOLDER.")
-    # told before the measuring, which takes long
+    # asked before the measuring, which takes long
     figures = figures and plots.can_draw(_tell)
     folder = own if to is None else to
     switch_sae = load_sae(sae, subfolder)

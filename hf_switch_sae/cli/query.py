@@ -40,7 +40,6 @@ def query(
 
     Without --feature, --coactivation or --text, it says what the store holds.
     """
-    # one question at a time, or none
     if quantiles and feature is None:
         raise SwitchSAEError("--quantiles samples a feature's range: say which, with --feature.")
     if sum(asked is not None for asked in (feature, coactivation, text)) > 1:
@@ -88,10 +87,10 @@ def _companion(companion: Companion) -> dict[str, Any]:
 
 
 def _nothing_on(text: str) -> str:
-    said = f"{text!r} does not occur in the store as these tokens, or nothing fires on it."
+    sentence = f"{text!r} does not occur in the store as these tokens, or nothing fires on it."
     if text.startswith(" "):
-        return said
-    return f"{said} Inside a text, a word begins with its space: --text {' ' + text!r}."
+        return sentence
+    return f"{sentence} Inside a text, a word begins with its space: --text {' ' + text!r}."
 
 
 def _hit(hit: Hit, tokenizer: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def train(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A .yaml or .json file of options.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="The recipe: default, or published (the paper's).")
+        str | None, typer.Option(help="The preset: default, or published (the paper's).")
     ] = None,
     cache: Annotated[
         Path | None,
@@ -88,7 +88,7 @@ def train(
         raise ConfigError(
             "LM and DATASET come first: hf-switch-sae train LM DATASET --layer 15 ..."
         )
-    args, settings, sae, own = _told(context, config)
+    args, settings, sae, own = _options_of(context, config)
     release = _train(lm, dataset, args, settings, sae, own, _command(context, own))
     if args.process_index == 0:
         _show(release)
@@ -137,7 +137,7 @@ def _train(
     )
 
 
-def _told(
+def _options_of(
     context: typer.Context, config: Path | None
 ) -> tuple[SwitchSAETrainingArguments, ActivationSettings, dict[str, Any], dict[str, Any]]:
     """The run's arguments, the rows' settings, the SAE's fields and the command's own options.
@@ -148,18 +148,18 @@ def _told(
     here = {name: value for name, value in context.params.items() if name in _OWN}
     # an option that was not typed must not override the file
     own |= {name: value for name, value in here.items() if value not in (None, [], ())}
-    run_said, sae_said, rows_said, own_said = split_options(pairs_of(context.args), _OWN)
+    run_typed, sae_typed, rows_typed, own_typed = split_options(pairs_of(context.args), _OWN)
     # typer knows its options by their dashes only; these were spelled with underscores
-    own |= {name: _own_value(name, words) for name, words in own_said.items()}
+    own |= {name: _own_value(name, words) for name, words in own_typed.items()}
     name = str(own.get("preset", "default"))
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")
-    args = run_arguments(PRESETS[name], run, run_said)
+    args = run_arguments(PRESETS[name], run, run_typed)
     settings = ActivationSettings(
-        **{name: typed(name, value) for name, value in {**rows, **rows_said}.items()},
+        **{name: typed(name, value) for name, value in {**rows, **rows_typed}.items()},
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-    sae = {name: typed(name, value) for name, value in {**sae, **sae_said}.items()}
+    sae = {name: typed(name, value) for name, value in {**sae, **sae_typed}.items()}
     return args, settings, sae, own
 
 
@@ -193,13 +193,13 @@ def _command(context: typer.Context, own: dict[str, Any]) -> str:
     """The command line, without this machine's folders and what concerns an account on the Hub."""
     given = {name: context.params[name] for name in ("lm", "dataset")}
     words = ["hf-switch-sae", "train", *map(short, given.values())]
-    told = {name: own[name] if isinstance(own[name], list) else [own[name]] for name in own}
+    options = {name: own[name] if isinstance(own[name], list) else [own[name]] for name in own}
     extra = {
         name: values
         for name, values in pairs_of(context.args).items()
         if name not in own and not name.startswith(("hub_", "push_"))
     }
-    for name, values in {**told, **extra}.items():
+    for name, values in {**options, **extra}.items():
         if name == "layer":
             words += [word for value in values for word in ("--layer", short(value))]
         else:

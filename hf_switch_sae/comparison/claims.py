@@ -84,12 +84,12 @@ def claims_of(saes: list[Entry], comparisons: dict[str, list[Entry]]) -> list[En
     ):
         if pairs:
             holds = all(pair["relative_difference"] < 0 for pair in pairs)
-            said = "; ".join(_sentence(by_name, pair) for pair in pairs)
-            claims.append({"claim": claim, "holds": holds, "sentence": said})
+            sentence = "; ".join(_sentence(by_name, pair) for pair in pairs)
+            claims.append({"claim": claim, "holds": holds, "sentence": sentence})
     # beyond the errors of the dense SAEs nothing can be said, so those pairs don't count
     saved = [each for each in comparisons["equal_error"] if each["flops_saved"] is not None]
     if saved:
-        said = "; ".join(
+        sentence = "; ".join(
             f"{_title(by_name[each['sae']])} has FVU {each['fvu']:.4f}, for which a dense one "
             f"would take {each['flops_saved']:.2g} times the operations"
             for each in saved
@@ -98,7 +98,7 @@ def claims_of(saes: list[Entry], comparisons: dict[str, list[Entry]]) -> list[En
             {
                 "claim": "at equal error a Switch SAE takes fewer operations a token",
                 "holds": all(each["flops_saved"] > 1 for each in saved),
-                "sentence": said,
+                "sentence": sentence,
             }
         )
     return claims

@@ -3,7 +3,7 @@
     num_experts=8 num_features=6144 k=32      an SAE; its own fields and those of its run
     --set switch --width 6144                 dense TopK, and Switch SAEs of its width or its FLOPs
 
-All runs of a comparison share recipe and tokens, except for what a run's own words say.
+All runs of a comparison share preset and tokens, except for what a run's own words say.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def plan(
             such as "num_experts=8 k=32".
         sae, run: fields for all SAEs and runs; those in `wanted` override them.
         seeds: each SAE is trained once with each seed.
-        preset: the recipe, whose fields all others override.
+        preset: key of `SAE_PRESETS`; all other fields override it.
 
     Raises:
         ConfigError: a field is unknown, fields contradict each other, or two runs would have one

@@ -104,19 +104,19 @@ class Runs:
 
     def _arguments(self, planned: Planned) -> SwitchSAETrainingArguments:
         # the newest checkpoint is all that an interrupted run needs
-        told = {"save_total_limit": 1, **planned.run}
-        told["report_to"] = told.get("report_to") or "none"
+        arguments = {"save_total_limit": 1, **planned.run}
+        arguments["report_to"] = arguments.get("report_to") or "none"
         working = self.folder / _RUNS / planned.name
-        return SwitchSAETrainingArguments(**told, output_dir=str(working), seed=planned.seed)
+        return SwitchSAETrainingArguments(**arguments, output_dir=str(working), seed=planned.seed)
 
     def _note(self, planned: Planned, folder: Path) -> None:
         write_json(folder / RUN, self._identity(planned), indent=1)
 
     def _identity(self, planned: Planned) -> dict[str, Any]:
         """JSON-able: equal for two runs exactly if they train the same SAE."""
-        told = {"sae": planned.sae, "run": planned.run, "seed": planned.seed, "rows": self._rows}
+        fields = {"sae": planned.sae, "run": planned.run, "seed": planned.seed, "rows": self._rows}
         # as it reads back from run.json, where tuples have become lists
-        found: dict[str, Any] = json.loads(json.dumps(told, default=str))
+        found: dict[str, Any] = json.loads(json.dumps(fields, default=str))
         return found
 
     def _check_same(self, planned: Planned, target: Path) -> None:

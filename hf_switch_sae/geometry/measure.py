@@ -182,23 +182,23 @@ def _about(sae: SwitchSAE) -> dict[str, Any]:
 def _nearest(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> dict[str, Any]:
     """`Geometry.nearest`."""
     num_experts, m = shape
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
     for kind in _KINDS:
         values = found.values[kind].double()
         if values.isinf().any():  # one expert has no other, one feature no other in its own
-            told[kind] = None
+            figures[kind] = None
             continue
         cuts = [float(_quantile(values, float(q))) for q in at]
-        told[kind] = {
+        figures[kind] = {
             "mean": float(values.mean()),
             "quantiles": dict(zip(("5%", "25%", "50%", "75%", "95%"), cuts, strict=True)),
             "null_mean": float(null.values[kind].double().mean()),
         }
     own = torch.arange(len(found.ids)) // m
-    told["in_own_expert"] = float((found.ids // m == own).double().mean())
-    told["chance"] = (m - 1) / (num_experts * m - 1)
-    return told
+    figures["in_own_expert"] = float((found.ids // m == own).double().mean())
+    figures["chance"] = (m - 1) / (num_experts * m - 1)
+    return figures
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
@@ -213,13 +213,13 @@ def _duplicates(
     found: _Neighbors, null: _Neighbors, rate: Tensor | None, threshold: float
 ) -> dict[str, Any]:
     """`Geometry.duplicates`."""
-    told: dict[str, Any] = {"threshold": threshold}
+    figures: dict[str, Any] = {"threshold": threshold}
     # if nothing has ever fired, there is nothing to weight by
     weight = None if rate is None or not rate.any() else rate
     curve: dict[str, Any] = {"thresholds": list(THRESHOLDS)}
     for kind in _KINDS:
         if found.values[kind].isinf().any():
-            told[kind] = curve[kind] = None
+            figures[kind] = curve[kind] = None
             continue
         # at the threshold asked for, and along the curve
         values = found.values[kind]
@@ -231,11 +231,11 @@ def _duplicates(
             }
             for at in (threshold, *THRESHOLDS)
         ]
-        told[kind] = each[0]
+        figures[kind] = each[0]
         curve[kind] = {name: [one[name] for one in each[1:]] for name in each[0]}
         if weight is None:
             curve[kind]["of_activations"] = None
-    return {**told, "null_rows": len(null.ids), "curve": curve}
+    return {**figures, "null_rows": len(null.ids), "curve": curve}
 
 
 def _share(cosines: Tensor, threshold: float, weight: Tensor | None = None) -> float:
@@ -280,13 +280,13 @@ def _pairs(
 
 def _similarity(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> dict[str, Any]:
     """`Geometry.similarity`."""
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, each in (("found", found), ("null", null)):
-        told[name] = _own_and_other(each, shape)
+        figures[name] = _own_and_other(each, shape)
     matrix = found.to_experts / found.counts[:, None]
     # JSON has no infinity
     experts = [[None if value == -torch.inf else value for value in row] for row in matrix.tolist()]
-    return {"experts": experts, **told["found"], "null": told["null"]}
+    return {"experts": experts, **figures["found"], "null": figures["null"]}
 
 
 def _own_and_other(each: _Neighbors, shape: tuple[int, int]) -> dict[str, float | None]:
@@ -324,7 +324,7 @@ def _router_alignment(
     mine, rest = torch.cat(own), torch.cat(others)
     gap = mine - rest
     edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64)
-    told = {
+    figures = {
         "own": float(mine.mean()),
         "others": float(rest.mean()),
         "difference": float(gap.mean()),
@@ -341,7 +341,7 @@ def _router_alignment(
             },
         },
     }
-    return gap.float(), told
+    return gap.float(), figures
 
 
 def _table(

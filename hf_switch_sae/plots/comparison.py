@@ -69,8 +69,8 @@ def draw_comparison(
         files += save(_sparsity(saes, "fvu", "FVU (lower is better)"), folder, "l0_fvu")
         measured = [sae for sae in saes if sae.get("ce_recovered") is not None]
         if measured:
-            said = "CE recovered (1 is all of it)"
-            files += save(_sparsity(measured, "ce_recovered", said), folder, "l0_ce_recovered")
+            label = "CE recovered (1 is all of it)"
+            files += save(_sparsity(measured, "ce_recovered", label), folder, "l0_ce_recovered")
         else:
             tell("l0_ce_recovered is left out: the comparison has no CE recovered.")
     return files
@@ -123,7 +123,7 @@ def _costs(saes: Sequence[_SAE]) -> Any:
     return figure
 
 
-def _sparsity(saes: Sequence[_SAE], figure_of: str, said: str) -> Any:
+def _sparsity(saes: Sequence[_SAE], figure_of: str, label: str) -> Any:
     figure = new_figure(6.6, 4.8)
     axes = figure.add_subplot()
     points = [(float(sae["l0"]), float(sae[figure_of])) for sae in saes]
@@ -141,7 +141,7 @@ def _sparsity(saes: Sequence[_SAE], figure_of: str, said: str) -> Any:
         axes.plot(*zip(*line, strict=True), ls=style, color=color, lw=1, zorder=1)
     _scatter(axes, saes, points)
     axes.set_xlabel("L0 (active features per token)")
-    axes.set_ylabel(said)
+    axes.set_ylabel(label)
     _room_for_labels(axes, points, log_x=False)
     legend_above(figure, axes, 5)
     label_points(axes, points, [str(sae["label"]) for sae in saes], [line for _, line in lines])
@@ -151,11 +151,11 @@ def _sparsity(saes: Sequence[_SAE], figure_of: str, said: str) -> Any:
 def _scatter(axes: Any, saes: Sequence[_SAE], points: Sequence[tuple[float, float]]) -> None:
     # a call for each family, so that each is in the legend once
     for name in dict.fromkeys(str(sae["family"]) for sae in saes):
-        said, color, marker, _ = _family(name)
+        label, color, marker, _ = _family(name)
         of_it = [point for sae, point in zip(saes, points, strict=True) if sae["family"] == name]
         xs, ys = zip(*of_it, strict=True)
         axes.scatter(
-            xs, ys, s=42, c=color, marker=marker, edgecolors="white", lw=0.7, label=said, zorder=3
+            xs, ys, s=42, c=color, marker=marker, edgecolors="white", lw=0.7, label=label, zorder=3
         )
 
 

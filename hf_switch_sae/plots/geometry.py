@@ -160,7 +160,7 @@ def _duplicates(geometry: Geometry) -> Any:
     # one feature: a share of features is never smaller, so the log axis begins there
     lowest = 1 / geometry.sae["num_features"]
     for kind, where, color, marker in kinds:
-        for name, said, style in (*lines, ("null", "random vectors", ":")):
+        for name, label, style in (*lines, ("null", "random vectors", ":")):
             if curve[kind][name] is None:  # of activations, if the SAE is not calibrated
                 continue
             # a share of 0 has no place on a log axis
@@ -175,7 +175,7 @@ def _duplicates(geometry: Geometry) -> Any:
                 ms=4,
                 # the curves of both kinds may coincide, so their markers take turns
                 markevery=(0 if kind == "between" else 3, 6),
-                label=f"{said}, {where}",
+                label=f"{label}, {where}",
             )
     # the threshold that the card's table is of
     axes.axvline(at, color=GRAY, lw=1)
@@ -238,7 +238,7 @@ def _alignment(geometry: Geometry) -> Any:
     router = geometry.router or {}
     held = router["histogram"]
     edges, total = held["edges"], sum(held["own"])
-    for name, said, color, style, mean in (
+    for name, label, color, style, mean in (
         ("own", "its own expert's row", GREEN, "-", router["own"]),
         ("others", "mean over the other experts' rows", ORANGE, "--", router["others"]),
     ):
@@ -251,7 +251,7 @@ def _alignment(geometry: Geometry) -> Any:
             alpha=0.55 if name == "own" else 1,
             lw=1.8,
             ls=style,
-            label=f"{said} (on average {mean:+.3f})",
+            label=f"{label} (on average {mean:+.3f})",
         )
     axes.set_xlim(*_used_range(edges, held["own"], held["others"]))
     axes.set_xlabel("cosine of an encoder row with the router's row")

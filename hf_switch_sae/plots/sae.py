@@ -109,11 +109,11 @@ def _load(num_experts: int, rate: Tensor | None, load: Sequence[float] | None) -
     figure = new_figure(6.2, 3.4)
     axes = figure.add_subplot()
     shares = torch.as_tensor(load, dtype=torch.float64) if load is not None else None
-    said = "tokens"
+    counted = "tokens"
     if shares is None:
         # features are numbered expert by expert
         of_each = torch.as_tensor(rate).double().cpu().view(num_experts, -1).sum(1)
-        shares, said = of_each / of_each.sum().clamp_min(1e-30), "activations"
+        shares, counted = of_each / of_each.sum().clamp_min(1e-30), "activations"
     axes.bar(range(num_experts), shares.tolist(), color=BLUE, width=0.8)
     axes.axhline(1 / num_experts, color=VERMILION, ls="--", lw=1.4, label="evenly spread")
     if num_experts <= 16:
@@ -121,7 +121,7 @@ def _load(num_experts: int, rate: Tensor | None, load: Sequence[float] | None) -
     axes.grid(visible=False, axis="x")
     axes.set_xlim(-0.6, num_experts - 0.4)
     axes.set_xlabel("expert")
-    axes.set_ylabel(f"share of {said}")
+    axes.set_ylabel(f"share of {counted}")
     legend_above(figure, axes, 1)
     return figure
 
@@ -151,7 +151,7 @@ def _density(rate: Tensor) -> Any:
 def _training(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Any:
     drawn = [each for each in _CURVES if each[0] in curves]
     figure = new_figure(3.4 * len(drawn) if len(drawn) > 1 else 5.2, 3.2)
-    for at, (name, said, logarithmic) in enumerate(drawn):
+    for at, (name, label, logarithmic) in enumerate(drawn):
         axes = figure.add_subplot(1, len(drawn), at + 1)
         for kind, color, style, marker in (
             ("training", BLUE, "-", None),
@@ -169,7 +169,7 @@ def _training(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]])
             axes.set_yscale("log")
             plain_log_ticks(axes.yaxis)
         axes.set_xlabel("tokens, millions")
-        axes.set_ylabel(said)
+        axes.set_ylabel(label)
         if len(curves[name]) > 1:
             axes.legend(fontsize=8)
     return figure

@@ -1,9 +1,9 @@
 """The arguments of a training run: `transformers.TrainingArguments`, and what an SAE needs besides.
 
-Room   `SwitchSAETrainingArguments.preset("published", ...)` is the recipe of Mudide et al. 2024 as
-       their code runs it (arXiv:2410.08201), without its defects: the router and the decoder have
-       biases of their own, and AuxK has an effect. `SAE_PRESETS` has the fields of the SAE itself.
-       Both presets rest on short runs, whose figures `tests/bench/ablations.py` reproduces.
+Room   `SwitchSAETrainingArguments.preset("published", ...)` is what the code of Mudide et al. 2024
+       (arXiv:2410.08201) runs, without its defects: the router and the decoder have biases of their
+       own, and AuxK has an effect. `SAE_PRESETS` has the fields of the SAE itself. The default
+       preset rests on short runs, which `python -m tests.bench.ablations` repeats.
 """
 
 from __future__ import annotations
@@ -192,14 +192,15 @@ class SwitchSAETrainingArguments(TrainingArguments):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SwitchSAETrainingArguments:
-        """The arguments of a named recipe, with changes.
+        """The arguments of a preset, with changes.
 
         Args:
-            name: "default", or "published" for the recipe of the paper's code.
+            name: "default", or "published" for what the paper's code does.
             changes: fields to set to other values.
 
         Raises:
-            ConfigError: there is no such recipe, or see above.
+            ConfigError: there is no such preset, arguments contradict each other, or mean nothing
+                for an SAE.
         """
         if name not in PRESETS:
             raise ConfigError(f"no preset {name!r}; there are {', '.join(PRESETS)}.")

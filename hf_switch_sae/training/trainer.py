@@ -62,7 +62,7 @@ class SwitchSAETrainer(Publishing):
         sae: a SwitchSAEConfig or a SwitchSAE, or {name: either} to train several in one pass of
             the language model. The config's `hookpoint` says where it reads. An SAE that was
             trained before continues from there; a fresh one starts from the data (`args.start`).
-            `SAE_PRESETS` has the fields of the recipes.
+            `SAE_PRESETS` has the fields of the presets.
         lm: the language model, in eval mode; None if `train_dataset` is `Activations`.
         args: the run's arguments; batch sizes count tokens.
         train_dataset: texts, files, a folder, a Hub id or a `datasets` data set, as
@@ -197,14 +197,14 @@ class SwitchSAETrainer(Publishing):
             f"k={sae.config.k}, lr {rates[name]:.2g})"
             for name, sae in self.saes.items()
         )
-        told = ", ".join(
+        estimate = ", ".join(
             f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
             for name, value in self.activations.estimate().items()
         )
         begun = f" from {checkpoint}" if checkpoint else ""
         return (
             f"training{begun}: {sizes}\n{steps:,} steps of {batch:,} tokens, "
-            f"{steps * batch:,} tokens on {args.world_size} process(es)\nactivations: {told}"
+            f"{steps * batch:,} tokens on {args.world_size} process(es)\nactivations: {estimate}"
         )
 
     def _run_notes(self) -> dict[str, Any]:
