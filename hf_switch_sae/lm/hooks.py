@@ -85,6 +85,33 @@ def hook_place(
     return ResidualHandle(place.module.register_forward_hook(after, prepend=not last))
 
 
+def watch_calls(
+    module: nn.Module,
+    before: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+    after: Callable[[nn.Module, tuple[Any, ...], Any], None],
+) -> Callable[[], None]:
+    """Call functions around each forward of a module, for what it was called with.
+
+    Args:
+        module: any.
+        before: gets module, args, kwargs, before other hooks do.
+        after: gets module, args, output; also where the forward raised.
+
+    Returns:
+        A function that takes both hooks off.
+    """
+    handles = (
+        module.register_forward_pre_hook(untraced(before), prepend=True, with_kwargs=True),
+        module.register_forward_hook(untraced(after), always_call=True),
+    )
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
 def forget_compiled_code() -> None:
     """Make Dynamo trace compiled code again: it does not guard on hooks, so it misses new ones."""
     if "torch._dynamo" in sys.modules and any(torch._dynamo.utils.counters["frames"].values()):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from hf_switch_sae.errors import AttachError, HookpointError
+from hf_switch_sae.lm.config import config_of
 from hf_switch_sae.lm.hookpoints import Hookpoint, resolve, unwrap
 from hf_switch_sae.lm.hooks import hook_residual, untraced
 
@@ -189,7 +190,7 @@ def _loops(places: list[Hookpoint]) -> bool | None:
         blocks = place.blocks
         if blocks is None or not any(place.module is block for block in blocks.blocks):
             return None
-        kind = getattr(getattr(blocks.owner, "config", None), "model_type", None)
+        kind = getattr(config_of(blocks.owner), "model_type", None)
         if kind in _LOOPS or len(set(map(id, blocks.blocks))) < len(blocks):
             return True
         if kind not in CONFIG_MAPPING:

@@ -120,8 +120,9 @@ def encode_tokens(
     acts, ids = sae.experts.encode(tokens, rule)
     if outlier is not None:  # a bias may still have made it active
         acts = acts.where(~(outlier if order is None else outlier[order])[:, None], 0)
-    both = counted, counted_in_order
-    return Encoded(z, bias, acts, ids, order, inverse, router, *both, tokens, rule, unit)
+    return Encoded(
+        z, bias, acts, ids, order, inverse, router, counted, counted_in_order, tokens, rule, unit
+    )
 
 
 def check_width(hidden_states: Tensor, width: int) -> None:
@@ -182,7 +183,7 @@ def _rule(sae: EncodingSAE, counted_in_order: Tensor | None) -> Rule:
         return Rule(config.k, _threshold(sae) if config.activation == "jumprelu" else None)
     # in training the border lies where the batch puts it, so there is no threshold
     if sae.training:
-        return Rule(config.k, None, in_batch=True, counted=counted_in_order)
+        return Rule(config.k, None, batch_topk=True, counted=counted_in_order)
     message = (
         "this batch_topk SAE has no threshold yet, so it can't encode outside training: "
         "train it, or call calibrate() on batches of the residual stream."
@@ -221,8 +222,11 @@ _infinite = WeakTensorKeyDictionary()  # bound -> the version of it that was rea
 
 
 def _is_infinite(bound: Tensor) -> bool:
-    """Whether a bound [] is known to be none; off the CPU it is read once for each time it was
-    written (not through `.data`), as that waits for the device, and never within a CUDA graph."""
+    """Whether a bound [] is known to be infinite.
+
+    Reading a value waits for its device. So off the CPU a bound is read once each time it was
+    written (writes through `.data` go unseen), and never within a CUDA graph.
+    """
     if bound.device.type == "cpu":
         return math.isinf(bound)
     if bound.device.type == "meta" or bound.is_inference():  # which has no version

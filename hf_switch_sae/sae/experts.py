@@ -50,7 +50,8 @@ class Routed(NamedTuple):
         gates = None if self.gates is None else self.gates.reshape(-1, 1)[pairs]
         own = (experts[pairs] - first)[:, None]
         x = self.x[pairs // self.expert_ids.shape[1]]
-        return pairs, Routed(x, own, gates, self.input_scale, self.center)
+        # some of rising ids rise too
+        return pairs, Routed(x, own, gates, self.input_scale, self.center, self.in_order)
 
 
 class Rule(NamedTuple):
@@ -60,10 +61,10 @@ class Rule(NamedTuple):
     """The k largest; None: all that are active."""
     threshold: Tensor | None = None
     """[E, m] in scaled units, what an activation must exceed; None for 0."""
-    in_batch: bool = False
+    batch_topk: bool = False
     """The k * n largest of all tokens together instead, ties at the border included."""
     counted: Tensor | None = None
-    """[n] bool, the tokens that `in_batch` is over; None for all."""
+    """[n] bool, the tokens that `batch_topk` is over; None for all."""
 
     def of(self, first: int, num_experts: int) -> Rule:
         """The rule of some experts alone."""
@@ -123,11 +124,11 @@ class Experts(nn.ModuleList):
         """As `ops.routed_encode`, over the groups: acts, ids [n, slots] on the tokens' device."""
         x, alone = tokens.x, len(self) == 1
         if alone or not len(x):
-            rule = rule if alone else rule._replace(in_batch=False)
+            rule = rule if alone else rule._replace(batch_topk=False)
             acts, ids = next(iter(self))(_encode, tokens, rule)
             return acts.to(x.device), ids.to(x.device)
-        # with `in_batch` the border lies between all groups' features: each first keeps all of its
-        in_group = Rule(None if rule.in_batch else rule.k, rule.threshold)
+        # with `batch_topk` the border lies between all groups' features: each keeps all of its own
+        in_group = Rule(None if rule.batch_topk else rule.k, rule.threshold)
         # each group takes the tokens that visit it, with expert ids counted within it
         (n, t), parts = tokens.expert_ids.shape, []
         for index, group in enumerate(self):
@@ -139,7 +140,7 @@ class Experts(nn.ModuleList):
                 parts.append((pairs, acts.to(x.device), ids))
         # a token's experts may lie in several groups: its k are chosen among all of them
         acts, ids = (part.reshape(n, -1) for part in _in_pair_order(parts, n * t))
-        return ops.keep_largest(acts, ids, rule.k, rule.in_batch, rule.counted)
+        return ops.keep_largest(acts, ids, rule.k, rule.batch_topk, rule.counted)
 
     def reconstruct_with(self, candidates: Tensor, k: int, tokens: Routed) -> Tensor:
         """[n, d]: what some features alone would make of the tokens, decoder bias left out.
@@ -230,11 +231,11 @@ def _encode(group: ExpertGroup, tokens: Routed, rule: Rule) -> tuple[Tensor, Ten
         expert_ids,
         tokens.gates,
         rule.k,
-        None if threshold is None else threshold / tokens.input_scale,
-        rule.in_batch,
-        tokens.center,
-        tokens.in_order,
-        rule.counted,
+        threshold=None if threshold is None else threshold / tokens.input_scale,
+        batch_topk=rule.batch_topk,
+        center=tokens.center,
+        in_order=tokens.in_order,
+        counted=rule.counted,
     )
     return acts, ids + first * W_enc.shape[1]
 

@@ -67,12 +67,25 @@ def batch_sums(
     head = torch.stack([tokens, squares.to(widest) + tokens * mean.square().sum()])
     parts = [head, tokens * mean]
     if expert_ids is not None:
-        weight = torch.ones(len(x), device=x.device) if counted is None else counted.float()
-        chosen = torch.zeros(num_experts, device=x.device)
-        # a token that visits t experts adds to each of them
-        chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(expert_ids.shape[1]))
-        parts.append(chosen.to(widest))
+        parts.append(times_chosen(expert_ids, counted, num_experts, torch.float32).to(widest))
     return torch.cat(parts)
+
+
+def times_chosen(
+    expert_ids: Tensor, counted: Tensor | None, num_experts: int, dtype: torch.dtype
+) -> Tensor:
+    """[num_experts]: on how many of the tokens that count each expert was chosen.
+
+    Args:
+        expert_ids: [n, t]; a token adds to each of its t experts.
+        counted: [n] bool, which tokens count; None for all.
+        num_experts: E.
+        dtype: of the result.
+    """
+    n, t = expert_ids.shape
+    weight = expert_ids.new_ones(n, dtype=dtype) if counted is None else counted.to(dtype)
+    chosen = expert_ids.new_zeros(num_experts, dtype=dtype)
+    return chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(t))
 
 
 def fvu_of(

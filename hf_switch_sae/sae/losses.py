@@ -15,10 +15,10 @@ from torch import Tensor
 from hf_switch_sae.ops.precision import wide, wide_dtype
 from hf_switch_sae.sae.encoding import Encoded, EncodingSAE, as_ordered
 from hf_switch_sae.sae.experts import Rule
-from hf_switch_sae.sae.fvu import WholeBatch, fvu_of
+from hf_switch_sae.sae.fvu import WholeBatch, fvu_of, times_chosen
 
 _MEANS = ("router_z_loss", "router_best_expert_loss", "l1_loss", "auxk_loss")
-"""Losses that are means over a part of a batch; the others are told of the whole batch."""
+"""Losses that are means over a part of a batch; the others get the sums of the whole batch."""
 
 
 class TrainedSAE(EncodingSAE, Protocol):
@@ -216,14 +216,11 @@ def balance_of(
         whole: the batch that these are a part of, whose f_e are the ones to balance.
     """
     (n, num_experts), t = probs.shape, expert_ids.shape[1]
-    if whole is not None and whole.chosen is not None:
-        total = probs.sum(0) if counted is None else probs.where(counted[:, None], 0).sum(0)
-        return num_experts * (whole.chosen * total).sum() / (whole.tokens.square() * t)
-    weight = probs.new_ones(n) if counted is None else counted.to(probs.dtype)
-    chosen = probs.new_zeros(num_experts)
-    chosen.index_add_(0, expert_ids.flatten(), weight.repeat_interleave(t))
     total = probs.sum(0) if counted is None else probs.where(counted[:, None], 0).sum(0)
-    tokens = weight.sum().clamp_min(1)
+    if whole is not None and whole.chosen is not None:
+        return num_experts * (whole.chosen * total).sum() / (whole.tokens.square() * t)
+    chosen = times_chosen(expert_ids, counted, num_experts, probs.dtype)
+    tokens = max(n, 1) if counted is None else counted.sum().clamp_min(1).to(probs.dtype)
     return num_experts * (chosen * total).sum() / (tokens * tokens * t)
 
 

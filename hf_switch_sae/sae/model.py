@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,6 +36,7 @@ from transformers import initialization as init
 from hf_switch_sae import ops
 from hf_switch_sae.errors import ConfigError, FeatureIdError
 from hf_switch_sae.features import SparseFeatures, check_feature_ids
+from hf_switch_sae.lm.config import config_of
 from hf_switch_sae.lm.fingerprint import base_model_fields
 from hf_switch_sae.lm.hookpoints import resolve
 from hf_switch_sae.sae.calibration import calibrate, update_statistics
@@ -58,15 +60,8 @@ from hf_switch_sae.sae.output import SwitchSAEOutput
 from hf_switch_sae.sae.rows import normalize_rows, project_rows, row_blocks
 from hf_switch_sae.sae.single_token import plan_of
 
-_OTHER_LOSSES = [
-    "router_aux_loss",
-    "router_z_loss",
-    "router_best_expert_loss",
-    "l1_loss",
-    "auxk_loss",
-    "second_expert_loss",
-]
-"""All of `SwitchSAEOutput` but fvu; the coefficient of each is `<name>_coef` in the config."""
+_OTHER_LOSSES = [f.name for f in fields(SwitchSAEOutput) if f.name.endswith("_loss")]
+"""All but FVU; the coefficient of each is `<name>_coef` in the config."""
 
 
 class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -260,7 +255,7 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
         place = resolve(lm, at)
         known = {"hookpoint": place.name, **base_model_fields(lm)}
         if place.blocks is not None and not place.blocks.decoding:  # a tower has a width of its own
-            own = getattr(getattr(place.blocks.owner, "config", None), "hidden_size", None)
+            own = getattr(config_of(place.blocks.owner), "hidden_size", None)
             known["hidden_size"] = own or known.get("hidden_size")
         return cls(SwitchSAEConfig(**{**known, **config}))
 

@@ -15,9 +15,10 @@ _CACHED_BYTES = 2 * 2**20  # of each weight in a block: about a core's second-le
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of tensors [..., d] of one shape, in views [rows, d]; on a CPU so few at a time
-    that they stay in cache. What is a single row, or not laid out row by row, comes as it is; of
-    what is sharded over processes, the part that is this one's.
+    """Yield the same rows of several tensors [..., d], a block at a time, as views [rows, d].
+
+    On a CPU a block fits its cache; elsewhere it is everything. A single row, or a tensor that is
+    not contiguous, comes whole. Of a sharded one, this process's part.
 
     Raises:
         ConfigError: it is sharded within rows.
@@ -53,7 +54,7 @@ def held_here(weight: Tensor, whole_rows: bool = False) -> Tensor:
 
 
 def project_rows(grads: Tensor, rows: Tensor) -> None:
-    """Take away in place what of gradients [..., d] lies along their rows of length 1."""
+    """Remove in place each gradient's part along its row; both [..., d], rows of length 1."""
     grads.addcmul_(rows, (grads * rows).sum(-1, keepdim=True), value=-1)
 
 

@@ -24,8 +24,7 @@ from hf_switch_sae.sae.experts import ExpertGroup
 def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.TokenPlan | None:
     """How a CPU's kernels take [..., x] through a SwitchSAE; None for the general way.
 
-    None if it is more than one token, or if something must be seen by torch: a derivative, a hook,
-        a
+    None if it is more than one token, or if torch must see what happens: a derivative, a hook, a
     weight that is computed anew at each use.
     """
     if (
@@ -40,7 +39,6 @@ def plan_of(sae: nn.Module, config: SwitchSAEConfig, of_tokens: Tensor) -> ops.T
         return None
     # `vars(config)`, without the config's own attribute access on the way
     rules = cast(dict[str, Any], object.__getattribute__(config, "__dict__"))
-    # what the kernels don't know goes the general way
     modules = sae._modules
     groups = cast(nn.Module, modules["experts"])._modules
     if (

@@ -201,7 +201,7 @@ def _width(place: Hookpoint, wanted: int) -> int | None:
     """The width of a block's stream if it is not `wanted`; None if it may be.
 
     A block holds norms as wide as its stream. A stream of several lanes is wider than the config
-    says, and then a norm is too. What is undecided, the first forward decides.
+    says, and then a norm is too. If this can't tell, the first forward checks.
     """
     if place.blocks is None or place.module not in place.blocks.blocks:
         return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,7 +27,7 @@ from hf_switch_sae.lm.hookpoints import Hookpoint
 from hf_switch_sae.lm.hooks import forget_compiled_code, hook_place, untraced
 from hf_switch_sae.lm.positions import Call, Tokens
 from hf_switch_sae.lm.streams import Layout
-from hf_switch_sae.sessions.calls import Flow, Owner, generation_of
+from hf_switch_sae.sessions.calls import Flow, generation_of, note_calls
 from hf_switch_sae.sessions.tap import Tap, check_splices
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Board:
         self.sessions: tuple[Session, ...] = ()  # replaced whole: other threads may be reading it
         self.flow = Flow()
         self._places: dict[tuple[int, str], Place] = {}
-        self._owners: dict[int, Owner] = {}
+        self._owners: dict[int, Callable[[], None]] = {}
         self._generate: Any = None
 
     def __reduce__(self) -> NoReturn:
@@ -118,7 +118,7 @@ class Board:
             id(owner) for place in self._places.values() for owner in self._owners_of(place.place)
         }
         for owner in [owner for owner in self._owners if owner not in owners]:
-            self._owners.pop(owner).remove()
+            self._owners.pop(owner)()
         if not self.sessions:
             self._unwatch_generate()
             self.root.__dict__.pop(ATTRIBUTE, None)
@@ -128,7 +128,7 @@ class Board:
             self._places[_key(place)] = Place(self, place)
         for owner in self._owners_of(place):
             if id(owner) not in self._owners:
-                self._owners[id(owner)] = Owner(owner, self.flow, is_root=owner is self.root)
+                self._owners[id(owner)] = note_calls(owner, self.flow, owner is self.root)
 
     def _owners_of(self, place: Hookpoint) -> list[nn.Module]:
         owner = self.root if place.blocks is None else place.blocks.owner
@@ -229,7 +229,6 @@ class Place:
             raise HookpointError(
                 f"what {self.place.path} returns is {stream.dtype}, not a residual stream."
             )
-        # rows of tokens, whatever the model's own layout
         layout = Layout(stream, taps[0].width, self._sequence_first, self._of_text)
         x, flow = layout.rows, self._flow
         call = self._call() if layout.has_rows else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_switch_sae.lm.config import is_encoder_decoder
-from hf_switch_sae.lm.hooks import untraced
+from hf_switch_sae.lm.hooks import watch_calls
 from hf_switch_sae.lm.positions import Call, Generation
 
 _DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
@@ -24,34 +25,22 @@ class Flow(threading.local):
         self.read_only = False
 
 
-class Owner:
-    """Notes what a module that owns blocks is called with, while it runs."""
+def note_calls(module: nn.Module, flow: Flow, is_root: bool) -> Callable[[], None]:
+    """Note what a module that owns blocks is called with, while it runs; returns what ends that."""
+    parameters = inspect.signature(type(module).forward).parameters
+    # positional arguments get their names, so that either way of calling reads alike
+    names = [name for name in parameters if name != "self"]
 
-    def __init__(self, module: nn.Module, flow: Flow, is_root: bool) -> None:
-        parameters = inspect.signature(type(module).forward).parameters
-        # positional arguments get their names, so that either way of calling reads alike
-        names = [name for name in parameters if name != "self"]
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        flow.calls[id(module)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
 
-        @untraced
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            flow.calls[id(module)] = Call.read({**dict(zip(names, args, strict=False)), **kwargs})
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = flow.calls.pop(id(module), None)
+        # `generate` calls the root; another owner may run more often, and is not counted
+        if is_root and call is not None and flow.generation is not None:
+            flow.generation.seen += call.length
 
-        # forwards of the root count, as `generate` calls that one: an owner may run more often
-        @untraced
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            call = flow.calls.pop(id(module), None)
-            if is_root and call is not None and flow.generation is not None:
-                flow.generation.seen += call.length
-
-        self._handles = (
-            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-            module.register_forward_hook(after, always_call=True),
-        )
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+    return watch_calls(module, before, after)
 
 
 def generation_of(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:

@@ -5,9 +5,9 @@ How    The documents are cut into shards of some `shard_tokens` tokens by their 
        computes it nor on when: an interrupted recording goes on with the shards that are missing,
        and ranks take every world-size-th. Nothing is sent between ranks.
 Beware A document is never split over shards, so memory is that of the longest document or of one
-       shard, whichever is more. Batches are made within a shard. Another `shard_tokens` or
-       `batch_tokens` pads otherwise, and so may round the last bit of an act otherwise: both are
-       kept in the store, and compared.
+       shard, whichever is more. Batches are made within a shard. `shard_tokens` and `batch_tokens`
+       change padding, which may change the last bit of an act: both are kept in the store, and
+       compared.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from hf_switch_sae.errors import StoreError, TextError
@@ -34,10 +34,14 @@ from hf_switch_sae.processes import rank_and_world, shows_progress
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.sessions.attach import ByPlace, attach
 from hf_switch_sae.sessions.provenance import provenance_of
+from hf_switch_sae.sessions.record_live import check_one_vector_a_token
 from hf_switch_sae.sessions.session import Session
 from hf_switch_sae.store import FeatureStore, TokenRows
 from hf_switch_sae.text.documents import Document, Documents, read_documents
 from hf_switch_sae.text.windows import Batch, batches_of, windows_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _CHARACTERS_A_TOKEN = 4  # roughly, in English; only the size of shards depends on it
 
@@ -54,24 +58,50 @@ class _Settings:
     shard_tokens: int
 
 
-# options are those of the implementation
+class RecordOptions(TypedDict, total=False):
+    """Keywords of `record`, which says what they mean."""
+
+    tokenizer: Any
+    at: int | str | None
+    column: str
+    split: str
+    revision: str | None
+    context: int
+    prefix: Sequence[int]
+    add_special_tokens: bool
+    skip_special_tokens: bool
+    batch_tokens: int
+    shard_tokens: int
+    max_documents: int | None
+    max_tokens: int | None
+    max_bytes: int | None
+    lm_revision: str | None
+    sae_revision: str | None
+    allow_mismatch: bool
+    progress: bool | None
+
+
 @overload
 def record(
     lm: nn.Module,
     saes: SwitchSAE,
     dataset: Any,
     store: str | os.PathLike[str],
-    **options: Any,
+    **options: Unpack[RecordOptions],
 ) -> FeatureStore: ...
 
 
 @overload
 def record(
-    lm: nn.Module, saes: ByPlace, dataset: Any, store: str | os.PathLike[str], **options: Any
+    lm: nn.Module,
+    saes: ByPlace,
+    dataset: Any,
+    store: str | os.PathLike[str],
+    **options: Unpack[RecordOptions],
 ) -> dict[str, FeatureStore]: ...
 
 
-def record(  # type: ignore[misc]
+def record(
     lm: nn.Module,
     saes: SwitchSAE | ByPlace,
     dataset: Any,
@@ -338,7 +368,7 @@ class _Recorder:
                     f"{list(token.shape)} tokens; a store has one row a token."
                 )
             # a stream with several vectors a token has no row for each
-            _check_one_vector_a_token(name, tap.last_passed().tokens.position)
+            check_one_vector_a_token(tap.last_passed().tokens.position, name)
             # virtual tokens of a prompt-tuned model come first
             features = features[:, features.shape[1] - token.shape[1] :]
             found = features[mask.to(features.device)]
@@ -349,13 +379,6 @@ class _Recorder:
 
     def _layout(self, name: str) -> Any:
         return self._stores[name].provenance.layout
-
-
-def _check_one_vector_a_token(name: str, position: Tensor) -> None:
-    if bool(((position[:, 1:] == position[:, :-1]) & (position[:, 1:] >= 0)).any()):
-        raise StoreError(
-            f"the stream at {name} has several vectors a token; a store has one row a token."
-        )
 
 
 def _shards(

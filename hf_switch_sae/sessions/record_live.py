@@ -65,8 +65,7 @@ class LiveRecorder:
         # rows are put together on the CPU, where the store is written
         at = position.cpu()
         real = at >= 0
-        if bool(((at[:, 1:] == at[:, :-1]) & real[:, 1:]).any()):
-            raise StoreError("this stream has several vectors a token; a store has one row each.")
+        check_one_vector_a_token(at, self._store.provenance.hookpoint)
         ids = _last_columns(token, at)
         layout = self._store.provenance.layout
         # several threads may generate on one model
@@ -118,6 +117,14 @@ class LiveRecorder:
             self._done = []
 
 
+def check_one_vector_a_token(position: Tensor, hookpoint: str) -> None:
+    """Raise StoreError where tokens [B, T] of a stream share a position."""
+    if bool(((position[:, 1:] == position[:, :-1]) & (position[:, 1:] >= 0)).any()):
+        raise StoreError(
+            f"the stream at {hookpoint} has several vectors a token; a store has one row a token."
+        )
+
+
 def _last_columns(token: Tensor | None, position: Tensor) -> Tensor:
     """Token ids [B, T] of a stream that may begin with virtual tokens; -1 where not known."""
     missing = 0 if token is None else position.shape[1] - token.shape[1]
@@ -150,9 +157,9 @@ def recording(
     lm: nn.Module,
     taps: Mapping[str, _Recordable],
     folders: Mapping[str, Path],
-    tokenizer: Any = None,
-    lm_revision: str | None = None,
-    shard_tokens: int = 1 << 17,
+    tokenizer: Any,
+    lm_revision: str | None,
+    shard_tokens: int,
 ) -> Iterator[dict[str, FeatureStore]]:
     """While open, every pass by the taps is recorded, each into the store at its folder.
 

@@ -75,7 +75,6 @@ class Session(abc.ABC):
         self, board: Board, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool
     ) -> None:
         self.lm = lm
-        # the thread that opened it is the one it acts in
         self.thread = threading.current_thread()  # not its ident, which a later thread may get
         self.all_threads = all_threads
         self.attached = True
@@ -187,7 +186,7 @@ class Session(abc.ABC):
             store.index()
 
         Each row of a forward is a document; what a KV cache goes on with belongs to the same one.
-        Features are those before edits. Numbers of documents go on from those in the store.
+        Features are those before edits. New documents are numbered after those in the store.
 
         Args:
             store: folder of a store of sessions, or of a new one; of a mapping each hookpoint gets
@@ -206,11 +205,15 @@ class Session(abc.ABC):
         """
 
     def _recording(
-        self, folders: Mapping[str, Path], options: Mapping[str, Any]
+        self,
+        folders: Mapping[str, Path],
+        tokenizer: Any,
+        lm_revision: str | None,
+        shard_tokens: int,
     ) -> AbstractContextManager[dict[str, FeatureStore]]:
         if not self.attached:
             raise AttachError("this session is detached, so nothing would come by; attach again.")
-        return recording(self.lm, self._taps, folders, **options)
+        return recording(self.lm, self._taps, folders, tokenizer, lm_revision, shard_tokens)
 
     def status(self) -> list[AttachedSAE]:
         """One line for each hookpoint; `status(lm)` gives those of all sessions."""
@@ -279,11 +282,17 @@ class SessionOfOne(Session):
         return self._only.edits.edits
 
     def record(
-        self, store: str | os.PathLike[str], **options: Any
+        self,
+        store: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        lm_revision: str | None = None,
+        shard_tokens: int = 1 << 17,
     ) -> AbstractContextManager[FeatureStore]:
         """See `Session.record`."""
         name = self._only.place.name
-        return _one_of(self._recording({name: Path(store)}, options), name)
+        found = self._recording({name: Path(store)}, tokenizer, lm_revision, shard_tokens)
+        return _one_of(found, name)
 
 
 class SessionOfSeveral(Session):
@@ -300,10 +309,16 @@ class SessionOfSeveral(Session):
         return {name: tap.edits.edits for name, tap in self._taps.items()}
 
     def record(
-        self, store: str | os.PathLike[str], **options: Any
+        self,
+        store: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        lm_revision: str | None = None,
+        shard_tokens: int = 1 << 17,
     ) -> AbstractContextManager[dict[str, FeatureStore]]:
         """See `Session.record`."""
-        return self._recording({name: Path(store) / name for name in self._taps}, options)
+        folders = {name: Path(store) / name for name in self._taps}
+        return self._recording(folders, tokenizer, lm_revision, shard_tokens)
 
 
 def _name(sae: SwitchSAE) -> str:
