@@ -60,12 +60,12 @@ COUNTS = {
 
 
 @DTYPE
-@pytest.mark.parametrize("counted", COUNTS.values(), ids=COUNTS.keys())
-def test_expert_products_agree_with_reference(dtype, counted):
-    p, d, m = sum(counted), 37, 7
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_expert_products_agree_with_reference(dtype, counts):
+    p, d, m = sum(counts), 37, 7
     x, rows = torch.randn(11, d).to(dtype), torch.randint(11, (p,))
-    W, bias = torch.randn(len(counted), m, d).to(dtype), torch.randn(len(counted), m).to(dtype)
-    offsets = torch.tensor([0, *counted]).cumsum(0)
+    W, bias = torch.randn(len(counts), m, d).to(dtype), torch.randn(len(counts), m).to(dtype)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
 
     mine = triton_kernels.expert_products(x, rows, W, bias, offsets)
 
@@ -77,13 +77,13 @@ def test_expert_products_agree_with_reference(dtype, counted):
 @pytest.mark.parametrize("gathered", [True, False], ids=["rows", "in_place"])
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "no_bias"])
 def test_expert_products_agree_at_every_edge_of_a_tile(d, m, gathered, biased):
-    counted = [18, 0, 16, 3, 1]  # five row blocks: the last group has one, not two
-    p = sum(counted)
+    counts = [18, 0, 16, 3, 1]  # five row blocks: the last group has one, not two
+    p = sum(counts)
     x = torch.randn(p, d)
     rows = torch.randperm(p) if gathered else None
     W = torch.randn(5, m, d)
     bias = torch.randn(5, m) if biased else None
-    offsets = torch.tensor([0, *counted]).cumsum(0)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
 
     mine = triton_kernels.expert_products(x, rows, W, bias, offsets)
 
@@ -91,9 +91,9 @@ def test_expert_products_agree_at_every_edge_of_a_tile(d, m, gathered, biased):
 
 
 def test_expert_products_find_their_expert_among_512():
-    counted = torch.randint(3, (512,)) * (torch.rand(512) < 0.05)
-    counted[[0, 511]] = 2
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counted.cumsum(0)])
+    counts = torch.randint(3, (512,)) * (torch.rand(512) < 0.05)
+    counts[[0, 511]] = 2
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     x, W = torch.randn(int(offsets[-1]), 5), torch.randn(512, 3, 5)
 
     mine = triton_kernels.expert_products(x, None, W, None, offsets)
@@ -247,9 +247,9 @@ def test_scatter_sum_of_a_feature_in_every_token_is_a_sum_over_windows(monkeypat
     assert_exact_up_to_rounding(mine, wanted, torch.float32)
 
 
-def of_experts(counted, m, k, d):
+def of_experts(counts, m, k, d):
     """coefs, ids, x of tokens in the order of experts; every third has a single used slot."""
-    experts = torch.arange(len(counted)).repeat_interleave(torch.tensor(counted))[:, None]
+    experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[:, None]
     n = len(experts)
     coefs, ids = torch.randn(n, k), torch.rand(n, m).argsort(1)[:, :k] + m * experts
     coefs[::3, 1:] = 0
@@ -260,16 +260,16 @@ def of_experts(counted, m, k, d):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("counted", COUNTS.values(), ids=COUNTS.keys())
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize(("m", "k", "d"), [(16, 2, 32), (33, 5, 37), (7, 7, 1)])
-def test_sums_by_expert_are_products_of_16_bits(monkeypatch, dtype, counted, m, k, d):
-    coefs, ids, x = of_experts(counted, m, k, d)
+def test_sums_by_expert_are_products_of_16_bits(monkeypatch, dtype, counts, m, k, d):
+    coefs, ids, x = of_experts(counts, m, k, d)
     coefs, x = coefs.to(dtype), x.to(dtype)
     called = []
     monkeypatch.setattr(triton_sums, "_spread", _Seen(triton_sums._spread, called))
-    mine = triton_kernels.scatter_sum(coefs, ids, x, len(counted) * m, num_experts=len(counted))
-    assert bool(called) == bool(sum(counted))
-    wanted = reference.scatter_sum(coefs.double(), ids, x.double(), len(counted) * m)
+    mine = triton_kernels.scatter_sum(coefs, ids, x, len(counts) * m, num_experts=len(counts))
+    assert bool(called) == bool(sum(counts))
+    wanted = reference.scatter_sum(coefs.double(), ids, x.double(), len(counts) * m)
     assert_exact_up_to_rounding(mine, wanted, dtype)
 
 
@@ -317,13 +317,13 @@ ROWS_OF = pytest.mark.parametrize(("n", "d"), [(0, 5), (1, 1), (65, 37), (130, 3
 
 @DTYPE
 @ROWS_OF
-@pytest.mark.parametrize("counted", [True, False], ids=["some_count", "all_count"])
+@pytest.mark.parametrize("some", [True, False], ids=["some_count", "all_count"])
 @pytest.mark.parametrize("backend", ["triton", "eager"])
-def test_sums_over_rows_agree_with_reference(backend, dtype, n, d, counted):
+def test_sums_over_rows_agree_with_reference(backend, dtype, n, d, some):
     x, x_hat = (torch.randn(n, d).to(dtype) for _ in range(2))
-    counted = torch.rand(n) < 0.7 if counted else None
+    counted = torch.rand(n) < 0.7 if some else None
     mean, scales = torch.randn(d), (torch.tensor(-1.5), torch.tensor(torch.nan))
-    if counted:
+    if some:
         x[~counted] = torch.nan
     calls = {
         "column_sums": [(x, counted)],
@@ -347,9 +347,9 @@ def test_sums_over_rows_are_taken_whatever_backend_was_asked_for():
             assert torch.equal(ops.column_sums(x, None), x.sum(0))
 
 
-@pytest.mark.parametrize("counted", [True, False], ids=["some_count", "all_count"])
-def test_fvu_and_its_gradients_are_those_of_the_formula(counted):
-    counted = torch.rand(70) < 0.7 if counted else None
+@pytest.mark.parametrize("some", [True, False], ids=["some_count", "all_count"])
+def test_fvu_and_its_gradients_are_those_of_the_formula(some):
+    counted = torch.rand(70) < 0.7 if some else None
     x, x_hat = (torch.randn(70, 20, requires_grad=True) for _ in range(2))
     bias = torch.randn(20, requires_grad=True)
     wanted = losses.fvu_formula(x, x_hat, counted, None, bias)
@@ -477,7 +477,7 @@ def test_on_a_gpu_it_declines_what_triton_cannot_do_there(monkeypatch):
 def test_the_tuner_tries_only_tiles_of_the_dtype_that_an_expert_fills():
     """Asked as Triton asks, in a process of its own, as this one interprets."""
     code = (
-        "import torch; from hf_switch_sae.ops import triton_kernels as kernels\n"
+        "import torch; from hf_switch_sae.ops.triton import kernels\n"
         "tuner = kernels._expert_products\n"
         "for dtype in (torch.bfloat16, torch.float32):\n"
         "    tuner.nargs = {'x_ptr': torch.zeros(1, dtype=dtype)}\n"
