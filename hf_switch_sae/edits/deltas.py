@@ -202,12 +202,13 @@ def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: StrengthUnit) -> Ten
 
 def _at_positions(positions: Positions, tokens: Tokens) -> Tensor | None:
     """The tokens at these positions, [B, T] bool; None for all of them."""
-    at = tokens.position
     if isinstance(positions, str):
         # usually a pass has prompt tokens only, or generated ones: then no mask is needed
         if positions == "all" or tokens.all_are(positions):
             return None
         return tokens.prompt if positions == "prompt" else ~tokens.prompt
+    # only from here on: working positions out takes as long as the edit itself
+    at = tokens.position
     if isinstance(positions, slice):
         start, step = positions.start or 0, positions.step or 1
         inside = (at >= start) & ((at - start) % step == 0)
