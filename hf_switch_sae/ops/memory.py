@@ -2,12 +2,11 @@
 
 How    PyTorch gives the memory of a freed gradient of 75 MB back to the system, and the next step
        must fault it in again, page by page, which takes longer than the sums that fill it. So this
-       memory is kept as long as the weight lives, in pages of 2 MiB, and used again when nobody
-       else refers to it. And the C library is told once to keep the blocks that a step frees.
+       memory is kept as long as the weight lives, and used again when nobody else refers to it. And
+       the C library is told once to keep the blocks that a step frees.
 Why    Without kept gradients, a training step of 4096 tokens with 24,576 features of width 768
-       takes 1.35 times as long; without kept blocks, 1.15 times (`python -m tests.bench.tricks
-       memory`, one thread). Without large pages a step on two threads takes 1.04 times as long: the
-       fastest of six processes with and without, in turns.
+       takes 1.45 times as long; without kept blocks, 1.07 times (`python -m tests.bench.tricks
+       memory`, two threads).
 Beware Somebody may keep an old gradient: `p.grad` summed over two steps, a list of gradients, or a
        gradient's storage alone. Only reference counts tell, those of the storage and of its Python
        object; then the next gradient gets new memory.
@@ -15,19 +14,15 @@ Beware Somebody may keep an old gradient: `p.grad` summed over two steps, a list
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import sys
 import threading
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_HUGE_PAGE = 2 * 2**20
-_WORTH_IT = 4 * _HUGE_PAGE  # smaller tensors are left to the C library
+_WORTH_IT = 8 * 2**20  # smaller tensors are left to the C library
 _LARGEST_LEARNED = 32 * 2**20 - 2**16  # by glibc, with room for what it adds
 _kept = WeakTensorKeyDictionary()  # weight -> UntypedStorage
 _lock = threading.Lock()  # two backward passes of one weight must not be given the same memory
@@ -53,7 +48,6 @@ def gradient_of(weight: Tensor) -> Tensor | None:
         if not is_free or len(storage) != size or _references(storage) > _UNHELD:
             _keep_freed_blocks()
             storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
-            _advise_huge_pages(storage)
             _kept[weight] = storage
         strides = torch.empty(weight.shape, device="meta").stride()
         return torch.empty(0, dtype=weight.dtype, device="cpu").set_(
@@ -94,23 +88,3 @@ def _keep_freed_blocks() -> None:
     do nothing with it.
     """
     torch.UntypedStorage(_LARGEST_LEARNED)  # type: ignore[no-untyped-call]
-
-
-def _advise_huge_pages(storage: torch.UntypedStorage) -> None:
-    """Ask for pages of 2 MiB: 512 times fewer to fault in than pages of 4 KiB."""
-    if _madvise is not None:
-        start = -(-storage.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        end = (storage.data_ptr() + len(storage)) // _HUGE_PAGE * _HUGE_PAGE
-        _madvise(start, end - start, mmap.MADV_HUGEPAGE)  # advice, which the system may ignore
-
-
-def _find_madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is not None:
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return cast("Callable[[int, int, int], int] | None", madvise)
-
-
-_madvise = _find_madvise()

@@ -84,7 +84,6 @@ def token_table() -> Table:
 
 _OFF: dict[str, Any] = {
     "kept gradients": ("hf_switch_sae.ops.routed.gradient_of", lambda weight: None),
-    "large pages": ("hf_switch_sae.ops.memory._advise_huge_pages", lambda storage: None),
     "kept blocks": ("hf_switch_sae.ops.memory._keep_freed_blocks", lambda: None),
 }
 """Part of `memory.py` -> what to replace to switch it off."""
@@ -110,11 +109,11 @@ def seconds_of_a_step(without: str | None, steps: int = 15) -> float:
 
 
 def memory_table(rounds: int = 9) -> Table:
-    """Steps in turns; of what a process never forgets (pages, the C library) whole processes."""
+    """Steps in turns; the C library never forgets what it has learned, so there whole processes."""
     rows: Table = [HEAD]
     part = "kept gradients"
     rows.append(compared(f"training step, {part}", training_step(None), training_step(part)))
-    found: dict[str | None, list[float]] = {None: [], "large pages": [], "kept blocks": []}
+    found: dict[str | None, list[float]] = {None: [], "kept blocks": []}
     for _ in range(rounds):
         for part, taken in found.items():
             code = f"from tests.bench.tricks import seconds_of_a_step as s; print(s({part!r}))"
@@ -124,12 +123,8 @@ def memory_table(rounds: int = 9) -> Table:
             )  # fmt: skip
             taken.append(float(done.stdout))
     # of a machine that others use too, the fastest process is disturbed least
-    with_it, *without = (min(taken) for taken in found.values())
-    parts = ("large pages", "kept blocks")
-    return [
-        *rows,
-        *(row(f"training step, {p}", with_it, s) for p, s in zip(parts, without, strict=True)),
-    ]
+    with_it, without = (min(taken) for taken in found.values())
+    return [*rows, row("training step, kept blocks", with_it, without)]
 
 
 # ---------------------------------------------------------------- kernels in C++
