@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_switch_sae.errors import BaseModelError, StoreError
 from hf_switch_sae.lm.config import config_of, name_without_path
 from hf_switch_sae.lm.fingerprint import check_base_model, fingerprint
-from hf_switch_sae.lm.hookpoints import unwrap
+from hf_switch_sae.lm.hookpoints import language_model
 from hf_switch_sae.ops.precision import name_of
 from hf_switch_sae.text.contexts import Cursor
 
@@ -131,12 +131,12 @@ def check_lm(folder: Path, noted: dict[str, Any], lm: nn.Module, revision: str |
 
 def lm_notes(lm: nn.Module, revision: str | None) -> dict[str, Any]:
     """JSON-able: what a cache notes about its language model."""
-    root = unwrap(lm)  # a wrapper, such as DDP's, has neither name nor dtype
+    model = language_model(lm)  # what is around it, such as DDP, has neither name nor dtype
     return {
-        "name": name_without_path(getattr(config_of(root), "_name_or_path", "")),
+        "name": name_without_path(getattr(config_of(model), "_name_or_path", "")),
         "revision": revision,
-        "dtype": name_of(getattr(root, "dtype", None)),
-        "fingerprint": fingerprint(root),
+        "dtype": name_of(getattr(model, "dtype", None)),
+        "fingerprint": fingerprint(model),
     }
 
 

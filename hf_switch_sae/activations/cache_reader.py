@@ -136,7 +136,8 @@ class CachedActivations(StoredActivations):
 
     def _room(self, rows: int) -> dict[str, Tensor]:
         dtype = getattr(torch, self.manifest["dtype"])
-        return {n: torch.empty(rows, d, dtype=dtype) for n, d in self.hidden_size.items()}
+        widths = self.hidden_size.items()
+        return {n: torch.empty(rows, d, dtype=dtype, device="cpu") for n, d in widths}
 
     def _load(
         self, pieces: Sequence[int], into: dict[str, Tensor] | None = None

@@ -50,7 +50,8 @@ class TokenPolicy:
         kept = mask.bool()
         if self.special_ids:
             # not by the mask: a special token in the middle is seen by the model, but not kept
-            kept = kept & ~torch.isin(input_ids, torch.tensor(self.special_ids))
+            special = torch.tensor(self.special_ids, dtype=torch.int64, device=input_ids.device)
+            kept = kept & ~torch.isin(input_ids, special)
         if self.skip_first:
             kept = kept.clone()  # it may still be the caller's mask
             kept[:, 0] = False

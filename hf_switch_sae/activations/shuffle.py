@@ -18,7 +18,7 @@ def order_of(rows: int, *seed: int) -> Tensor:
     # NumPy mixes several numbers into one well-spread state; torch takes 63 bits of it
     state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0])
     generator = torch.Generator().manual_seed(state & (2**63 - 1))
-    return torch.randperm(rows, generator=generator)
+    return torch.randperm(rows, generator=generator, device="cpu")
 
 
 def default_buffer_bytes(device: torch.device) -> int:

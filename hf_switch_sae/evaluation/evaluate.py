@@ -39,7 +39,7 @@ from hf_switch_sae.files import rounded, write_json
 from hf_switch_sae.hub.layout import CONFIG, METRICS
 from hf_switch_sae.lm.config import vocabulary_size
 from hf_switch_sae.lm.fingerprint import check_base_model
-from hf_switch_sae.lm.hookpoints import unwrap
+from hf_switch_sae.lm.hookpoints import resolve, unwrap
 from hf_switch_sae.processes import shows_progress
 from hf_switch_sae.sae.model import SwitchSAE
 
@@ -120,7 +120,8 @@ def evaluate(
     _check_hookpoints(saes)
     if not allow_mismatch:
         for each in saes.values():
-            check_base_model(lm, each.config.base_model, each.config.base_model_fingerprint)
+            read = resolve(lm, str(each.config.hookpoint)).module
+            check_base_model(lm, each.config.base_model, each.config.base_model_fingerprint, read)
     harvest = _harvest(saes, lm, dataset, tokenizer, settings or ActivationSettings())
     if max_tokens is not None and max_tokens < harvest.settings.context:
         raise TrainingError(

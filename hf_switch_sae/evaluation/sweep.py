@@ -112,7 +112,7 @@ class Sweep:
     def _mean(self) -> Tensor:
         """[d] float32: the mean of the text's first rows."""
         width = self.harvest.hidden_size[self.hookpoint]
-        total, count = torch.zeros(width, dtype=torch.float64), 0
+        total, count = torch.zeros(width, dtype=torch.float64, device="cpu"), 0
         with closing(self.harvest.passes(self._contexts())) as passes:
             for found in passes:
                 rows = found.rows[self.hookpoint][: _MEAN_ROWS - count]

@@ -180,7 +180,7 @@ class OneExpert:
             "W_dec": self.W_dec[None],
             "b_enc": self.b_enc[None],
             "b_dec": self.b_dec,
-            "input_scale": torch.tensor(self.input_scale),
+            "input_scale": torch.tensor(self.input_scale, dtype=torch.float32, device="cpu"),
         }
         if self.threshold is not None:
             weights["threshold"] = self.threshold.float().expand(features)

@@ -61,7 +61,7 @@ def normed_by_hand(x: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor | float]
     if how == "constant_norm":
         factor = math.sqrt(x.shape[-1]) / x.norm(dim=-1, keepdim=True)
         return x * factor, 1 / factor, 0.0
-    return x, torch.ones(len(x), 1), 0.0
+    return x, x.new_ones(len(x), 1), 0.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class DenseWeights:
             raise ConversionError("this batch_topk SAE has no threshold yet: calibrate() it first.")
         notes = lost_bound(sae, format)
         W_enc, W_dec = flat["W_enc"], flat["W_dec"]
-        b_enc = torch.zeros(c.num_features) if flat["b_enc"] is None else flat["b_enc"][0] / s
+        none = torch.zeros(c.num_features, dtype=torch.float32, device="cpu")
+        b_enc = none if flat["b_enc"] is None else flat["b_enc"][0] / s
         b_dec = flat["b_dec"]
         assert W_enc is not None
         assert W_dec is not None

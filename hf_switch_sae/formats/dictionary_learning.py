@@ -141,9 +141,10 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
         }
         if kind != "AutoEncoder":
             # AutoEncoderTopK stores a threshold too, and -1 for none
-            one = dense.one_threshold(NAME) if kind == "BatchTopKSAE" else torch.tensor(-1.0)
+            none = torch.tensor(-1.0, dtype=torch.float32, device="cpu")
+            one = dense.one_threshold(NAME) if kind == "BatchTopKSAE" else none
             # their from_pretrained takes k from the state dict
-            tensors |= {"k": torch.tensor(c.k, dtype=torch.int), "threshold": one}
+            tensors |= {"k": torch.tensor(c.k, dtype=torch.int, device="cpu"), "threshold": one}
     place = layer_of(c.hookpoint)
     trainer = {
         "dict_class": kind,
@@ -198,7 +199,8 @@ def _matrices(
     }.get(kind, "b_dec")
     b_dec, W_dec = tensors.take(bias, d), tensors.take("decoder.weight", d, F)
     gated_one = kind == "GatedAutoEncoder"  # its encoder has two biases, which `read` takes
-    return W_enc, W_dec, torch.zeros(F) if gated_one else tensors.take("encoder.bias", F), b_dec
+    none = torch.zeros(F, dtype=torch.float32, device="cpu")
+    return W_enc, W_dec, none if gated_one else tensors.take("encoder.bias", F), b_dec
 
 
 def _k(
@@ -221,7 +223,9 @@ def _threshold(kind: str, tensors: Tensors, F: int, source: Source, given: Given
         return None
     stored = tensors.number("threshold")
     known = None if stored is None or stored < 0 else stored
-    return torch.tensor(float(given.settle("threshold", known, source)))
+    return torch.tensor(
+        float(given.settle("threshold", known, source)), dtype=torch.float32, device="cpu"
+    )
 
 
 def _rule_of(kind: str) -> str:

@@ -119,7 +119,7 @@ def _with_norms(
         )
     if not isinstance(theta, int | float):
         raise ConversionError(f"{source.where} has no jump_relu_threshold.")
-    threshold = torch.tensor(float(theta))
+    threshold = torch.tensor(float(theta), dtype=torch.float32, device="cpu")
     s_in, s_out = (math.sqrt(len(b_dec)) / norms[side] for side in ("in", "out"))
     norm = (W_dec * (s_in / s_out)).norm(dim=0)
 

@@ -65,7 +65,9 @@ def parity(sae: SwitchSAE, checkpoint: Checkpoint, vectors: int = 256) -> Parity
 def parity_with(sae: SwitchSAE, formula: Formula, format: str, vectors: int = 256) -> Parity:
     """Compare an SAE with any formula, x [n, d] -> dense acts [n, F], reconstruction [n, d]."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(vectors, sae.config.hidden_size, generator=generator)
+    x = torch.randn(
+        vectors, sae.config.hidden_size, generator=generator, dtype=torch.float32, device="cpu"
+    )
     x = x * _scale(x[:_CHUNK], formula)
     worst = largest = active = 0.0
     other = 0

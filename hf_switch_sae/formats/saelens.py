@@ -230,7 +230,7 @@ def _rule(
         one = tensors.number("topk_threshold")
         if one is None:
             raise ConversionError(f"{tensors.where} has no topk_threshold, which batchtopk needs.")
-        threshold = torch.full((F,), one)
+        threshold = torch.full((F,), one, dtype=torch.float32, device="cpu")
     elif "log_threshold" in tensors:
         threshold = tensors.take("log_threshold", F).float().exp()
     else:

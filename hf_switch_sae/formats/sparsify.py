@@ -13,7 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import ConversionError
@@ -85,7 +84,7 @@ def write(sae: SwitchSAE, folder: Path) -> tuple[str, ...]:
     cfg: dict[str, Any] = {
         "activation": "topk",
         "expansion_factor": max(1, sae.config.num_features // sae.config.hidden_size),
-        "normalize_decoder": bool(torch.allclose(dense.W_dec.norm(dim=1), torch.ones(1))),
+        "normalize_decoder": bool(((dense.W_dec.norm(dim=1) - 1).abs() <= 1e-5).all()),
         "num_latents": sae.config.num_features,
         "k": sae.config.k,
         "multi_topk": False,

@@ -45,7 +45,10 @@ def random_unit_rows(
         if first != drawn or last > num_features:
             raise ValueError(f"rows {first} to {last} are not the next after {drawn}.")
         drawn = last
-        return unit_rows(torch.randn(last - first, hidden_size, generator=generator), device)
+        drawn_rows = torch.randn(
+            last - first, hidden_size, generator=generator, dtype=torch.float32, device="cpu"
+        )
+        return unit_rows(drawn_rows, device)
 
     return rows
 

@@ -85,7 +85,8 @@ def measure_geometry(
         drawn = draw_maps(encoder, decoder, shape[1], map_features, perplexity, seed)
     # each feature's nearest neighbors, and the same for random vectors
     columns = unit_rows_of(decoder, device)
-    found = _neighbors(columns, torch.arange(config.num_features), columns, shape, device)
+    own = torch.arange(config.num_features, device="cpu")
+    found = _neighbors(columns, own, columns, shape, device)
     count = min(config.num_features, _NULL_ROWS)
     null = _null(config.num_features, config.hidden_size, count, shape, seed, device)
     rate = sae.feature_rate.cpu() if int(sae.statistics_tokens) else None
@@ -129,7 +130,7 @@ def _neighbors(
     """Nearest neighbors of rows; `own` [n] says which feature each row is."""
     num_experts, m = shape
     parts: dict[str, list[Tensor]] = {name: [] for name in (*_KINDS, "ids")}
-    sums = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+    sums = torch.zeros(num_experts, num_experts, dtype=torch.float64, device="cpu")
     for first in range(0, len(own), block):
         last = min(first + block, len(own))
         mine = own[first:last].to(device)
@@ -159,7 +160,7 @@ def _null(
     """The same for `count` random rows among `num_features` random columns."""
     # The rows stand for evenly spread features, but are drawn anew instead of being those columns:
     # the distribution is the same, and the columns are made only once.
-    own = torch.arange(count) * num_features // count
+    own = torch.arange(count, device="cpu") * num_features // count
     # another seed for the columns, or some of them could be these rows
     drawn = random_unit_rows(count, hidden_size, seed, device)(0, count)
     columns = random_unit_rows(num_features, hidden_size, seed + 1, device)
@@ -183,19 +184,18 @@ def _nearest(found: _Neighbors, null: _Neighbors, shape: tuple[int, int]) -> dic
     """`Geometry.nearest`."""
     num_experts, m = shape
     figures: dict[str, Any] = {}
-    at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
     for kind in _KINDS:
         values = found.values[kind].double()
         if values.isinf().any():  # one expert has no other, one feature no other in its own
             figures[kind] = None
             continue
-        cuts = [float(_quantile(values, float(q))) for q in at]
+        cuts = [float(_quantile(values, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
         figures[kind] = {
             "mean": float(values.mean()),
             "quantiles": dict(zip(("5%", "25%", "50%", "75%", "95%"), cuts, strict=True)),
             "null_mean": float(null.values[kind].double().mean()),
         }
-    own = torch.arange(len(found.ids)) // m
+    own = torch.arange(len(found.ids), device="cpu") // m
     figures["in_own_expert"] = float((found.ids // m == own).double().mean())
     figures["chance"] = (m - 1) / (num_experts * m - 1)
     return figures
@@ -259,9 +259,8 @@ def _pairs(
     near = (found.values["any"].double() > threshold).nonzero()[:, 0]
     both = torch.stack([near, found.ids[near]], 1).sort(1).values
     both, which = torch.unique(both, dim=0, return_inverse=True)
-    cosine = torch.full((len(both),), -torch.inf).scatter_reduce_(
-        0, which, found.values["any"][near], "amax"
-    )
+    nearest = found.values["any"][near]
+    cosine = nearest.new_full((len(both),), -torch.inf).scatter_reduce_(0, which, nearest, "amax")
     order = cosine.argsort(descending=True, stable=True)[:most]
     listed = []
     for (first, second), value in zip(both[order].tolist(), cosine[order].tolist(), strict=True):
@@ -308,7 +307,7 @@ def _router_alignment(
     """Own minus others for each feature, [F] (nan with one expert), and `Geometry.router`."""
     count, m = sae.config.num_experts, sae.config.features_per_expert
     if count == 1:
-        return torch.full((len(encoder),), torch.nan), None
+        return _no_values(len(encoder)), None
     # cosines of all encoder rows with all router rows, in blocks
     router, rows = unit_rows(sae.router.weight, device), unit_rows_of(encoder, device)
     own, others, right = [], [], []
@@ -323,7 +322,7 @@ def _router_alignment(
     # figures over all features
     mine, rest = torch.cat(own), torch.cat(others)
     gap = mine - rest
-    edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64)
+    edges = torch.linspace(-1, 1, _BINS + 1, dtype=torch.float64, device="cpu")
     figures = {
         "own": float(mine.mean()),
         "others": float(rest.mean()),
@@ -349,14 +348,15 @@ def _table(
 ) -> dict[str, Tensor]:
     """`Geometry.table`, without the places on the maps."""
     num_features = len(found.ids)
+    features = torch.arange(num_features, dtype=torch.int32, device="cpu")
     return {
-        "expert": torch.arange(num_features, dtype=torch.int32) // features_per_expert,
+        "expert": features // features_per_expert,
         "nearest": found.ids.to(torch.int32),
         "cosine": found.values["any"],
         "within": found.values["within"],
         "between": found.values["between"],
         "alignment": alignment,
-        "rate": torch.full((num_features,), torch.nan) if rate is None else rate,
+        "rate": _no_values(num_features) if rate is None else rate,
     }
 
 
@@ -366,7 +366,11 @@ def _map_columns(drawn: FeatureMaps | None, num_features: int) -> dict[str, Tens
     found = {}
     for name, points in (("encoder", drawn.encoder), ("decoder", drawn.decoder)):
         for axis, values in zip("xy", points.T, strict=True):
-            column = torch.full((num_features,), torch.nan)
+            column = _no_values(num_features)
             column[drawn.features] = values.float()
             found[f"{name}_{axis}"] = column
     return found
+
+
+def _no_values(count: int) -> Tensor:
+    return torch.full((count,), torch.nan, dtype=torch.float32, device="cpu")

@@ -88,5 +88,5 @@ class Geometry:
         if held.pop("format", None) != 1:
             raise SwitchSAEError(f"{file} is not of format 1.")
         read = pyarrow.parquet.read_table(table)
-        columns = {n: torch.tensor(read[n].to_numpy()) for n in read.column_names}
+        columns = {n: torch.from_numpy(read[n].to_numpy().copy()) for n in read.column_names}
         return cls(**held, table=columns)

@@ -89,7 +89,8 @@ def draw_maps(
             neighbors="exact" if len(rows) <= _EXACT else "auto",
         ).fit(rows.numpy())
         # three decimals are more than a picture shows
-        points[name] = torch.tensor(placed.tolist(), dtype=torch.float64).mul(1e3).round().div(1e3)
+        exact = torch.tensor(placed.tolist(), dtype=torch.float64, device="cpu")
+        points[name] = exact.mul(1e3).round().div(1e3)
         purity[name] = {
             "rows": neighbor_purity(rows, expert, neighbors),
             "picture": neighbor_purity(points[name], expert, neighbors),
@@ -112,9 +113,9 @@ def draw_maps(
 def sample_features(num_features: int, most: int, seed: int) -> Tensor:
     """All features, or a seeded sample of `most` of them: int64, rising."""
     if num_features <= most:
-        return torch.arange(num_features)
+        return torch.arange(num_features, device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_features, generator=generator)[:most].sort().values
+    return torch.randperm(num_features, generator=generator, device="cpu")[:most].sort().values
 
 
 def neighbor_purity(points: Tensor, labels: Tensor, neighbors: int) -> float:
@@ -126,7 +127,7 @@ def neighbor_purity(points: Tensor, labels: Tensor, neighbors: int) -> float:
     for first in range(0, len(points), ROWS):
         distance = torch.cdist(points[first : first + ROWS], points)
         # a point is not its own neighbor
-        own = torch.arange(len(distance))
+        own = torch.arange(len(distance), device=distance.device)
         distance[own, own + first] = torch.inf
         nearest = distance.topk(neighbors, largest=False).indices
         same += float((labels[nearest] == labels[own + first, None]).sum())

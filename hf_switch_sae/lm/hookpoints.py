@@ -14,6 +14,7 @@ import difflib
 import operator
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, cast
 
@@ -112,6 +113,32 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def language_model(model: nn.Module, module: nn.Module | None = None) -> nn.Module:
+    """The model of transformers inside, whatever module it is a part of.
+
+    Args:
+        model: any module; without a model of transformers inside, it is returned unwrapped.
+        module: one within the model that is meant, if there may be several.
+    """
+    root = unwrap(model)
+    held = dict(_outermost(root))
+    if len(held) < 2:
+        return next(iter(held.values()), root)
+    if module is None:
+        with suppress(HookpointError):
+            module = find_residual_blocks(root).blocks[0]
+    around = (each for each in held.values() if any(part is module for part in each.modules()))
+    return next(around, next(iter(held.values())))
+
+
+def _outermost(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, PreTrainedModel):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _outermost(child, f"{path}.{name}")
+
+
 def find_residual_blocks(model: nn.Module, at: str | None = None) -> ResidualBlocks:
     """The stack of blocks that carries the model's residual stream.
 
@@ -137,6 +164,11 @@ def find_residual_blocks(model: nn.Module, at: str | None = None) -> ResidualBlo
     if not within and not around:
         raise HookpointError(f"{path} lies in no stack of blocks. {_listing(root, stacks)}")
     return _best(within or around, root)
+
+
+def stacks_of(model: nn.Module, owner: nn.Module) -> list[ResidualBlocks]:
+    """The stacks of blocks that a model inside owns."""
+    return [s.public for s in _stacks(unwrap(model)) if s.public.owner is owner]
 
 
 def resolve(model: nn.Module, at: int | str) -> Hookpoint:

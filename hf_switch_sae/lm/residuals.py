@@ -25,7 +25,7 @@ from transformers import CONFIG_MAPPING
 
 from hf_switch_sae.errors import AttachError, HookpointError
 from hf_switch_sae.lm.config import config_of
-from hf_switch_sae.lm.hookpoints import Hookpoint, resolve, unwrap
+from hf_switch_sae.lm.hookpoints import Hookpoint, language_model, resolve, unwrap
 from hf_switch_sae.lm.hooks import hook_residual, untraced
 
 _LOOPS = {"albert", "hrm_text"}
@@ -110,7 +110,7 @@ def residuals(
 
 def input_device(root: nn.Module) -> torch.device:
     """Where to put token ids. If the weights lie elsewhere, the model's own hooks move them."""
-    embed: Any = getattr(root, "get_input_embeddings", lambda: None)()
+    embed: Any = getattr(language_model(root), "get_input_embeddings", lambda: None)()
     weight: Tensor | None = next(iter((embed or root).parameters()), None)
     if weight is None or weight.device.type == "meta":
         return torch.device("cpu")

@@ -49,7 +49,7 @@ def gradient_of(weight: Tensor) -> Tensor | None:
             _keep_freed_blocks()
             storage = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]
             _kept[weight] = storage
-        strides = torch.empty(weight.shape, device="meta").stride()
+        strides = torch.empty(weight.shape, dtype=weight.dtype, device="meta").stride()
         return torch.empty(0, dtype=weight.dtype, device="cpu").set_(
             storage, 0, weight.shape, strides
         )

@@ -106,7 +106,7 @@ def routed_encode(
     slots = k if k is not None and not batch_topk else max(1, int(keep.sum(1).max()) if n else 1)
     # Features of the token's own experts sort before others, so that padding names one of them too.
     own = mine.repeat_interleave(m, 1)
-    rank = torch.where(keep, acts.detach(), torch.where(own, -1.0, -2.0))
+    rank = torch.where(keep, acts.detach(), torch.where(own, acts.new_tensor(-1.0), -2.0))
     ids = rank.topk(slots, dim=1).indices
     return torch.where(keep, acts, 0).gather(1, ids), ids
 

@@ -75,7 +75,8 @@ def _maps(geometry: Geometry) -> Any:
     clusters = geometry.clusters or {}
     shown = table["encoder_x"].isfinite().nonzero()[:, 0]
     # shuffled, so that no expert is drawn on top of the others
-    shown = shown[torch.randperm(len(shown), generator=torch.Generator().manual_seed(0))]
+    generator = torch.Generator().manual_seed(0)
+    shown = shown[torch.randperm(len(shown), generator=generator, device="cpu")]
     for at, name in enumerate(("encoder", "decoder")):
         axes = figure.add_subplot(1, 2, at + 1)
         points = torch.stack([table[f"{name}_x"], table[f"{name}_y"]], 1)[shown]
@@ -124,7 +125,7 @@ def _by_expert(axes: Any, points: Tensor, expert: Tensor, experts: int) -> Any:
         return axes.scatter(xs, ys, s=size, c=numbers, cmap="viridis", lw=0, rasterized=True)
     last = None
     # a marker takes a call of its own, so the experts take turns, a twentieth of the dots each
-    slices = torch.arange(len(expert)) * 20 // max(len(expert), 1)
+    slices = torch.arange(len(expert), device=expert.device) * 20 // max(len(expert), 1)
     for part in range(20):
         for each in range(experts):
             mine = ((expert == each) & (slices == part)).numpy()
@@ -202,7 +203,9 @@ def _similarity(geometry: Geometry) -> Any:
     figure = new_figure(side + 0.6, side)
     axes = figure.add_subplot()
     values = torch.tensor(
-        [[torch.nan if v is None else v for v in row] for row in geometry.similarity["experts"]]
+        [[torch.nan if v is None else v for v in row] for row in geometry.similarity["experts"]],
+        dtype=torch.float32,
+        device="cpu",
     )
     image = axes.imshow(values.numpy(), cmap="cividis", rasterized=experts > _MOST_SHOWN)
     axes.grid(visible=False)

@@ -108,11 +108,11 @@ def training_curves(run: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[fl
 def _load(num_experts: int, rate: Tensor | None, load: Sequence[float] | None) -> Any:
     figure = new_figure(6.2, 3.4)
     axes = figure.add_subplot()
-    shares = torch.as_tensor(load, dtype=torch.float64) if load is not None else None
+    shares = torch.as_tensor(load, dtype=torch.float64, device="cpu") if load is not None else None
     counted = "tokens"
     if shares is None:
         # features are numbered expert by expert
-        of_each = torch.as_tensor(rate).double().cpu().view(num_experts, -1).sum(1)
+        of_each = torch.as_tensor(rate, device="cpu").double().view(num_experts, -1).sum(1)
         shares, counted = of_each / of_each.sum().clamp_min(1e-30), "activations"
     axes.bar(range(num_experts), shares.tolist(), color=BLUE, width=0.8)
     axes.axhline(1 / num_experts, color=VERMILION, ls="--", lw=1.4, label="evenly spread")
@@ -136,7 +136,7 @@ def _density(rate: Tensor) -> Any:
     if len(alive):
         # if all features fire alike, bins still need a width
         low, high = float(alive.min()), max(float(alive.max()), float(alive.min()) + 0.1)
-        edges = torch.linspace(low, high, 41, dtype=torch.float64)
+        edges = torch.linspace(low, high, 41, dtype=torch.float64, device="cpu")
         counts = torch.histogram(alive.clamp(low, high), edges).hist
         axes.stairs(counts.tolist(), edges.tolist(), fill=True, color=BLUE)
         median = float(alive.median())

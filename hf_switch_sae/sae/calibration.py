@@ -117,7 +117,7 @@ class RunningStatistics:
 
     def __init__(self, num_features: int, device: torch.device) -> None:
         self.tokens = 0
-        self.maximum = torch.zeros(num_features, device=device)
+        self.maximum = torch.zeros(num_features, dtype=torch.float32, device=device)
         """[num_features], largest activation, in the LM's own units."""
         self._fired = torch.zeros(num_features, dtype=torch.int64, device=device)
         self._norms: list[Tensor] = []
@@ -134,7 +134,7 @@ class RunningStatistics:
 
     def rate(self) -> Tensor:
         """[num_features], share of tokens on which each feature is active."""
-        return self._fired / self.tokens
+        return self._fired.float() / self.tokens  # counts alone would take torch's default dtype
 
     def median_norm(self) -> Tensor:
         """0-d, median norm of the residual stream."""

@@ -151,7 +151,10 @@ class Experts(nn.ModuleList):
             tokens: n of them.
         """
         # an infinite threshold keeps every other feature out without a gather
-        threshold = torch.where(candidates, 0.0, torch.inf)
+        open_to_none = torch.full(
+            candidates.shape, torch.inf, dtype=torch.float32, device=candidates.device
+        )
+        threshold = open_to_none.masked_fill_(candidates, 0.0)
         acts, ids = self.encode(tokens, Rule(k, threshold))
         return self.decode(acts, ids, tokens.in_order)
 

@@ -59,7 +59,10 @@ def batch_sums(
     """
     # in float64 the square of the mean can be taken off again without losing digits
     widest = torch.float32 if x.device.type == "mps" else torch.float64
-    tokens = torch.full((), len(x), device=x.device) if counted is None else counted.sum()
+    if counted is None:
+        tokens = torch.full((), len(x), dtype=torch.int64, device=x.device)
+    else:
+        tokens = counted.sum()
     mean = ops.column_sums(x, counted) / tokens.clamp_min(1)
     _, squares = ops.squared_sums(x, None, mean, counted)
     # only sums of a whole part go to float64: converting x would double the memory read

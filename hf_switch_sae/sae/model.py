@@ -121,7 +121,8 @@ class SwitchSAE(PreTrainedModel):  # type: ignore[no-untyped-call]
     def __init__(self, config: SwitchSAEConfig, expert_groups: int | Literal["each"] = 1) -> None:
         super().__init__(config)
         groups = config.num_experts if expert_groups == "each" else expert_groups
-        if not isinstance(groups, int) or groups < 1 or config.num_experts % groups:
+        is_count = isinstance(groups, int) and not isinstance(groups, bool)
+        if not is_count or groups < 1 or config.num_experts % groups:
             raise ConfigError(
                 f"expert_groups={groups} does not divide "
                 f"num_experts={config.num_experts}; choose one of "

@@ -6,13 +6,16 @@ Room   ranks of a feature -> hits; locations (shard, row) -> companions; token i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.errors import StoreError
+from hf_switch_sae.features import SparseFeatures, holds_booleans
 from hf_switch_sae.store.postings import Index
 from hf_switch_sae.store.rows import Array, TokenRows
 from hf_switch_sae.store.shards import ROW_GROUP, Location, ShardReader
@@ -110,6 +113,19 @@ def companions(reader: ShardReader, locations: list[Location]) -> list[Companion
     ]
 
 
+def token_ids(given: Iterable[Any]) -> Array:
+    """A text's token ids, [n].
+
+    Raises:
+        StoreError: they are no integers, such as a mask.
+    """
+    given = list(given)
+    ids = np.asarray(given)
+    if holds_booleans(given) or (ids.size and ids.dtype.kind not in "iu"):
+        raise StoreError(f"token ids are integers; got {given!r}.")
+    return ids.astype(np.int64)
+
+
 def occurrences(reader: ShardReader, text: Array, most: int) -> list[Location]:
     """Locations of the tokens of a text, [n] token ids, wherever they follow one another.
 
@@ -139,7 +155,8 @@ def occurrences(reader: ShardReader, text: Array, most: int) -> list[Location]:
 def csr_of(parts: list[TokenRows], num_features: int) -> Tensor:
     """Rows as torch sparse CSR [tokens, num_features] in float16, columns in rising order."""
     if not parts:
-        return torch.zeros(0, num_features, dtype=torch.float16).to_sparse_csr()
+        none = torch.zeros(0, num_features, dtype=torch.float16, device="cpu")
+        return none.to_sparse_csr()
     rows = TokenRows.cat(parts)
     token = np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
     # a row's features are strongest first, and CSR wants rising columns
@@ -149,5 +166,6 @@ def csr_of(parts: list[TokenRows], num_features: int) -> Tensor:
         torch.from_numpy(rows.ids[order]),
         torch.from_numpy(rows.acts[order]),
         (len(rows), num_features),
+        device="cpu",
         check_invariants=True,
     )

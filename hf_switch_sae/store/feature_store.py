@@ -360,7 +360,7 @@ class FeatureStore:
             tokens: at how many tokens of the text's occurrences to look, at most.
 
         Raises:
-            StoreError: text without a tokenizer, an empty text, or a damaged file.
+            StoreError: text without a tokenizer, an empty text, no ids, or a damaged file.
         """
         if isinstance(text_or_tokens, str):
             if self.tokenizer is None:
@@ -369,7 +369,7 @@ class FeatureStore:
                     f"tokenizer=...); it was made with {self.provenance.tokenizer}."
                 )
             text_or_tokens = self.tokenizer(text_or_tokens, add_special_tokens=False)["input_ids"]
-        wanted = np.asarray(list(text_or_tokens), np.int32)
+        wanted = answers.token_ids(text_or_tokens)
         if not len(wanted):
             raise StoreError("no tokens to look for: the text is empty.")
         locations = answers.occurrences(self._reader, wanted, tokens)

@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hf_switch_sae.errors import StoreError
+from hf_switch_sae.features import holds_booleans
 from hf_switch_sae.store.parquet import read_footer, read_row_groups, reading, write_parquet
 from hf_switch_sae.store.rows import Array, RowLayout, TokenRows
 
@@ -182,6 +183,10 @@ class ShardReader:
         Raises:
             StoreError: the token is not in the store.
         """
+        if holds_booleans((document, position)):
+            raise StoreError(
+                f"documents and positions are integers; got {document!r} and {position!r}."
+            )
         index = self.shard_of(document)
         if index is not None:
             for group in self._groups_with(index, document, position):

@@ -61,6 +61,9 @@ class Documents:
                     f"document {number} is {type(text).__name__}, not a text or a list of token "
                     "ids: name the column that holds the text."
                 )
+            # to Python these are token ids 0 and 1; a look at the types, as documents are long
+            if isinstance(text, list) and bool in set(map(type, text)):
+                raise TextError(f"document {number} holds True or False among its token ids.")
             # a missing text keeps its number, so that later documents keep theirs
             yield Document(number, [] if text is None else text)
 

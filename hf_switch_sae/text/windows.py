@@ -97,7 +97,8 @@ def _batch(windows: Sequence[Window], pad: int, prefix: Sequence[int]) -> Batch:
         length = len(window.tokens)
         own = np.arange(window.start, window.start + length)
         position[row, len(prefix) : len(prefix) + length] = own
-    document = torch.tensor([window.document for window in windows])[:, None].expand(ids.shape)
+    numbers = np.array([window.document for window in windows], np.int64)
+    document = torch.from_numpy(numbers)[:, None].expand(ids.shape)
     inputs = {"input_ids": ids, "attention_mask": mask}
     return Batch(inputs, document, torch.from_numpy(position))
 

@@ -85,7 +85,7 @@ def start_features_at(centered: Tensor, sae: SwitchSAE, seed: int = 0) -> None:
         seed: decides which rows are taken.
     """
     rows = torch.unique(centered, dim=0)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    rows = rows[_order(len(rows), seed).to(rows.device)]
     chosen = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     if sae.config.num_experts > 1:
         chosen = (rows @ sae.router.weight.to(rows.dtype).T).argmax(1)
@@ -120,10 +120,16 @@ def directions_of(rows: Tensor, count: int, seed: int = 0) -> Tensor:
         count: the number of centers.
         seed: decides at which rows the centers begin.
     """
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = _order(len(rows), seed)
     rows = normalize(rows, dim=-1)
     centers = rows[order[:count].to(rows.device)]
     for _ in range(_ROUNDS):
         sums = torch.zeros_like(centers).index_add_(0, (rows @ centers.T).argmax(1), rows)
         centers = normalize(sums + 1e-6 * centers, dim=-1)  # an empty cluster stays put
     return centers
+
+
+def _order(count: int, seed: int) -> Tensor:
+    """A random order, drawn on the CPU to be the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator, device="cpu")

@@ -25,7 +25,7 @@ class Monitor:
         self._steps = 0
         self._sums = [
             # float32 counts tokens exactly only up to 2**24
-            torch.zeros(len(MEASURED) + _experts(sae), dtype=torch.float64)
+            torch.zeros(len(MEASURED) + _experts(sae), dtype=torch.float64, device="cpu")
             for sae in self._saes.values()
         ]
 

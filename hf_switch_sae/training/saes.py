@@ -124,7 +124,7 @@ def measure_of(sae: SwitchSAE, x: Tensor, output: SwitchSAEOutput, loss: Tensor)
         # how often each expert was chosen, outliers not counted
         ids = output.router_logits.topk(sae.config.num_experts_per_token).indices
         weight = counted.float().repeat_interleave(ids.shape[1])
-        chosen = torch.zeros(sae.config.num_experts, device=ids.device)
+        chosen = torch.zeros(sae.config.num_experts, dtype=torch.float32, device=ids.device)
         chosen.index_add_(0, ids.flatten(), weight)
     # one tensor, so that a log needs a single exchange between processes
     head = [loss.detach(), output.fvu, output.router_aux_loss, tokens, active, entropy]

@@ -140,6 +140,9 @@ class Saving(sharded.Sharding, Stepping):
                 else:
                     noted[name] = each.state()
 
+    def _number(self, value: float, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(value, dtype=dtype, device=self.args.device)
+
     def _on_all(self, act: Callable[[], Any]) -> None:
         """Run on every process; if it fails on one, all of them raise instead of waiting for it."""
         failure: Exception | None = None
@@ -147,7 +150,7 @@ class Saving(sharded.Sharding, Stepping):
             act()
         except Exception as err:
             failure = err
-        failed = self._added(torch.tensor(float(failure is not None), device=self.args.device))
+        failed = self._added(self._number(float(failure is not None), torch.float32))
         if failure is not None:
             raise failure
         if failed > 0:
@@ -159,7 +162,7 @@ class Saving(sharded.Sharding, Stepping):
             # of a sharded weight, the part that lies here: the parts are added up below
             weights = [getattr(w, "to_local", lambda w=w: w)() for w in sae.parameters()]
             bad = sum(int((~weight.isfinite()).sum()) for weight in weights)
-            if self._added(torch.tensor(bad, device=self.args.device)):
+            if self._added(self._number(bad, torch.int64)):
                 last = self.last_good_checkpoint()
                 raise NonFiniteError(
                     f"{name} has weights that are NaN or infinite at step "

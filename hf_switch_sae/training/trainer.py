@@ -185,7 +185,7 @@ class SwitchSAETrainer(Publishing):
         rows = self.activations.sample(self.args.start_rows) if self.args.start != "none" else {}
         for sae in fresh.values():
             hookpoint = str(sae.config.hookpoint)
-            some = rows.get(hookpoint, torch.empty(0))
+            some = rows.get(hookpoint, torch.empty(0, dtype=torch.float32, device="cpu"))
             start_from(sae, some, bounds.get(hookpoint), self.args.start)
 
     def _plan(self, checkpoint: str | None) -> str:

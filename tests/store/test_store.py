@@ -350,6 +350,20 @@ def test_a_feature_or_a_token_that_is_not_there_is_an_error_that_says_what_is(in
         store.around(99, 0)
 
 
+@pytest.mark.parametrize("wrong", [True, np.True_, torch.tensor(True)], ids=repr)
+def test_a_truth_value_asks_for_no_feature_token_or_document(indexed, wrong):
+    store, _ = indexed
+    for ask in (store.top_tokens, store.sample, store.coactivation):
+        with pytest.raises(FeatureIdError, match="feature ids are integers"):
+            ask(wrong)
+    for ask in (lambda: store.around(wrong, 0), lambda: store.around(0, wrong)):
+        with pytest.raises(StoreError, match="documents and positions are integers"):
+            ask()
+    for tokens in ([wrong, wrong], [2, wrong], [1.5]):
+        with pytest.raises(StoreError, match="token ids are integers"):
+            store.features_of(tokens)
+
+
 def test_datasets_and_plain_pyarrow_read_a_store_as_it_is(indexed, tmp_path):
     import datasets
 

@@ -131,6 +131,8 @@ def test_a_bad_line_or_row_names_itself(folder):
     (folder / "e.txt").write_bytes(b"ok\n\xff\xfe")
     with pytest.raises(TextError, match=r"e\.txt is not UTF-8"):
         list(read_documents(folder / "e.txt"))
+    with pytest.raises(TextError, match="document 1 holds True or False"):
+        list(read_documents([[4, 5], [7, True]]))
     with pytest.raises(TextError, match="document 1 is int"):
         list(read_documents(["a", 3]))
 

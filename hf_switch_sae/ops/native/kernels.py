@@ -91,7 +91,7 @@ def expert_products(
 def relu_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `reference.relu_topk`, ties included."""
     p, m = pre.shape
-    acts, ids = pre.new_empty(p, k), torch.empty(p, k, dtype=torch.int64)
+    acts, ids = pre.new_empty(p, k), torch.empty(p, k, dtype=torch.int64, device=pre.device)
     _call("relu_topk", pre, p, m, k, acts, ids, torch.get_num_threads())
     return acts, ids
 

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from hf_switch_sae.errors import BackendError
 from hf_switch_sae.ops.backends import takes
 from hf_switch_sae.ops.native import kernels as native
 from hf_switch_sae.ops.native.kernels import PLAIN
@@ -83,7 +84,7 @@ class TokenPlan:
         like_acts, like_ids, _ = self._results_of(x.ndim)
         acts, ids = torch.empty_like(like_acts), torch.empty_like(like_ids)
         threads = torch.get_num_threads() if self._is_long else 1
-        native.encode_token(self._at, x.data_ptr(), acts.data_ptr(), ids.data_ptr(), threads)
+        native.encode_token(self._at, *_addresses(x, acts, ids), threads)
         return acts, ids
 
     def decode(self, acts: Tensor, ids: Tensor) -> Tensor:
@@ -97,8 +98,9 @@ class TokenPlan:
         if ids.dtype != torch.int64 or not ids.is_contiguous():
             ids = ids.to(torch.int64).contiguous()
         y = torch.empty_like(self._results_of(acts.ndim)[2])
-        at, slots = acts.data_ptr(), acts.numel()
-        native.decode_token(self._at, at, ids.data_ptr(), slots, self.num_features, y.data_ptr())
+        at_acts, at_ids, at_y = _addresses(acts, ids, y)
+        slots = acts.numel()
+        native.decode_token(self._at, at_acts, at_ids, slots, self.num_features, at_y)
         return y
 
     def _results_of(self, ndim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,11 +108,25 @@ class TokenPlan:
         if (like := self._like.get(ndim)) is None:
             ones = (1,) * (ndim - 1)
             like = self._like[ndim] = (
-                torch.empty(*ones, self._k, dtype=self._dtype),
-                torch.empty(*ones, self._k, dtype=torch.int64),
-                torch.empty(*ones, self.width, dtype=self._dtype),
+                torch.empty(*ones, self._k, dtype=self._dtype, device=_CPU),
+                torch.empty(*ones, self._k, dtype=torch.int64, device=_CPU),
+                torch.empty(*ones, self.width, dtype=self._dtype, device=_CPU),
             )
         return like
+
+
+def _addresses(*tensors: Tensor) -> list[int]:
+    """Where tensors lie; the kernels read and write there, so it must be a CPU's memory.
+
+    Raises:
+        BackendError: a tensor of another device, or one without memory of its own.
+    """
+    if strange := [t for t in tensors if type(t) not in PLAIN or not t.is_cpu]:
+        raise BackendError(
+            f"the native kernels work in a CPU's memory, and a {type(strange[0]).__name__} on "
+            f"{strange[0].device} is not there: move it with .cpu(), or use_backend('eager')."
+        )
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 _plans: WeakKeyDictionary[nn.Module, TokenPlan] = WeakKeyDictionary()
