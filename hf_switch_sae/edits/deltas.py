@@ -129,21 +129,20 @@ class _PreparedEdit:
             here = _both(here, inside)
         if edit.rows is not None:
             rows = torch.as_tensor(edit.rows, device=tokens.row.device)
-            last = int(tokens.row.max()) if tokens.row.numel() else -1
-            if int(rows.max()) > last:  # a mistake, not an edit of nothing
+            count, last = tokens.num_rows, int(rows.max())
+            if count is not None and last >= count:  # a mistake, not an edit of nothing
                 raise EditError(
-                    f"{type(edit).__name__} names row {int(rows.max())}, but this batch has "
-                    f"rows 0 to {last}."
+                    f"{type(edit).__name__} names row {last}, but this batch has "
+                    f"rows 0 to {count - 1}."
                 )
-            chosen = torch.isin(tokens.row, rows)[:, None]
-            here = _both(here, chosen.expand(tokens.position.shape))
+            here = _both(here, torch.isin(tokens.row, rows))
         if edit.when is not None:
             assert features is not None
             feature, least = self._when()
             active = features.select(feature) > least
             here = _both(here, active if here is None else active.to(here.device))
         if isinstance(edit, Patch):
-            here = _both(here, tokens.position < edit.source.shape[-1])
+            here = _both(here, _aligned(edit.source, tokens) >= 0)
         return here
 
     def change(self, features: SparseFeatures | None, tokens: Tokens) -> Tensor:
@@ -153,7 +152,10 @@ class _PreparedEdit:
             return self._along if self._along is not None else self._steered(edit.strength)
         assert features is not None
         if isinstance(edit, Patch):
-            source = _aligned(edit.source.to(features.device, features.dtype), tokens)
+            # tokens that the source does not have get its first; `where` leaves them out
+            at = _aligned(edit.source, tokens).clamp(min=0)
+            source = edit.source.reshape(-1)[at.to(edit.source.device)]
+            source = source.to(features.device, features.dtype)
             if edit.features is None:
                 return self.sae.decode_delta(source) - self.sae.decode_delta(features)
             # the change of each activation, times the decoder rows
@@ -181,7 +183,7 @@ def _sizes(sae: SwitchSAE, ids: Tensor, rows: Tensor, unit: StrengthUnit) -> Ten
     """The activation of each feature at strength 1, [len(ids)], in the LM's own units."""
     # how large an activation 1.0 stands for
     if unit == "raw":
-        size = torch.ones(len(ids))
+        size = torch.ones(len(ids), dtype=torch.float32, device="cpu")
     elif int(sae.statistics_tokens.item()) == 0:
         raise EditError(
             f"unit={unit!r} needs the SAE's statistics, and it has none: call "
@@ -207,6 +209,8 @@ def _at_positions(positions: Positions, tokens: Tokens) -> Tensor | None:
         if positions == "all" or tokens.all_are(positions):
             return None
         return tokens.prompt if positions == "prompt" else ~tokens.prompt
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        return _in_batch(positions, tokens)
     # only from here on: working positions out takes as long as the edit itself
     at = tokens.position
     if isinstance(positions, slice):
@@ -214,29 +218,48 @@ def _at_positions(positions: Positions, tokens: Tokens) -> Tensor | None:
         inside = (at >= start) & ((at - start) % step == 0)
         return inside if positions.stop is None else inside & (at < positions.stop)
     if isinstance(positions, Tensor):
-        # a mask without rows holds for every row
         mask = positions.to(at.device)
-        mask = mask[None].expand(int(tokens.row.max()) + 1, -1) if mask.ndim == 1 else mask
-        if len(mask) <= int(tokens.row.max()):
-            raise EditError(
-                f"the positions mask has {len(mask)} rows, "
-                f"but this batch has {int(tokens.row.max()) + 1}."
-            )
-        inside = (at >= 0) & (at < mask.shape[1])
-        return inside & mask[tokens.row[:, None], at.clamp(0, mask.shape[1] - 1)]
+        return (at >= 0) & (at < len(mask)) & mask[at.clamp(0, len(mask) - 1)]
     return torch.isin(at, torch.as_tensor(positions, device=at.device))
 
 
-def _aligned(source: SparseFeatures, tokens: Tokens) -> SparseFeatures:
-    """The source's features at each token's row and position, [B, T, k].
-
-    Tokens beyond the source's end get its last features; `where` leaves them out.
-    """
-    source = source if len(source.shape) == 2 else source.reshape(1, -1)
-    rows = tokens.row if source.shape[0] > 1 else torch.zeros_like(tokens.row)
-    if int(rows.max()) >= source.shape[0]:
+def _in_batch(mask: Tensor, tokens: Tokens) -> Tensor:
+    """The tokens that a mask [rows, columns] of the batch marks, padding columns included."""
+    column, row, count = tokens.column, tokens.batch_row, tokens.num_batch_rows
+    mask = mask.to(column.device)
+    if count is None or len(mask) < count:
+        raise EditError(f"the positions mask has {len(mask)} rows, but this batch has {count}.")
+    wanted = tokens.prompt_columns
+    # without padding columns are positions, and a mask may end early
+    if mask.shape[1] < wanted and not (tokens.all_real or bool(tokens.real.all())):
         raise EditError(
-            f"the patch has {source.shape[0]} rows, but this batch has {int(rows.max()) + 1}."
+            f"the positions mask has {mask.shape[1]} columns, but the padded batch has {wanted}: a "
+            "mask [rows, columns] is that of the batch, padding included. For positions counted "
+            "in real tokens give a mask [positions], or the positions."
         )
-    at = tokens.position.clamp(0, source.shape[1] - 1).to(source.device)
-    return source[rows.to(source.device)[:, None], at]
+    width = mask.shape[1]
+    inside = (column >= 0) & (column < width)
+    return inside & mask[row.clamp(min=0), column.clamp(0, width - 1)]
+
+
+def _aligned(source: SparseFeatures, tokens: Tokens) -> Tensor:
+    """Which of the source's tokens stands at each row and position, [B, T]; -1 for none."""
+    rows, length = (1, source.shape[0]) if len(source.shape) == 1 else source.shape
+    position = tokens.position
+    if rows == 1:
+        row: Tensor | int = 0
+    else:
+        row, count = tokens.row, tokens.num_rows
+        if count is None or count > rows:
+            raise EditError(f"the patch has {rows} rows, but this batch has {count}.")
+        row = row.clamp(min=0)
+    if source.positions is None:
+        return torch.where((position >= 0) & (position < length), row * length + position, -1)
+    # where each position of each row stands among the source's tokens
+    places = source.positions.to(position.device).reshape(rows, length)
+    last = int(places.max()) if places.numel() else -1
+    index = torch.arange(rows * length, device=position.device).reshape(rows, length)
+    table = torch.full((rows, last + 2), -1, dtype=torch.int64, device=position.device)
+    table.scatter_(1, places.where(places >= 0, last + 1), index)
+    table[:, last + 1] = -1
+    return table[row, position.where((position >= 0) & (position <= last), last + 1)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import EditError
-from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.features import SparseFeatures, holds_booleans
 
 StrengthUnit = Literal["max", "norm", "raw"]
 Positions: TypeAlias = (
-    'Literal["all", "prompt", "generated"] | int | slice | Sequence[int] | Tensor'
+    'Literal["all", "prompt", "generated"] | int | slice | Sequence[int]'
+    " | Sequence[bool] | Sequence[Sequence[bool]] | Tensor"
 )
 
 
@@ -89,9 +90,10 @@ class Steer(_OfFeatures):
         unit: "max", "norm" or "raw".
         rows: batch rows as the user passed them, whatever beams or return sequences `generate`
             adds; None for all.
-        positions: "all", "prompt", "generated" (what `generate` appends), absolute positions (an
-            int, ints or a slice), or a bool mask [positions] or [rows, positions]. Padding is never
-            edited.
+        positions: "all", "prompt", "generated" (what `generate` appends, or what a cache grows by
+            in a loop of your own), absolute positions (an int, ints, a slice or a mask [positions]
+            of booleans), which count real tokens from 0; or a mask [rows, columns] of the batch,
+            padding included, such as `input_ids == token`. Padding is never edited.
         when: a feature that must be active on the token, or a pair of a feature and the activation
             that it must exceed, in raw units.
 
@@ -145,8 +147,9 @@ class Patch(_Scope):
     """Set activations to those of another run, position by position.
 
     Args:
-        source: features [positions, k] or [rows, positions, k] of the other run, from position 0
-            on. A single row serves all rows; tokens beyond its end are not edited.
+        source: features [positions, k] or [rows, positions, k] of the other run, at their own
+            positions if they know them (`session.features` do), else from position 0 on. A single
+            row serves all rows; tokens at positions that it does not have are not edited.
         features: the features to set; None for all. Those not active in `source` are set to 0.
 
     Other arguments and errors as for `Steer`.
@@ -201,10 +204,12 @@ def _from_plain(value: dict[str, Any]) -> slice | Tensor | SparseFeatures:
             start, stop, step = value["slice"]
             return slice(start, stop, step)
         if "mask" in value:
-            return torch.tensor(value["mask"], dtype=torch.bool)
-        acts = torch.tensor(value["acts"], dtype=torch.float32)
-        ids = torch.tensor(value["ids"], dtype=torch.int64)
-        return SparseFeatures(acts, ids, value["num_features"])
+            return torch.tensor(value["mask"], dtype=torch.bool, device="cpu")
+        acts = torch.tensor(value["acts"], dtype=torch.float32, device="cpu")
+        ids = torch.tensor(value["ids"], dtype=torch.int64, device="cpu")
+        at = value.get("positions")
+        places = None if at is None else torch.tensor(at, dtype=torch.int64, device="cpu")
+        return SparseFeatures(acts, ids, value["num_features"], places)
     except (KeyError, TypeError, ValueError) as err:
         raise EditError(f"{value} is no slice, mask or features ({err!r}).") from None
 
@@ -215,10 +220,16 @@ def _set(edit: _Scope, name: str, value: Any) -> None:
 
 def _ints(value: int | Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
     """One integer or several as a tuple, or EditError naming the argument they were given for."""
-    items: Any = value.tolist() if isinstance(value, Tensor) else value
-    if not isinstance(items, bool):  # True is an integer to Python, but no feature or row
-        with suppress(TypeError):  # not an integer, so several
-            items = (operator.index(items),)
+    items: Any = list(value) if isinstance(value, Iterator) else _of_nonzero(value)
+    # True is an integer to Python, but no feature or row
+    if holds_booleans(items):
+        raise EditError(
+            f"{name} takes integers, not True and False; of a mask, give mask.nonzero(); "
+            f"got {value!r}."
+        )
+    items = items.tolist() if isinstance(items, Tensor) else items
+    with suppress(TypeError):  # not an integer, so several
+        items = (operator.index(items),)
     try:
         items = tuple(items)
         # 2.0 is taken for 2, as it may come from JSON; 2.5 is left out and counted below
@@ -234,6 +245,14 @@ def _ints(value: int | Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
     return ints
 
 
+def _of_nonzero(value: Any) -> Any:
+    """The indices alone, where `mask.nonzero()` gave them: [n, 1], or numpy's tuple of one [n]."""
+    if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == 1:
+        return value[:, 0]
+    is_tuple_of_one = isinstance(value, tuple) and len(value) == 1
+    return value[0] if is_tuple_of_one and getattr(value[0], "ndim", 0) == 1 else value
+
+
 def _checked_positions(positions: Positions) -> Positions:
     if isinstance(positions, str):
         if positions not in ("all", "prompt", "generated"):
@@ -243,6 +262,9 @@ def _checked_positions(positions: Positions) -> Positions:
             )
         return positions
     if isinstance(positions, slice):
+        bounds = (positions.start, positions.stop, positions.step)
+        if holds_booleans(bounds) or not all(b is None or hasattr(b, "__index__") for b in bounds):
+            raise EditError(f"a slice of positions has integers as bounds; got {positions}.")
         # None is a default that is fine, and a step of 0 is not
         if min(positions.start or 0, positions.stop or 0, (positions.step or 1) - 1) < 0:
             raise EditError(
@@ -250,20 +272,43 @@ def _checked_positions(positions: Positions) -> Positions:
                 f"got {positions}."
             )
         return positions
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
-        if positions.ndim not in (1, 2):
+    # read once, if it can be read only once
+    given: Any = list(positions) if isinstance(positions, Iterator) else positions
+    if holds_booleans(given):
+        mask = _mask(given)
+        if mask.ndim not in (1, 2):
             raise EditError(
-                "a positions mask is [positions] or [rows, positions]; "
-                f"got {list(positions.shape)}."
+                f"a positions mask is [positions] or [rows, columns]; got {list(mask.shape)}."
             )
-        return positions
-    return _ints(positions, "positions")
+        return mask
+    return _ints(given, "positions")
+
+
+def _mask(value: Any) -> Tensor:
+    """Booleans of any kind, however nested, as a bool tensor."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        mask = torch.as_tensor(_nested(value), device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise EditError(f"the rows of a positions mask are of one length; got {value!r}.") from None
+    if mask.dtype != torch.bool:  # torch has made numbers of the booleans beside them
+        raise EditError(f"positions are integers or a mask of booleans, not both; got {value!r}.")
+    return mask
+
+
+def _nested(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    is_flat = isinstance(value, str | bytes) or not isinstance(value, Iterable)
+    return value if is_flat else [_nested(each) for each in value]
 
 
 def _checked_when(when: Any) -> int | tuple[int, float]:
     # a feature, or a feature and at most one finite number
     feature, *least = when if isinstance(when, tuple | list) else (when,)
     numbers = len(least) <= 1 and all(isinstance(n, int | float) for n in least)
+    numbers = numbers and not holds_booleans(least)
     if not numbers or not all(map(math.isfinite, least)):
         raise EditError(f"when is a feature, or (feature, least activation); got {when!r}.")
     (feature,) = _ints(feature, "when")
@@ -301,10 +346,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, slice):
         return {"slice": [value.start, value.stop, value.step]}
     if isinstance(value, SparseFeatures):
+        at = {} if value.positions is None else {"positions": value.positions.tolist()}
         return {
             "acts": value.acts.tolist(),
             "ids": value.ids.tolist(),
             "num_features": value.num_features,
+            **at,
         }
     if isinstance(value, Tensor):
         # the only tensors left are masks of positions and single amounts

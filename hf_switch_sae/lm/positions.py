@@ -1,274 +1,233 @@
-"""Which row and position each token of a forward pass has: a model's call -> `Tokens`.
+"""Whose each token of a residual stream is: the calls under way -> `Tokens`.
 
-Room   A residual stream [B, T, d] does not say which of the user's rows a batch row came from
-       (beams and return sequences multiply rows), nor where in the text its tokens stand (a KV
-       cache hides what came before). Both follow from the call: its attention mask, position ids
-       and cache, and what `generate` was given.
-       Positions count real tokens from 0 in each row, so padding, caching and the number of tokens
-       in a step do not move them. Padding has position -1 and is never edited.
+Room   For each of the B x T tokens: the row of the user it belongs to, its absolute position,
+       whether it was given or generated, and whether it is real. All that is scoped asks here, and
+       nobody else infers any of it. What can't be known raises `EditError`, which says why.
+       Positions count real tokens from 0 in each text, so padding, caching and the number of tokens
+       in a step do not move them. Padding has position -1 and is never edited. Columns count what
+       the batch holds, padding included; only a mask [rows, columns] is given in them.
 How    Most steps never ask, and each tensor operator costs about as much as a good part of the SAE
        itself. So `Tokens` works out each of its answers when it is first asked for.
-Beware A cache grows while the blocks run, so its length is read before the first block. A mask is
-       read late: until then it must not change in the columns of its call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-_CACHES = ("past_key_values", "past_key_value", "cache_params", "cache", "state", "mems")
+from hf_switch_sae.lm.columns import Columns
+from hf_switch_sae.lm.generation import Requests, Run, virtual_tokens
+from hf_switch_sae.lm.masks import UnknownMask
+from hf_switch_sae.lm.packing import unknown
 
 
-@dataclass
-class Generation:
-    """One call of `generate`: what it was given, and what has been seen of it."""
-
-    rows: int | None = None
-    """Rows the user gave; None if unknown."""
-    columns: int | None = None
-    """Columns of the prompt, padding included; None until the first forward tells."""
-    drafted: bool = False
-    """Whether the first forward may have drafted tokens after the prompt."""
-    seen: int = 0
-    """Columns run so far, for caches that don't know their length."""
-    mask: _Mask | None = None
-    """The last mask of all columns so far, for models that get no mask once they have a cache."""
-
-
-@dataclass
-class Call:
-    """One call of the module that owns a stack of blocks: its arguments that decide positions."""
-
-    mask: Any = None
-    """attention_mask as given: 2-D, 4-D, a dict of 4-D masks, or whatever else a kernel takes."""
-    decoder_mask: Any = None
-    position_ids: Tensor | None = None
-    has_cache: bool = False
-    past: int | Tensor | None = None
-    """Columns in the cache before this call; None if the cache can't tell."""
-    length: int = 0
-    """Columns of this call."""
-    token_ids: Tensor | None = None
-    """[B, length] int64, if the call was given any."""
-
-    @classmethod
-    def read(cls, arguments: Mapping[str, Any]) -> Call:
-        """From a forward's arguments by name, before it runs."""
-        # the cache goes by many names
-        cache = next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
-        ids = arguments.get("position_ids")
-        inputs = (
-            arguments.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds")
-        )
-        tokens = next(
-            (value for value in inputs if isinstance(value, Tensor) and value.ndim >= 2), None
-        )
-        return cls(
-            mask=arguments.get("attention_mask"),
-            decoder_mask=arguments.get("decoder_attention_mask"),
-            position_ids=ids if isinstance(ids, Tensor) and ids.ndim == 2 else None,
-            has_cache=cache is not None,
-            past=_length(cache),
-            length=0 if tokens is None else tokens.shape[1],
-            token_ids=None if tokens is None or tokens.is_floating_point() else tokens,
-        )
-
-
-class _Mask(NamedTuple):
-    """Which of a call's columns hold real tokens."""
-
-    width: int
-    """How many columns it covers: those of the call, or those and all before them."""
-    read: Callable[[], Tensor]
-    """[B, width] bool."""
-
-    def padding(self) -> Tensor:
-        """[B] columns of padding."""
-        return self.width - self.read().sum(-1)
-
-    def now(self) -> _Mask:
-        """The same, read now, so that nothing holds on to a large [B, heads, T, T] mask."""
-        real = self.read().clone()
-        return _Mask(self.width, lambda: real)
-
-
-class Tokens:
-    """Rows and positions of the B x T tokens of one residual stream, on its device.
+class Tokens(Columns):
+    """Rows, positions and parts of the tokens of one residual stream, on its device.
 
     Args:
-        x: [B, T, d], the stream; only shape and device are read.
-        call: what the stack's owner was called with; None if somebody ran the blocks directly.
-        generation: the `generate` call this forward belongs to, if any; its notes are brought up to
-            date.
+        x: [B, T * lanes, d], the stream; only shape and device are read.
+        calls: what the models around the stack are being called with, outermost first; empty if
+            nobody called the one that owns it.
         decoding: whether `generate` extends this stack's sequence (an encoder's is all prompt).
-        lanes: vectors that one token has, one after another; T counts them all.
+        facts: what the models' configs say of the stream.
+        lanes: vectors that one token has, one after another.
+        block: the attention mask that arrives at the block, if one does.
+        why: why nothing can be told of these tokens; "" if it can.
     """
-
-    def __init__(
-        self,
-        x: Tensor,
-        call: Call | None,
-        generation: Generation | None,
-        decoding: bool,
-        lanes: int = 1,
-    ) -> None:
-        self._batch, self._length, self._lanes = x.shape[0], x.shape[1] // lanes, lanes
-        self._device, self._call = x.device, call or Call()
-        self._past = _past(self._call, generation, self._length)
-        self._mask = _mask(self._call, self._batch, self._past, self._length)
-        self._rows = self._batch if generation is None else generation.rows or self._batch
-        self._before: _Mask | None = None
-        self._prompt_columns: int | None = None  # all are
-        if generation is not None and decoding:
-            self._before = generation.mask if self._past else None
-            if self._mask is not None and self._mask.width == self._end:
-                generation.mask = self._mask if _is_flat(self._call.mask) else self._mask.now()
-            if generation.columns is None or not (generation.seen or generation.drafted):
-                # PEFT may have put virtual tokens before what the user gave
-                generation.columns = max(generation.columns or 0, self._end)
-            self._prompt_columns = generation.columns
 
     @classmethod
     def at(cls, position: Tensor, prompt: Tensor, row: Tensor) -> Tokens:
         """Tokens whose answers are given: position and prompt [B, T], row [B]."""
-        tokens = cls(position[..., None], None, None, True)
-        tokens.__dict__.update(position=position, prompt=prompt, row=row, all_real=False)
+        tokens = cls(position[..., None], ())
+        column = torch.arange(position.shape[1], device=position.device).expand_as(position)
+        given = {"position": position, "column": column, "prompt": prompt, "all_real": False}
+        given |= {"row": row[:, None].expand_as(position), "num_rows": int(row.max()) + 1}
+        tokens.__dict__.update(given, real=position >= 0, batch_row=given["row"], prompt_columns=0)
         return tokens
 
     @cached_property
     def position(self) -> Tensor:
         """[B, T] int64, absolute; -1 for padding."""
-        call, mask, columns = self._call, self._mask, self._columns
-        padding = None if self._before is None else self._before.padding().to(self._device)
+        call = self._known("positions")
+        if self._spans is not None:
+            return self._for_lanes(self._in_span(call))
+        mask = self._mask
+        if isinstance(mask, UnknownMask):
+            raise unknown("positions", mask.why)
+        if call.length not in (0, self._length) and mask is None and not self._facts.text_last:
+            why = f"the stream has {self._length} columns, the text {call.length} tokens"
+            raise unknown("positions", why)
+        columns = self._past_columns + torch.arange(self._length, device=self._device)
+        before = self._mask_before
         # columns of padding before this call are no positions
-        if padding is not None and len(padding) == self._batch:
-            position = _given(call, columns - padding[:, None])
-        else:
-            position = _given(call, columns)
+        padding = None if before is None else before.padding().to(self._device)
+        if padding is not None and len(padding) not in (1, self._batch) and bool(padding.any()):
+            raise unknown("positions", "the rows of the cache are others than its mask was of")
+        if padding is not None and len(padding) in (1, self._batch):
+            columns = columns - padding[:, None]
+        # what stands in a cache may have been padded: then ids know better than columns
+        known = padding is not None or not self._past_columns
+        position = columns.expand(self._shape) if known else self._given(columns)
+        if mask is None:
+            position = torch.where(self.real[:, :: self._lanes], position, -1)
         if mask is not None:
             real = mask.read().to(self._device)
             # a real token's position is how many real ones stand before it
             counted = real.long().cumsum(-1)[:, -self._length :] - 1
-            if mask.width == self._end and _is_flat(call.mask):
+            if mask.width == self._end:
                 position = counted
-            elif call.position_ids is None and padding is None:
-                # a 4-D mask tells what is real in this call, not how much of the past was
-                position = counted + (0 if mask.width == self._end else self._past)
+            elif self._given_ids is None and padding is None:
+                if call.past is None or (call.has_cache and call.growth is None):
+                    why = "the mask covers this call alone, and nobody saw what is in the cache"
+                    raise unknown("positions", why)
+                position = counted + self._past_columns
             position = torch.where(real[:, -self._length :], position, -1)
         return self._for_lanes(position)
 
     @cached_property
+    def column(self) -> Tensor:
+        """[B, T] int64: each token's column in the batch as it was given; negative before it."""
+        call, run = self._known("a mask [rows, columns]"), self.run
+        if isinstance(run, Requests) or call.length not in (0, self._length):
+            why = "the columns of this stream are not those of the batch that was given"
+            raise unknown("a mask [rows, columns]", why)
+        first = self._past_columns - virtual_tokens()
+        columns = first + torch.arange(self._length, device=self._device)
+        return self._for_lanes(columns.expand(self._shape))
+
+    @cached_property
     def prompt(self) -> Tensor:
         """[B, T] bool: given by the user, not generated."""
-        columns, given = self._columns, self._prompt_columns
-        return self._for_lanes(
-            torch.ones_like(columns, dtype=torch.bool) if given is None else columns < given
-        )
+        self._known("prompt and generated")
+        self._check_padding("prompt and generated")
+        run = self.run
+        if isinstance(run, Requests):
+            self._check_shared("prompt and generated", run)
+            prompts = self._ints([*run.prompts, 0])
+            return self.position < prompts[self._for_lanes(self._span)]
+        appended, length = self._appended(), self._text_length
+        if 0 < appended < length != self._length:
+            raise unknown("prompt and generated", "the stream's columns are not the text's tokens")
+        columns = torch.arange(self._length, device=self._device)
+        split = 0 if appended >= length else self._length - appended
+        return self._for_lanes((columns < split).expand(self._shape))
 
     @cached_property
     def row(self) -> Tensor:
-        """[B] int64: the user's row."""
-        return torch.arange(self._batch, device=self._device) // max(1, self._batch // self._rows)
+        """[B, T] int64: the user's row; of packed texts, their number; -1 for nobody's."""
+        self._known("rows")
+        self._check_padding("rows")
+        run = self.run
+        if isinstance(run, Requests):
+            self._check_shared("rows", run)
+            numbers = run.numbers()
+            if numbers is None:
+                raise unknown("rows", f"requests have names of their own: {', '.join(run.ids)}")
+            return self._ints([*numbers, -1])[self._for_lanes(self._span)]
+        if self._spans is not None:
+            return self._for_lanes(self._span)
+        return self._rows(run).expand(self._batch, self._length * self._lanes)
 
     @cached_property
-    def real(self) -> Tensor:
-        """[B, T] bool: not padding."""
-        return self.position >= 0
+    def num_rows(self) -> int | None:
+        """How many rows the user gave; None where they come and go."""
+        self._known("rows")
+        run = self.run
+        if isinstance(run, Requests):
+            return None
+        if self._spans is not None:
+            return len(self._spans)
+        if run is not None and run.numbers is not None:
+            return run.total
+        return int(self._rows(run).max()) + 1 if self._batch else 0
+
+    @property
+    def num_batch_rows(self) -> int | None:
+        """How many rows `batch_row` counts; None where they come and go."""
+        return self._batch if self._call is not None and self._spans is not None else self.num_rows
+
+    @cached_property
+    def batch_row(self) -> Tensor:
+        """[B, T] int64: the row of the batch that was given, which packed texts share."""
+        packed = self._spans is not None
+        if not packed:
+            return self.row
+        rows = torch.arange(self._batch, device=self._device)[:, None]
+        return rows.expand(self._batch, self._length * self._lanes)
 
     @cached_property
     def all_real(self) -> bool:
         """Whether no token is padding. False also where finding out would cost more than `real`."""
-        call, mask = self._call, self._mask
+        mask = self._mask
+        if isinstance(mask, UnknownMask):
+            return True
         if mask is None:
-            ids = call.position_ids
-            if self._before is not None or ids is None:
-                return self._before is None
-            return ids.device.type == "cpu" and ids.numel() > 0 and int(ids.min()) >= 0
-        if mask.width != self._end or not _is_flat(call.mask) or call.mask.device.type != "cpu":
+            if self._is_packed:
+                return bool((self._span >= 0).all())
+            ids = self._given_ids
+            if ids is None or ids.device.type != "cpu" or not ids.numel():
+                return ids is None
+            return int(ids if ids.numel() == 1 else ids.min()) >= 0
+        if mask.width != self._end or mask.flat is None or mask.flat.device.type != "cpu":
             return False
-        mostly = bool(call.mask.all())  # one operator, where a part takes three
-        return mostly or bool(call.mask[:, self._past : self._end].all())
+        mostly = bool(mask.flat.all())  # one operator, where a part takes three
+        return mostly or bool(mask.flat[:, -self._length :].all())
 
     def all_are(self, part: Literal["prompt", "generated"]) -> bool:
         """Whether all tokens belong to a part. False also where only `prompt` can tell."""
-        if "prompt" in self.__dict__:  # given by `at`, or worked out already
+        if "prompt" in self.__dict__ or isinstance(self.run, Requests):
             return False
-        given = self._prompt_columns
-        if part == "prompt":
-            return given is None or self._end <= given
-        return given is not None and self._past >= given
+        self._check_padding("prompt and generated")
+        appended = self._appended()
+        return appended == 0 if part == "prompt" else appended >= self._text_length
 
-    @property
-    def _end(self) -> int:
-        """Columns up to the last of this call."""
-        return self._past + self._length
+    @cached_property
+    def prompt_columns(self) -> int:
+        """How many columns the prompt has, as far as it has come by."""
+        call, run = self._known("a mask [rows, columns]"), self.run
+        if isinstance(run, Run) and run.length is not None and run.generated is not None:
+            return min(run.length - max(run.generated, 0), self._end - virtual_tokens())
+        if call.growth is not None and self._past_columns >= call.growth.prompt:
+            return call.growth.prompt - virtual_tokens()
+        return self._end - self._appended() - virtual_tokens()
 
-    @property
-    def _columns(self) -> Tensor:
-        columns = torch.arange(self._past, self._end, device=self._device)
-        return columns.expand(self._batch, self._length)
+    def texts(self) -> list[tuple[Hashable, int, int, int]]:
+        """Which text each stretch of tokens belongs to: (name, batch row, start, stop).
 
-    def _for_lanes(self, tokens: Tensor) -> Tensor:
-        return tokens if self._lanes == 1 else tokens.repeat_interleave(self._lanes, 1)
+        A name stays the same over the calls that go on with a text; None is a text of this call
+        alone.
 
+        Raises:
+            EditError: some of a text was computed for another one.
+        """
+        self._known("record")
+        run = self.run
+        if isinstance(run, Requests):
+            self._check_shared("record", run, children=True)
+        if self._spans is None:
+            return [(row, row, 0, self._length) for row in range(self._batch)]
+        named = run.ids if isinstance(run, Requests) else [None] * len(self._spans)
+        return [(name, *span) for name, span in zip(named, self._spans, strict=True)]
 
-def _is_flat(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2
-
-
-def _given(call: Call, default: Tensor) -> Tensor:
-    ids = call.position_ids
-    if ids is None or ids.shape[1] != default.shape[1] or ids.shape[0] not in (1, default.shape[0]):
-        return default
-    return ids.to(default.device).expand_as(default)
-
-
-def _past(call: Call, generation: Generation | None, length: int) -> int:
-    # what the cache says, else what the mask covers beyond this call, else what was seen
-    if call.past is not None:
-        return int(call.past)
-    if _is_flat(call.mask) and call.mask.shape[1] > length:
-        return int(call.mask.shape[1]) - length
-    return generation.seen if call.has_cache and generation is not None else 0
-
-
-def _mask(call: Call, batch: int, past: int, length: int) -> _Mask | None:
-    """Of past + length columns, or of length; None if the call's mask does not tell."""
-    mask = call.mask
-    if isinstance(mask, Mapping):  # one 4-D mask for each kind of attention
-        mask = mask.get(
-            "full_attention", next((part for part in mask.values() if part is not None), None)
-        )
-    if not isinstance(mask, Tensor) or mask.shape[0] not in (1, batch):
-        return None
-    if mask.ndim == 2 and mask.shape[1] >= past + length:  # padded, of a static cache
-        return _Mask(past + length, lambda: (mask[:, : past + length] != 0).expand(batch, -1))
-    if mask.ndim == 2 and mask.shape[1] == length:
-        return _Mask(length, lambda: (mask != 0).expand(batch, -1))
-    if call.has_cache and call.past is None:
-        return None  # a 4-D mask of a paged cache, with the requests' own blocks in no order
-    if mask.ndim == 4 and mask.shape[-2] == length and mask.shape[-1] >= past + length:
-
-        def read() -> Tensor:
-            open_ = mask if mask.dtype == torch.bool else mask == 0
-            # A real token always sees itself; padding is hidden from everyone, itself included.
-            return open_[:, 0].diagonal(past, -2, -1)[:, :length].expand(batch, -1)
-
-        return _Mask(length, read)
-    return None
-
-
-def _length(cache: Any) -> int | Tensor | None:
-    if cache is None:
-        return 0
-    try:
-        length = cache.get_seq_length()
-    except (AttributeError, TypeError, ValueError):  # tuples, and states without attention
-        return None
-    return length.clone() if isinstance(length, Tensor) else length
+    def _rows(self, run: Run | None) -> Tensor:
+        outer, owner = self._calls[0], self._calls[-1]
+        # an encoder reads what the user gave; a tower reads images, of which a row may have several
+        is_inner = not self._decoding and not outer.reads_for_decoder
+        is_tower = is_inner and outer.length and not owner.length
+        if is_tower:
+            raise unknown("rows", "this stack reads other inputs than the rows of text")
+        if run is None:
+            given = owner.batch if outer.is_pair else outer.batch
+            if given not in (self._batch, self._batch * self._facts.codebooks):
+                why = f"the stream has {self._batch} rows, the model was given {given}"
+                raise unknown("rows", why)
+            return torch.arange(self._batch, device=self._device)[:, None]
+        numbers = run.row_of(self._batch)
+        if numbers is None:
+            why = f"{run.name} runs {self._batch} rows at once, and which they are it does not tell"
+            raise unknown("rows", why)
+        return self._ints(numbers)[:, None]

@@ -3,7 +3,7 @@
 Room   a block's output or arguments <-> the tensor in it <-> rows of tokens [B, T, d].
 Beware A residual need not be [batch, seq, hidden_size]: stages of vision models are [B, C, H, W],
        packed towers [tokens, d], hyper-connections [B, seq, lanes, d], XLNet's [seq, batch, d].
-       Read its shape when it runs.
+       What its dimensions are is told by the sizes that the model was called with.
 """
 
 import copy
@@ -14,49 +14,83 @@ import torch
 from torch import Tensor
 
 from hf_switch_sae.errors import HookpointError
+from hf_switch_sae.lm.config import NO_FACTS, StreamFacts
 
 
 class Layout:
     """A residual stream of any layout as rows of tokens [B, T, d], and back.
 
     Args:
-        stream: [B, T, d], [tokens, d], [B, H, W, d], [B, d, H, W] or [T, B, d].
+        stream: [B, T, d], [tokens, d], [B, H, W, d], [B, d, H, W], [T, B, d], [B, T, lanes, d] or
+            [lanes, B, T, d]; or [B, sections * T, d], whose sections are lanes as well.
         width: d, which tells [B, d, H, W] from [B, H, W, d].
-        sequence_first: the stream is [T, B, d].
-        of_text: the stream is a text's, so that four dimensions are [B, T, lanes, d].
+        of_text: the stream is a text's, so that four dimensions are tokens of several lanes.
+        expected: (B, T) of the call that owns the blocks, T = 0 if it does not tell.
+        facts: what the models' configs say, where sizes fit either way.
 
     Raises:
         HookpointError: fewer than two dimensions.
     """
 
-    def __init__(self, stream: Tensor, width: int, sequence_first: bool, of_text: bool) -> None:
-        # convolutional stages are [batch, d, height, width]
-        self._channels_first = (
-            stream.ndim == 4 and stream.shape[-1] != width and stream.shape[1] == width
-        )
-        self._sequence_first = sequence_first and stream.ndim == 3
-        self.lanes = stream.shape[2] if stream.ndim == 4 and of_text else 1
-        """Vectors that one token has in the stream, one after another in `rows`."""
-        self.has_rows = stream.ndim == 3 or self.lanes > 1
-        """Whether batch and sequence are the model's own, so that its mask speaks of them."""
-        # [B, ..., d] first, then everything between B and d is one sequence
-        x = stream.movedim(1, -1) if self._channels_first else stream
-        x = x.transpose(0, 1) if self._sequence_first else x
-        self._shape = x.shape
-        self.rows = (
-            x[None] if x.ndim == 2 else x.reshape(x.shape[0], -1, x.shape[-1]) if x.ndim > 3 else x
-        )
-        if x.ndim < 2:
+    def __init__(
+        self,
+        stream: Tensor,
+        width: int,
+        of_text: bool,
+        expected: tuple[int | None, int],
+        facts: StreamFacts = NO_FACTS,
+    ) -> None:
+        if stream.ndim < 2:
             raise HookpointError(
                 "a residual stream has at least two dimensions; "
                 f"this tensor is {list(stream.shape)}."
             )
+        shape = stream.shape
+        self.lanes = 1
+        """Vectors that one token has in the stream, one after another in `rows`."""
+        self.unknown = ""
+        """Why it can't be told which dimension is which; "" if it can."""
+        # [B, ..., d] first, then everything between B and d is one sequence
+        self._moved: tuple[int, int] | None = None
+        is_like_text = (
+            stream.ndim == 4 and of_text and expected in (tuple(shape[:2]), tuple(shape[1:3]))
+        )
+        if stream.ndim == 4 and shape[1] == shape[-1] == width and not is_like_text:
+            raise HookpointError(
+                f"this tensor is {list(shape)}, and the SAE reads {width}: whether the second or "
+                "the last dimension holds the features can't be told; use an image of another size."
+            )
+        if stream.ndim == 4 and shape[-1] != width and shape[1] == width:
+            self._moved = (1, -1)  # convolutional stages
+        elif stream.ndim == 4 and of_text:
+            first, last = tuple(shape[1:3]) == expected, tuple(shape[:2]) == expected
+            lanes_first = first if first != last else facts.lanes_first
+            self._moved = (0, 2) if lanes_first else None
+            self.lanes = shape[0 if lanes_first else 2]
+        elif stream.ndim == 3:
+            first, last = tuple(shape[1::-1]) == expected, tuple(shape[:2]) == expected
+            if first if first != last else facts.sequence_first:
+                self._moved = (0, 1)
+        self._whole = shape
+        if stream.ndim == 3 and facts.sections > 1 and shape[1] == facts.sections * expected[1]:
+            stream = stream.reshape(shape[0], facts.sections, -1, shape[-1])
+            self.lanes, self._moved = facts.sections, (1, 2)
+        x = stream if self._moved is None else stream.movedim(*self._moved)
+        self._shape = x.shape
+        if x.ndim == 2:
+            batch, length = expected
+            # rows of tokens one after another, as experts and packed towers take them
+            if batch and length and batch * length == len(x):
+                x = x.reshape(batch, length, -1)
+            else:
+                self.unknown = f"the stream has {len(x)} vectors without a batch dimension"
+        self.rows = x[None] if x.ndim == 2 else x.reshape(len(x), -1, x.shape[-1])
 
     def restore(self, rows: Tensor) -> Tensor:
         """Rows [B, T, d] in the layout of the stream."""
         x = rows.reshape(self._shape)
-        x = x.transpose(0, 1) if self._sequence_first else x
-        return x.movedim(-1, 1) if self._channels_first else x
+        x = x if self._moved is None else x.movedim(*reversed(self._moved))
+        return x.reshape(self._whole)
 
 
 def read_residual(value: Any) -> torch.Tensor:

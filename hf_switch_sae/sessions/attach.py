@@ -1,6 +1,6 @@
 """Attach SAEs to a running model, see what is attached, and take it off.
 
-Room   (model, SAEs, places) -> checked -> a `Session`, whose hooks the model's `Board` places.
+Room   (model, SAEs, places) -> checked -> a `Session`, whose hooks `board.py` places.
 Beware Everything is checked before the model is touched. Device and dtype come from the stream,
        never from a block's weights, which may be on `meta` under accelerate.
 """
@@ -22,7 +22,8 @@ from hf_switch_sae.lm.hookpoints import (
     unwrap,
 )
 from hf_switch_sae.sae.model import SwitchSAE
-from hf_switch_sae.sessions.board import LOCK, Board
+from hf_switch_sae.sessions.board import LOCK, open_session
+from hf_switch_sae.sessions.place import sessions_of
 from hf_switch_sae.sessions.session import (
     AttachedSAE,
     Session,
@@ -71,8 +72,7 @@ def attach(
     """Attach one SAE, or several at once, to a running language model.
 
     Without edits the model computes bit for bit what it did before. Use it as a context manager, or
-    call `detach()`. Attach before you call `generate`, not from within it: a session knows nothing
-    of a call that is already running, so `positions="generated"` and `rows=` would not apply to it.
+    call `detach()`.
 
     Args:
         lm: any Hugging Face transformer, wrapped (PEFT, DDP, torch.compile, accelerate) or not.
@@ -96,7 +96,7 @@ def attach(
     All of them are raised before anything was changed.
     """
     root = _root_of(lm)
-    # all that can be refused is, before the board touches the model
+    # all that can be refused is, before the model is touched
     taps: dict[str, Tap] = {}
     for sae, place in _places(root, saes, at):
         _check_fit(root, sae, place, allow_mismatch)
@@ -104,15 +104,14 @@ def attach(
             raise AttachError(
                 f"two SAEs are given for {place.name}; open a second session for the second one."
             )
-        taps[place.name] = Tap(sae, place, splice)
+        taps[place.name] = Tap(root, sae, place, splice)
     # a streaming generate runs in a worker thread, and its user expects it to be edited
     if all_threads is None:
         all_threads = threading.current_thread() is threading.main_thread()
     with LOCK:
-        board = Board.of(root) or Board(root)
         kind = SessionOfSeveral if isinstance(saes, Mapping) else SessionOfOne
-        session = kind(board, lm, taps, all_threads)
-        board.open(session)
+        session = kind(lm, taps, all_threads)
+        open_session(session)
     return session
 
 
@@ -122,9 +121,7 @@ def status(lm: nn.Module) -> list[AttachedSAE]:
     Raises:
         AttachError: `lm` is no module.
     """
-    board = Board.of(_root_of(lm))
-    sessions = () if board is None else board.sessions
-    return [line for session in sessions for line in session.status()]
+    return [line for session in sessions_of(_root_of(lm)) for line in session.status()]
 
 
 def detach(lm: nn.Module) -> int:
@@ -133,8 +130,7 @@ def detach(lm: nn.Module) -> int:
     Raises:
         AttachError: `lm` is no module.
     """
-    board = Board.of(_root_of(lm))
-    sessions = () if board is None else board.sessions
+    sessions = sessions_of(_root_of(lm))
     for session in sessions:
         session.detach()
     return len(sessions)
@@ -194,7 +190,8 @@ def _check_fit(root: nn.Module, sae: SwitchSAE, place: Hookpoint, allow_mismatch
             f"the SAE reads {wanted}."
         )
     if not allow_mismatch:
-        check_base_model(root, sae.config.base_model, sae.config.base_model_fingerprint)
+        config = sae.config
+        check_base_model(root, config.base_model, config.base_model_fingerprint, place.module)
 
 
 def _width(place: Hookpoint, wanted: int) -> int | None:

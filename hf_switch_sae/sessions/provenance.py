@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_switch_sae.lm.config import config_of, name_without_path
 from hf_switch_sae.lm.fingerprint import fingerprint
-from hf_switch_sae.lm.hookpoints import unwrap
+from hf_switch_sae.lm.hookpoints import language_model
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.store import Provenance
 from hf_switch_sae.text.tokenizer import tokenizer_identity
@@ -56,7 +56,7 @@ def provenance_of(
         dataset: the documents' own provenance (`text.Documents`), or None.
         text: how they became tokens, JSON-able.
     """
-    root = unwrap(lm)
+    model = language_model(lm)
     config = sae.config
     return Provenance(
         num_features=config.num_features,
@@ -70,9 +70,9 @@ def provenance_of(
             "weights": weights_hash(sae),
         },
         lm={
-            "name": name_without_path(getattr(config_of(root), "_name_or_path", "")),
+            "name": name_without_path(getattr(config_of(model), "_name_or_path", "")),
             "revision": lm_revision,
-            "fingerprint": _sha256(json.dumps(fingerprint(root), sort_keys=True).encode()),
+            "fingerprint": _sha256(json.dumps(fingerprint(model), sort_keys=True).encode()),
         },
         tokenizer=None if tokenizer is None else tokenizer_identity(tokenizer),
         dataset=dataset,

@@ -1,17 +1,18 @@
 """Features recorded while a session runs: pass by pass -> documents in a store.
 
-How    A batch row that starts at position 0 is a new document. A row that goes on, as under a KV
-       cache, continues its document; one that goes back (rejected drafts) replaces what it had from
-       there on. So plain forwards and `generate` are treated alike.
-Beware A document is written when its row starts another one, or at the end of the recording: what a
-       killed process had open is lost. Beam search moves texts from row to row, so the board
-       refuses it before `generate` runs. A forward by `inputs_embeds` alone has token ids of -1.
+How    A text that starts at position 0 is a new document. One that goes on, as under a KV cache,
+       continues its document; one that goes back (rejected drafts) replaces what it had from there
+       on. So plain forwards and `generate` are treated alike. Which text a token belongs to is the
+       row's number, the request's name, or nothing else's where texts are packed into a row.
+Beware A document is written when its text starts anew, or at the end of the recording: what a
+       killed process had open is lost. Beam search moves texts from row to row, so it is refused
+       at its first forward. A forward by `inputs_embeds` alone has token ids of -1.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_switch_sae.errors import StoreError
+from hf_switch_sae.errors import AttachError, StoreError
 from hf_switch_sae.features import SparseFeatures
+from hf_switch_sae.lm.generation import Requests, Run
+from hf_switch_sae.lm.positions import Tokens
 from hf_switch_sae.sae.model import SwitchSAE
 from hf_switch_sae.sessions.provenance import provenance_of
 from hf_switch_sae.store import FeatureStore, TokenRows
@@ -46,58 +49,68 @@ class LiveRecorder:
     ) -> None:
         self._store, self._shard_tokens = store, shard_tokens
         self._pad, self._eos = ends
-        self._open: dict[int, _Text] = {}
+        self._open: dict[Hashable, _Text] = {}
         self._done: list[TokenRows] = []
         self._lock = threading.Lock()
 
-    def add(self, features: SparseFeatures, position: Tensor, token: Tensor | None) -> None:
+    def add(self, features: SparseFeatures, tokens: Tokens, token: Tensor | None) -> None:
         """Note one pass.
 
         Args:
             features: [B, T], none of padding.
-            position: [B, T] int64, absolute; -1 for padding.
+            tokens: whose the B x T tokens are.
             token: [B, T] int64 token ids, or None if they are not known; fewer columns, if the
                 stream begins with virtual tokens.
 
         Raises:
+            EditError: whose the tokens are can't be told.
+            AttachError: beams.
             StoreError: several vectors a token, an act too large for a store, or no room.
         """
+        run = tokens.run
+        if isinstance(run, Run) and run.beams > 1:
+            raise AttachError(
+                f"generate with num_beams={run.beams} can't be recorded, as beams move from row to "
+                "row: generate first, then record a plain forward of the texts."
+            )
         # rows are put together on the CPU, where the store is written
-        at = position.cpu()
-        real = at >= 0
-        check_one_vector_a_token(at, self._store.provenance.hookpoint)
+        at = tokens.position.cpu()
         ids = _last_columns(token, at)
-        layout = self._store.provenance.layout
+        layout, hookpoint = self._store.provenance.layout, self._store.provenance.hookpoint
+        put_off = dict(zip(run.ids, run.put_off, strict=True)) if isinstance(run, Requests) else {}
         # several threads may generate on one model
         with self._lock:
-            for row in range(len(at)):
-                here = real[row]
+            for text, row, start, stop in tokens.texts():
+                check_one_vector_a_token(at[row : row + 1, start:stop], hookpoint)
+                here = at[row, start:stop] >= 0
                 if not here.any():
                     continue
-                places = at[row][here].numpy()
-                tokens = ids[row][here].numpy()
-                some = features[row][here.to(features.device)]
-                new = TokenRows.of(some, np.zeros_like(places), places, tokens, layout)
-                self._extend(row, new)
+                some = features[row, start:stop][here.to(features.device)]
+                places = at[row, start:stop][here].numpy()
+                words = ids[row, start:stop][here].numpy()
+                new = TokenRows.of(some, np.zeros_like(places), places, words, layout)
+                self._extend(text, new, put_off.get(str(text), False))
             if sum(map(len, self._done)) >= self._shard_tokens:
                 self._write()
 
     def close(self) -> None:
         """Write what is open."""
         with self._lock:
-            for row in list(self._open):
-                self._finish(row)
+            for name in list(self._open):
+                self._finish(name)
             self._write()
 
-    def _extend(self, row: int, new: TokenRows) -> None:
-        text, start = self._open.get(row), int(new.position[0])
-        if start == 0 or text is None or start > text.length:
-            self._finish(row)
-            text = self._open[row] = _Text()
+    def _extend(self, name: Hashable, new: TokenRows, begins_again: bool) -> None:
+        text, start = self._open.get(name), int(new.position[0])
+        if text is None or start > text.length or (start == 0 and not begins_again):
+            self._finish(name)
+            text = self._open[name] = _Text()
         text.add(new)
+        if name is None:  # packed: the next in the row is another one
+            self._finish(name)
 
-    def _finish(self, row: int) -> None:
-        if (text := self._open.pop(row, None)) is not None:
+    def _finish(self, name: Hashable) -> None:
+        if (text := self._open.pop(name, None)) is not None:
             rows = TokenRows.cat(text.parts)
             token = rows.token
             stop = len(token)

@@ -9,6 +9,7 @@ Beware Several threads may run one session: what a pass needs is in locals, and 
 from __future__ import annotations
 
 import abc
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from hf_switch_sae.edits.recipe import Recipe
 from hf_switch_sae.errors import AttachError, HookpointError
 from hf_switch_sae.features import SparseFeatures
 from hf_switch_sae.sae.model import SwitchSAE
-from hf_switch_sae.sessions.board import Board
+from hf_switch_sae.sessions.board import check_with_others, close_session, without_edits
 from hf_switch_sae.sessions.preflight import Preflight, preflight_of
 from hf_switch_sae.sessions.record_live import recording
 from hf_switch_sae.sessions.tap import Tap
@@ -35,6 +36,9 @@ from hf_switch_sae.store import FeatureStore
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_NUMBERS = itertools.count()
+"""Sessions are listed in the order they were opened."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,14 @@ class Session(abc.ABC):
     edited); `all_threads` decides otherwise.
     """
 
-    def __init__(
-        self, board: Board, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool
-    ) -> None:
+    def __init__(self, lm: nn.Module, taps: Mapping[str, Tap], all_threads: bool) -> None:
         self.lm = lm
+        self.number = next(_NUMBERS)
         self.thread = threading.current_thread()  # not its ident, which a later thread may get
         self.all_threads = all_threads
         self.attached = True
+        self.has_warned = False
         self._taps = dict(taps)
-        self._board = board
 
     def __enter__(self) -> Self:
         if not self.attached:
@@ -149,7 +152,7 @@ class Session(abc.ABC):
         tap = self._tap(at)
         # both may refuse; the live edits change only after them, in one assignment
         prepared = PreparedEdits(tap.sae, edits)
-        self._board.check_with_others(self, tap, prepared)
+        check_with_others(self, tap, prepared)
         tap.edits = prepared
 
     def _tap(self, at: str | None) -> Tap:
@@ -255,13 +258,13 @@ class Session(abc.ABC):
 
     def without_edits(self) -> AbstractContextManager[None]:
         """While open, no session edits in this thread, and none records."""
-        return self._board.without_edits()
+        return without_edits()
 
     def detach(self) -> None:
         """Remove this session's hooks: the model is what it was. Doing it twice does nothing."""
         if self.attached:
             self.attached = False
-            self._board.close(self)
+            close_session(self)
 
 
 class SessionOfOne(Session):
@@ -274,7 +277,7 @@ class SessionOfOne(Session):
     @property
     def features(self) -> SparseFeatures:
         """[batch, seq]; see `Session.features`."""
-        return self._only.last_passed().features()
+        return self._only.last_passed().shown()
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -301,7 +304,7 @@ class SessionOfSeveral(Session):
     @property
     def features(self) -> dict[str, SparseFeatures]:
         """By hookpoint, [batch, seq] each; see `Session.features`."""
-        return {name: tap.last_passed().features() for name, tap in self._taps.items()}
+        return {name: tap.last_passed().shown() for name, tap in self._taps.items()}
 
     @property
     def edits(self) -> dict[str, tuple[Edit, ...]]:

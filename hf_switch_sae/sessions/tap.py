@@ -8,10 +8,11 @@ Beware The stream is copied when it comes by (models add to it in place) and enc
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_switch_sae.edits.deltas import PreparedEdits
 from hf_switch_sae.errors import EditError, HookpointError, NonFiniteError, WidthError
@@ -46,40 +47,57 @@ class Passed:
             self._features = found
         return found
 
+    def shown(self) -> SparseFeatures:
+        """The same with the tokens' positions, where they are known."""
+        found = self.features()
+        with suppress(EditError):
+            return replace(found, positions=self.tokens.position.to(found.device))
+        return found
+
 
 class Tap:
-    """One SAE at one hookpoint."""
+    """One SAE at one hookpoint of the model or part of one that it was attached through."""
 
-    def __init__(self, sae: SwitchSAE, place: Hookpoint, splice: bool) -> None:
-        self.sae, self.place, self.splice = sae, place, splice
+    def __init__(self, root: nn.Module, sae: SwitchSAE, place: Hookpoint, splice: bool) -> None:
+        self.root, self.sae, self.place, self.splice = root, sae, place, splice
         self.width: int = sae.config.hidden_size
         self.edits = PreparedEdits(sae, ())
         self.last: Passed | None = None
         self.recorder: LiveRecorder | None = None
 
+    def note(self, passed: Passed) -> None:
+        """Show this pass from now on."""
+        self.last = passed
+
     def record_last(self, token_ids: Tensor | None) -> None:
         """Hand the pass that just came by to the recorder, if there is one."""
         if self.recorder is not None and self.last is not None:
             passed = self.last
-            self.recorder.add(passed.features().detach(), passed.tokens.position, token_ids)
+            with torch.no_grad():  # else checkpointing would count what it saves for gradients
+                features = passed.features().detach()
+            self.recorder.add(features, passed.tokens, token_ids)
 
-    def pass_by(
-        self, x: Tensor, tokens: Tokens, read_only: bool
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Note a stream x [B, T, d] and say what to change; None to leave it alone.
+    def change(
+        self, x: Tensor, tokens: Tokens, edits: PreparedEdits | None
+    ) -> tuple[tuple[Tensor, Tensor | None] | None, Passed]:
+        """What to change in a stream x [B, T, d], and what came by.
+
+        Args:
+            x: the stream.
+            tokens: whose its tokens are.
+            edits: the live ones; None if nothing is to be changed.
 
         Returns:
-            delta, which broadcasts to [B, T, d], and edited [B, T] bool; None if all are.
+            None, or (delta, which broadcasts to [B, T, d]; edited [B, T] bool, None if all are).
         """
         self._check(x, tokens)
-        passed = self.last = Passed(self.sae, x, tokens)
-        edits = self.edits  # read once, as another thread may set new ones meanwhile
-        if read_only or not (edits or self.splice):
-            return None
+        passed = Passed(self.sae, x, tokens)
+        if edits is None or not (edits or self.splice):
+            return None, passed
         features = passed.features() if self.splice or edits.needs_features else None
         change = edits.delta(features, tokens) if edits else None
         if not self.splice:
-            return change
+            return change, passed
         assert features is not None
         # padding and outliers are no input of the SAE, so they pass unspliced
         inputs = tokens.real & ~self.sae.is_outlier(x)
@@ -87,16 +105,17 @@ class Tap:
         spliced = self.sae.decode(features, x).float() - x.to(self.sae.device).float()
         spliced = spliced.where(inputs.to(spliced.device)[..., None], 0)
         if change is None:
-            return spliced, inputs
+            return (spliced, inputs), passed
         delta, edited = change
-        return delta.float() + spliced, None if edited is None else edited | inputs
+        return (delta.float() + spliced, None if edited is None else edited | inputs), passed
 
     def last_passed(self) -> Passed:
         """The last stream, or HookpointError if there was none."""
         if self.last is None:
             raise HookpointError(
-                f"no forward pass has reached {self.place.name} since the SAE was attached: run "
-                "the model first (in this thread, unless the session was opened in the main one)."
+                f"no forward pass has reached {self.place.name} since the SAE was attached, or the "
+                "last one did not: run the model first (in this thread, unless the session was "
+                "opened in the main one)."
             )
         return self.last
 
@@ -112,10 +131,11 @@ class Tap:
             wrong = (~torch.isfinite(x)).any(-1) & tokens.real
             if wrong.any():
                 row, at = (int(i) for i in wrong.nonzero()[0])
-                position = int(tokens.position[row, at])
+                with suppress(EditError):  # the column has to do where the position is not known
+                    at = int(tokens.position[row, at])
                 raise NonFiniteError(
                     f"the residual stream at {self.place.name} holds NaN or infinity, first in "
-                    f"row {row}, position {position}: the model's own numbers broke "
+                    f"row {row}, position {at}: the model's own numbers broke "
                     "before the SAE saw them (dtype?)."
                 )
 
