@@ -201,3 +201,41 @@ def test_docstrings_have_no_seam_of_a_line_wrapper(module):
         lines = (ast.get_docstring(node) or "").splitlines()
         for line in lines[:-1]:
             assert line.count('"') % 2 == 0 or not line.endswith(' "'), line
+
+
+# --- tensors that the package makes for itself --------------------------------------------------
+
+MAKERS = {
+    *("arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones"),
+    *("rand", "randint", "randn", "randperm", "range", "scalar_tensor", "tensor", "zeros"),
+    *("sparse_coo_tensor", "sparse_csr_tensor", "tril_indices", "triu_indices"),
+}
+OF_DEFAULT_DTYPE = {
+    *("empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "scalar_tensor"),
+    *("tensor", "zeros"),
+}
+
+
+def made_by_default(module: pathlib.Path):
+    """Calls that leave to torch's defaults where a tensor lies, or of which dtype it is."""
+    tree, of_transformers = ast.parse(module.read_text()), set()
+    for node in ast.walk(tree):
+        # an SAE's own weights are made where, and of the dtype, that transformers asks for
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("nn.Parameter", "register_buffer")
+        ):
+            of_transformers |= {id(part) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or id(node) in of_transformers:
+            continue
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        given = {keyword.arg for keyword in node.keywords}
+        lacks_device = name in MAKERS and "device" not in given
+        lacks_dtype = name in OF_DEFAULT_DTYPE and "dtype" not in given
+        if owner == "torch" and (lacks_device or lacks_dtype):
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+@EACH_MODULE
+def test_a_tensor_is_told_its_device_and_dtype(module):
+    assert not list(made_by_default(module))

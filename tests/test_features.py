@@ -1,11 +1,14 @@
 """SparseFeatures is its dense matrix: every operation on it commutes with `to_dense()`."""
 
+import numpy as np
 import pytest
 import torch
+from helpers import saes
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_switch_sae import FeatureIdError, SparseFeatures
+from hf_switch_sae.features import check_feature_ids
 
 WIDTH = 13
 
@@ -160,6 +163,43 @@ def test_feature_ids_out_of_range_or_not_integers_are_refused_by_name():
     with pytest.raises(FeatureIdError, match="integers"):
         sparse.select([1.5])
     assert sparse.select([]).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        True,
+        np.True_,
+        [True, False],
+        (True,),
+        [2, True],
+        np.array([False, True]),
+        np.array([3, True], object),
+        [np.True_, 4],
+        torch.tensor(True),
+        torch.zeros(0, dtype=torch.bool),
+        [torch.tensor(True), torch.tensor(2)],
+    ],
+    ids=repr,
+)
+def test_truth_values_are_no_feature_ids(wrong):
+    sparse = SparseFeatures(torch.rand(2, 3), torch.arange(6).reshape(2, 3), WIDTH)
+    sae = saes.make()
+    for asked in (sparse.select, sae.decoder_rows, lambda ids: check_feature_ids(ids, WIDTH)):
+        with pytest.raises(FeatureIdError, match=r"feature ids are integers.*mask.nonzero\(\)"):
+            asked(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["3", None, [[1], [2, 3]], 1j, [1 + 2j]], ids=repr)
+def test_what_is_no_number_is_no_feature_id(wrong):
+    with pytest.raises(FeatureIdError, match="feature ids are integers"):
+        check_feature_ids(wrong, WIDTH)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64])
+def test_ids_of_a_code_are_integers(dtype):
+    with pytest.raises(FeatureIdError, match="feature ids are integers"):
+        SparseFeatures(torch.rand(2, 3), torch.ones(2, 3, dtype=dtype), WIDTH)
 
 
 def test_parts_that_do_not_belong_together_are_refused():

@@ -178,7 +178,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "unit": (lambda: Steer(1, 2, unit="sigma"), "unit is 'max', 'norm' or 'raw'; got 'sigma'"),
     "no feature": (lambda: Steer([]), r"features takes an int or several; got \[\]"),
     "half a feature": (lambda: Ablate(1.5), "features takes an int or several; got 1.5"),
-    "a flag": (lambda: Ablate(True), "features takes an int or several; got True"),
+    "a flag": (lambda: Ablate(True), r"features .* of a mask, give mask.nonzero\(\); got True"),
     "more than 64 bits": (lambda: Steer(10**30), "counted in 64 bits; got 10+"),
     "a word": (lambda: Ablate("12"), "features takes an int or several; got '12'"),
     "negative position": (lambda: Steer(1, positions=-1), "positions count from 0; got -1"),
@@ -188,7 +188,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "named wrongly": (lambda: Steer(1, positions="prompts"), "got 'prompts'"),
     "3-D mask": (
         lambda: Steer(1, positions=torch.ones(1, 1, 1, dtype=torch.bool)),
-        r"mask is \[positions\] or \[rows, positions\]; got \[1, 1, 1\]",
+        r"mask is \[positions\] or \[rows, columns\]; got \[1, 1, 1\]",
     ),
     "negative row": (lambda: Steer(1, rows=-1), "rows count from 0; got -1"),
     "when a word": (
@@ -224,6 +224,93 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     assert got == want
     assert json.dumps(got.to_dict()) == json.dumps(want.to_dict())
     assert Steer(torch.tensor(3)) == Steer(np.int32(3)) == Steer(range(3, 4))
+
+
+MASKS: dict[str, Callable[[list[Any]], Any]] = {
+    "list": lambda mask: mask,
+    "tuple": tuple,
+    "numpy": np.array,
+    "numpy's own truth values": lambda mask: list(np.array(mask)),
+    "numpy objects": lambda mask: np.array(mask, object),
+    "torch": torch.tensor,
+    "tensors": lambda mask: [torch.tensor(each) for each in mask],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(
+    "mask", [[False, False, True], [True], [[True, False], [False, True], [True, True]]]
+)
+def test_positions_given_as_truth_values_are_a_mask(mask, kind):
+    edit = Clamp(3, 2.0, positions=MASKS[kind](mask))
+
+    assert isinstance(edit.positions, Tensor)
+    assert edit.positions.dtype == torch.bool
+    assert edit.positions.tolist() == mask
+    assert edit == edit_from_dict(json.loads(json.dumps(edit.to_dict())))
+
+
+def test_a_mask_edits_the_same_tokens_whatever_holds_it():
+    mask = [False, False, True, True]
+    wanted = change(Scale(3, 2.0, positions=[2, 3]))
+    for kind, made in MASKS.items():
+        assert torch.equal(change(Scale(3, 2.0, positions=made(mask))), wanted), kind
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [True, 2, False],
+        (0, True),
+        [torch.tensor(True), torch.tensor(3)],
+        [[True, False], [1, 0]],
+        [[True, False], [True]],
+        [[[True]]],
+        True,
+        np.False_,
+        slice(True, 4),
+        slice(None, None, np.True_),
+        slice(0.5, 2),
+    ],
+    ids=str,
+)
+def test_positions_that_are_neither_ints_nor_a_mask_are_refused(wrong):
+    with pytest.raises(EditError, match="positions"):
+        Scale(3, 2.0, positions=wrong)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(
+    "build",
+    [
+        Ablate,
+        lambda mask: Scale(mask, 2.0),
+        lambda mask: Clamp(4, rows=mask),
+        lambda mask: Steer(4, when=mask),
+        lambda mask: Steer(4, when=(mask, 0.5)),
+        lambda mask: Patch(code((3, 1.0)), features=mask),
+    ],
+    ids=["features", "features of Scale", "rows", "when", "when, a pair", "Patch"],
+)
+def test_truth_values_are_never_features_or_rows(build, kind):
+    for mask in ([False, True, False, True], [True]):
+        with pytest.raises(EditError, match="got"):
+            build(MASKS[kind](mask))
+
+
+@pytest.mark.parametrize("mixed", [[True, 3], (2, False), np.array([True, 5], object)], ids=str)
+def test_a_truth_value_among_numbers_is_refused(mixed):
+    for build in (Ablate, lambda value: Clamp(4, rows=value), lambda value: Steer(4, when=value)):
+        with pytest.raises(EditError, match="got"):
+            build(mixed)
+
+
+def test_what_nonzero_gives_names_features_and_rows():
+    mask = [False, True, False, True]
+    for wanted in (torch.tensor(mask).nonzero(), np.array(mask).nonzero()):
+        assert Ablate(wanted, rows=wanted) == Ablate([1, 3], rows=[1, 3])
+    with pytest.raises(EditError, match="takes an int or several"):
+        Ablate(torch.tensor([mask, mask]).nonzero())  # pairs of a row and a position
 
 
 def test_an_edit_can_not_be_changed():
@@ -283,9 +370,11 @@ def test_scopes_are_met_together():
     same(change(Scale(3, 2.0, when=9)), at(3, 2.0))
     same(change(Scale(3, 2.0, when=(9, 0.5))), at(3, 0.0))  # at least means above
     same(change(Scale(3, 2.0, when=4)), at(3, 0.0))
-    mask = torch.tensor([[True, False, True], [False, True, False]])
-    in_mask = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]).bool()
-    same(change(Scale(3, 2.0, positions=mask)), at(3, 2.0, in_mask))
+    # a mask without rows is in positions, one with rows in the batch's columns
+    in_positions = torch.isin(position, torch.tensor([0, 2]))
+    same(change(Scale(3, 2.0, positions=[True, False, True])), at(3, 2.0, in_positions))
+    in_batch = torch.tensor([[1, 0, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]]).bool()
+    same(change(Scale(3, 2.0, positions=in_batch)), at(3, 2.0, in_batch))
 
 
 def test_a_patch_reaches_as_far_as_its_source():

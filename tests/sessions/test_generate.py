@@ -814,6 +814,8 @@ def test_continuous_batching_is_edited_by_absolute_positions(case):
 
 # Threads
 
+elsewhere = pytest.mark.filterwarnings("ignore:a forward in thread .* passed by:UserWarning")
+
 
 def spoken(lm: nn.Module, ids: Tensor) -> list[int]:
     return generate(lm, [ids]).sequences[0, -STEPS:].tolist()
@@ -842,6 +844,7 @@ def together(*jobs: Callable[[], Any]) -> list[Any]:
     return results
 
 
+@elsewhere
 def test_threads_with_sessions_of_their_own_get_their_own_edits():
     lm = tiny.llama()
     sae = tiny.sae_for(lm, **SAE)
@@ -898,6 +901,7 @@ def test_a_streamer_in_a_worker_thread_sees_the_main_threads_edits():
     assert [int(word) for word in said.split()] == want
 
 
+@elsewhere
 def test_a_session_opened_in_a_worker_leaves_other_threads_alone():
     lm = tiny.llama()
     sae = tiny.sae_for(lm, **SAE)
@@ -923,6 +927,7 @@ def test_a_session_opened_in_a_worker_leaves_other_threads_alone():
     assert tiny.traces(lm) == tiny.traces(tiny.llama())
 
 
+@elsewhere
 def test_a_session_forgotten_by_a_dead_thread_acts_in_no_later_one():
     lm = tiny.llama()
     sae = tiny.sae_for(lm, **SAE)
@@ -1017,16 +1022,17 @@ def test_positions_count_tokens_where_each_has_several_lanes_in_the_stream():
 
     with sae.eval().attach(lm, at=1) as session:
         (tap,) = session.taps.values()
-        with hook_residual(lm, 2, lambda _: placed.append(tap.last.tokens)):
+        note = lambda _: placed.append((tap.last.tokens.position, tap.last.tokens.prompt))  # noqa: E731
+        with hook_residual(lm, 2, note):
             lm.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
 
     assert lanes > 1
-    assert placed[0].position[0].tolist() == [t for t in range(length) for _ in range(lanes)]
-    assert [p.position[0].tolist() for p in placed[1:]] == [
+    assert placed[0][0][0].tolist() == [t for t in range(length) for _ in range(lanes)]
+    assert [position[0].tolist() for position, _ in placed[1:]] == [
         [length] * lanes,
         [length + 1] * lanes,
     ]
-    assert [bool(p.prompt.all()) for p in placed] == [True, False, False]
+    assert [bool(prompt.all()) for _, prompt in placed] == [True, False, False]
 
 
 def test_a_probe_on_a_stream_without_rows_does_not_move_what_is_generated():

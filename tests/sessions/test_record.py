@@ -651,7 +651,7 @@ def test_a_store_that_can_not_be_written_loses_no_other_hookpoints_documents(tmp
         assert {name: store.num_tokens for name, store in found.items()} == want
 
 
-def test_beams_are_refused_before_generate_runs_and_only_while_recording(tmp_path):
+def test_beams_are_refused_before_a_token_is_generated_and_only_while_recording(tmp_path):
     lm = tiny.llama()
     sae = tiny.sae_for(lm)
     inputs = tiny.padded(tiny.prompts(5))
@@ -660,8 +660,9 @@ def test_beams_are_refused_before_generate_runs_and_only_while_recording(tmp_pat
         with session.record(tmp_path / "s") as store:
             with pytest.raises(AttachError, match="num_beams=2"):
                 lm.generate(**inputs, num_beams=2, **options)
+            config = tf.GenerationConfig(num_beams=3, max_new_tokens=3)
             with pytest.raises(AttachError, match="num_beams=3"):
-                lm.generate(**inputs, generation_config=tf.GenerationConfig(num_beams=3))
+                lm.generate(**inputs, generation_config=config)
         lm.generate(**inputs, num_beams=2, **options)
     assert store.num_tokens == 0
 

@@ -1,8 +1,7 @@
 """The laws of a hook on the residual stream, over every model type of transformers we can build.
 
 The core types run always, the rest with `-m slow`. A type that breaks a law for a reason of its own
-is in the table of that law with the reason; where the law runs nevertheless (all but generate), a
-reason that no longer holds fails too.
+is in the table of that law with the reason, and a reason that no longer holds fails too.
 """
 
 import re
@@ -43,15 +42,6 @@ VIEWS: dict[str, str] = {
     "prophetnet": "hidden_states leaves out the n-gram streams",
     "blip": "hidden_states of the output are those of the vision tower",
     "pvt": "no entry for the embedding: hidden_states[i] is the output of stage i",
-}
-# (g) generate does not run, or not on these blocks
-NOT_GENERATING: dict[str, str] = {
-    "musicgen": "our tiny audio codec has too few codes to decode what generate samples",
-    "musicgen_melody": "our tiny audio codec has too few codes to decode what generate samples",
-    "pop2piano": "generate asks for features of audio and a composer token",
-    "qwen2_5_omni_thinker": "generate reads vision_start_token_id, which its own config lacks",
-    "qwen3_omni_moe_thinker": "generate reads vision_start_token_id, which its own config lacks",
-    "blip": "its generate passes pad_token_id itself, so ours is one too many",
 }
 # the hook fires more than once in a forward
 REPEATED: dict[str, str] = {
@@ -211,19 +201,19 @@ def test_the_residual_is_the_hidden_state_of_the_next_layer(case):
 def test_generate_with_an_identity_hook_fires_each_step_and_gives_the_same_tokens(case):
     if not case.entry.generates or not case.model.can_generate():
         pytest.skip("this class does not generate")
-    if (why := NOT_GENERATING.get(case.entry.model_type)) is not None:
-        pytest.skip(why)
     inputs = {name: x for name, x in case.inputs.items() if name != "decoder_input_ids"}
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     if case.model.config.is_encoder_decoder:
         options["decoder_start_token_id"] = 1
+    options = {**inputs, **options, **zoo.GENERATE.get(case.entry.model_type, {})}
+    options = {name: value for name, value in options.items() if value is not None}
     torch.manual_seed(2)
-    before = case.model.generate(**inputs, **options)
+    before = case.model.generate(**options)
     seen = []
 
     with hook_residual(case.model, case.at("resid_post"), seen.append):
         torch.manual_seed(2)
-        hooked = case.model.generate(**inputs, **options)
+        hooked = case.model.generate(**options)
 
     assert same(before, hooked)
     assert len(seen) >= 3
