@@ -1,5 +1,6 @@
 # make demo    a real language model, read and steered through a real Switch SAE
 # make test    lint, types, spelling, the documentation and the whole test suite
+# make oldest  what depends on transformers' insides, with the oldest version that is allowed
 # make docs    the documentation as a site: build/docs/index.html
 # make bench   this machine's speed, beside other SAE packages: tests/bench/RESULTS.md, README, docs
 # make clean   remove what these made
@@ -8,12 +9,13 @@
 # pyproject.toml, constraints.txt or this file change. Another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
+OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 # not --quiet, which hides warnings from --strict; the variable silences an advertisement
 BUILD_DOCS = bin/mkdocs build --strict
 export NO_MKDOCS_2_WARNING = true
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test oldest docs bench clean
 
 demo: .venv-demo/.filled
 	.venv-demo/bin/hf-switch-sae demo
@@ -26,6 +28,15 @@ test: .venv-test/.filled
 	.venv-test/bin/mypy tests/typed.py
 	.venv-test/$(BUILD_DOCS)
 	.venv-test/bin/python -m pytest -m "not gpu" -n logical --maxprocesses 8 --dist worksteal
+
+# What reads the frames and blocks of transformers, with the oldest version that pyproject.toml allows.
+oldest: .venv-test/.filled
+	.venv-test/bin/python $(subst -c constraints.txt,,$(PIP_INSTALL)) --upgrade --no-deps \
+	  --target build/oldest "transformers==$(OLDEST).*"
+	PYTHONPATH=build/oldest .venv-test/bin/python -W ignore::DeprecationWarning -m pytest \
+	  -W ignore::DeprecationWarning -W ignore::FutureWarning -m "not gpu" -n logical --maxprocesses 8 \
+	  tests/sessions/test_own_loops.py tests/sessions/test_recomputation.py \
+	  tests/sessions/test_whose_call.py
 
 docs: .venv-docs/.filled
 	.venv-docs/$(BUILD_DOCS)

@@ -81,9 +81,12 @@ def mask_of(
     # a text's mask that does not cover its cache is no mask of this call
     short = past and any(map(is_flat, given))
     for mask in (*given, block) if not short else ():
-        by_hand = mask is calls[0].mask and not past
+        # `generate` makes masks of four dimensions too, for a static cache
+        by_hand = mask is calls[0].mask and not calls[0].has_cache
         if by_hand and _is_mixed(mask, length):
             return UnknownMask("a mask in which some see what comes after them tells no padding")
+        if by_hand and _hides_beginnings(mask, length):
+            return UnknownMask("a mask that hides the beginning of a row may be of several texts")
         found = _square(mask, batch, past, length, by_hand)
         # where a row has no real token at all, True means hidden in this model
         if found is not None and (past or bool(found.read().any(-1).all())):
@@ -191,6 +194,16 @@ def _is_mixed(mask: Any, length: int) -> bool:
         return False
     ahead = _open(mask[:, 0]).triu(1).any(-1)[:, :-1]
     return bool(ahead.any()) and not bool(ahead.all())
+
+
+def _hides_beginnings(mask: Any, length: int) -> bool:
+    """Whether some token does not see the first real one of its row."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != (length, length):
+        return False
+    opened = _open(mask[:, 0])
+    real = opened.diagonal(0, -2, -1) & ~_seen_by_nobody(opened)
+    first = real.long().argmax(-1)[:, None, None].expand(-1, length, 1)
+    return bool((real & ~opened.gather(-1, first)[..., 0]).any())
 
 
 def _open(mask: Tensor) -> Tensor:

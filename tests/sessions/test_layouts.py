@@ -361,3 +361,15 @@ def test_stages_are_edited_along_their_channels_or_refused(size):
                     continue
         channels = (changes[0] != 0).flatten(2).any(-1).any(0)
         assert channels.nonzero().flatten().tolist() == [3], scope
+
+
+def test_texts_that_only_a_mask_tells_apart_are_refused():
+    lm, ids = tiny.llama(), batch(2, WIDTH, [])[0]
+    causal = torch.ones(WIDTH, WIDTH, dtype=torch.bool).tril()
+    apart = causal & ((torch.arange(WIDTH) < 3)[:, None] == (torch.arange(WIDTH) < 3))
+    with attach(lm, axes_sae(tiny.DIM), at=1, allow_mismatch=True) as session:
+        for scope in ({"rows": 1}, {"positions": [0]}, {"positions": "prompt"}):
+            session.edit(Steer(0, 1.0, unit="raw", **scope))
+            with pytest.raises(EditError, match="may be of several texts"):
+                lm(input_ids=ids, attention_mask=apart[None, None])
+            lm(input_ids=ids, attention_mask=causal[None, None].expand(2, 1, -1, -1))
