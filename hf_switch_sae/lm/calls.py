@@ -251,10 +251,13 @@ class Watch:
 
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note a call."""
-        if FLOW.calls and FLOW.call_of(self.module) is not None:
-            FLOW.forget_ended()
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        FLOW.calls.append(Call.read(self.module, named, self._all))
+        call = Call.read(self.module, named, self._all)
+        if FLOW.calls and FLOW.call_of(self.module) is not None:
+            # the frame of one that was interrupted may have been where this one's is now
+            FLOW.calls = [each for each in FLOW.calls if each.frame != call.frame]
+            FLOW.forget_ended()
+        FLOW.calls.append(call)
 
     def after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Take the note away, with those that an interrupt left above it."""

@@ -13,7 +13,7 @@ import torch
 from helpers import zoo
 from torch import Tensor, nn
 
-from hf_switch_sae import Steer, SwitchSAE, SwitchSAEConfig, attach
+from hf_switch_sae import HookpointError, Steer, SwitchSAE, SwitchSAEConfig, attach
 from hf_switch_sae.lm.hookpoints import Hookpoint, find_residual_blocks, resolve
 from hf_switch_sae.lm.hooks import hook_residual
 from hf_switch_sae.lm.residuals import _LOOPS, residuals
@@ -266,6 +266,14 @@ def test_an_attached_sae_reads_without_a_trace_and_steers_and_leaves(case):
         case.run()
     config = SwitchSAEConfig(hidden_size=width_of(seen[0]), num_features=16, num_experts=4, k=2)
     sae = SwitchSAE(config).eval()
+    if seen[0].ndim == 4 and width_of(seen[0]) == seen[0].shape[1] == seen[0].shape[-1]:
+        # as wide as it is deep: nothing tells which dimension the features are in
+        with (
+            attach(case.model, sae, at=case.at("resid_post")),
+            pytest.raises(HookpointError, match="can't be told"),
+        ):
+            case.run()
+        return
 
     with attach(case.model, sae, at=case.at("resid_post")) as session:
         read = case.run()
