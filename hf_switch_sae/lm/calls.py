@@ -255,7 +255,10 @@ class Watch:
         call = Call.read(self.module, named, self._all)
         if FLOW.calls and FLOW.call_of(self.module) is not None:
             # the frame of one that was interrupted may have been where this one's is now
-            FLOW.calls = [each for each in FLOW.calls if each.frame != call.frame]
+            same = [
+                each for each in FLOW.calls if each.frame is not None and each.frame == call.frame
+            ]
+            FLOW.calls = [each for each in FLOW.calls if each not in same]
             FLOW.forget_ended()
         FLOW.calls.append(call)
 

@@ -32,10 +32,13 @@ _JUDGES = ("transformers.generation.logits_process", "transformers.generation.st
 _IDS_SO_FAR = ("candidate_input_ids", "flat_running_sequences", "input_ids")
 _INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values")
 _TILING = {"ClassifierFreeGuidanceLogitsProcessor", "DiaClassifierFreeGuidanceLogitsProcessor"}
-_NAMES = {*_LOOPS, "generate", "generate_with_fallback", "get_candidates", "compute_batch"}
-_NAMES |= {"__call__", "put", "end", "get_unconditional_logits", "_main_generate_loop"}
 _PREPARING = ("_maybe_prepare_encoder_kwargs_for_generation", "_prepare_model_inputs")
-_NAMES |= {"_wrapped_call_impl", *_PREPARING}
+_NAMES = {
+    *(*_LOOPS, *_PREPARING, "_wrapped_call_impl", "generate", "_main_generate_loop"),
+    *("generate_with_fallback", "get_candidates", "get_unconditional_logits", "compute_batch"),
+    *("__call__", "put", "end"),
+}
+"""Functions whose frames tell something."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any, Generic, TypeVar
@@ -22,6 +23,17 @@ _Kept = TypeVar("_Kept")
 _Key = tuple[int, ...]
 
 
+@dataclass
+class _Entry(Generic[_Kept]):
+    """One run that may be run again."""
+
+    value: _Kept
+    alive: Any
+    """Weak reference to its function; None if that never dies."""
+    done: bool = False
+    """Whether backward has come to it."""
+
+
 class FirstRuns(Generic[_Kept]):
     """What is kept of runs under checkpoint, for as long as they may be run again.
 
@@ -31,23 +43,22 @@ class FirstRuns(Generic[_Kept]):
 
     def __init__(self, either: Callable[[_Kept, _Kept], _Kept]) -> None:
         self._either = either
-        self._kept: dict[_Key, tuple[Any, _Kept]] = {}
-        self._done: set[int] = set()
+        self._kept: dict[_Key, _Entry[_Kept]] = {}
 
     def keep(self, value: _Kept) -> bool:
         """Keep a value for the run under way, if it is under checkpoint; returns whether it is."""
         regions = _first_runs()
         for function, key in regions:
-            before = self._kept.pop(key, None)  # so that the newest are last
-            if before is not None and before[1] is not value and id(before[1]) not in self._done:
+            before, kept = self._kept.pop(key, None), value  # so that the newest are last
+            if before is not None and before.value is not value and not before.done:
                 # both may come up in backward, and nothing would tell them apart
-                value = self._either(before[1], value)
+                kept = self._either(before.value, value)
             forget = None if isinstance(function, nn.Module) else self._forget(key)
             try:
                 alive = weakref.ref(function, forget) if forget else None
             except TypeError:
                 alive = None
-            self._kept[key] = (alive, value)
+            self._kept[key] = _Entry(kept, alive)
         # of functions that never die, such as modules, only so many runs can wait for backward
         while len(self._kept) > 4096:
             self._kept.pop(next(iter(self._kept)))
@@ -63,18 +74,18 @@ class FirstRuns(Generic[_Kept]):
             kept = others[0] if len(others) == 1 else None
         if kept is None:
             return None
-        self.note_backward(kept[1])
-        return kept[1]
+        self.note_backward(kept.value)
+        return kept.value
 
     def note_backward(self, value: _Kept) -> None:
         """Backward has come to the run that a value was kept for."""
-        self._done.add(id(value))
+        for entry in tuple(self._kept.values()):
+            entry.done = entry.done or entry.value is value
 
     def waiting(self) -> list[_Kept]:
         """What is kept of runs that backward has not come to, and still can."""
-        kept = [value for alive, value in tuple(self._kept.values()) if alive is not None]
-        self._done &= {id(value) for value in kept}
-        return [value for value in kept if id(value) not in self._done]
+        entries = tuple(self._kept.values())
+        return [each.value for each in entries if each.alive is not None and not each.done]
 
     def _forget(self, key: _Key) -> Any:
         kept = self._kept

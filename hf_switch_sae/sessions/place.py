@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from hf_switch_sae.edits.deltas import PreparedEdits
 from hf_switch_sae.errors import EditError, HookpointError
 from hf_switch_sae.lm.calls import FLOW, Call, Watch
-from hf_switch_sae.lm.config import StreamFacts, stream_facts
+from hf_switch_sae.lm.config import NO_FACTS, stream_facts
 from hf_switch_sae.lm.generation import is_drafting, run_under_way
 from hf_switch_sae.lm.hookpoints import Hookpoint, stacks_of
 from hf_switch_sae.lm.hooks import attached_to, keep_hook, watch_calls
@@ -92,8 +92,8 @@ class _FirstRun:
     """False if it is one of two runs that can't be told apart."""
 
     def or_other(self, other: _FirstRun) -> _FirstRun:
-        """What two runs over the same tensors have in common."""
-        return self if self.edits == other.edits else _FirstRun(is_known=False)
+        """What two runs over the same tensors have in common: that neither was edited."""
+        return _FirstRun(is_known=not (self.edits or other.edits) and self.is_known)
 
 
 class Place:
@@ -107,7 +107,7 @@ class Place:
         self.hookpoint = hookpoint
         self.taps: tuple[tuple[Session, Tap], ...] = ()  # replaced whole: other threads may read it
         self._models: tuple[nn.Module, ...] = ()
-        self._facts = StreamFacts()
+        self._facts = NO_FACTS
         self._is_only_stack = False
         self._watches: dict[int, Watch] = {}
         self._first_runs: FirstRuns[_FirstRun] = FirstRuns(_FirstRun.or_other)
@@ -115,9 +115,7 @@ class Place:
         blocks = hookpoint.blocks
         self._decoding = blocks is None or blocks.decoding
         self._of_text = blocks is not None and blocks.decoding
-        inner = (
-            hookpoint.path.removeprefix(f"{blocks.paths[hookpoint.layer or 0]}") if blocks else ""
-        )
+        inner = hookpoint.path.removeprefix(blocks.paths[hookpoint.layer or 0]) if blocks else ""
         # experts in a list get some of the tokens, in an order of their own, or none
         self._in_list = any(part.isdigit() for part in inner.split("."))
         self._may_permute = _may_permute(hookpoint, inner)

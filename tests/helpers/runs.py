@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessor
 
 from helpers.scopes import SCOPES, Place
 from helpers.streams import Tokens
@@ -85,3 +86,14 @@ def refused(root: nn.Module, path: str, call: Callable[[], Any], scopes: Sequenc
     for scope, outcome in found.items():
         assert outcome.refusal is not None, f"{scope} is not refused"
         assert outcome.wrong is None, f"{scope}: {outcome.wrong}"
+
+
+def between_tokens(act: Callable[[], Any]) -> dict[str, Any]:
+    """Options of a generate that calls `act` between two tokens."""
+
+    class Asked(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            act()
+            return scores
+
+    return {"logits_processor": [Asked()]}

@@ -88,6 +88,17 @@ def all_rows(store: FeatureStore) -> TokenRows:
     return TokenRows.cat([TokenRows.empty(store.provenance.layout), *store.rows()])
 
 
+def documents(store: FeatureStore) -> list[list[int]]:
+    """The token ids of each document, whose positions must count from 0."""
+    rows = all_rows(store)
+    found = []
+    for number in np.unique(rows.document):
+        here = rows.document == number
+        assert rows.position[here].tolist() == [*range(here.sum())]
+        found.append(rows.token[here].tolist())
+    return found
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file in a folder but locks and what a killed process left behind."""
     return {

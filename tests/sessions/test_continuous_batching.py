@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import stores, tiny
@@ -20,7 +19,7 @@ from helpers.scopes import axes_sae
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from hf_switch_sae import FeatureStore, Steer, attach
+from hf_switch_sae import Steer, attach
 
 PROMPTS = tiny.prompts(8, 5, 11, 3, 6)
 SHARED = [torch.cat([tiny.prompts(32, seed=9)[0], text]) for text in tiny.prompts(3, 5, seed=5)]
@@ -228,17 +227,6 @@ def test_rows_are_numbered_on_as_requests_are_where_the_manager_is_kept():
 # Recorded
 
 
-def documents(store: FeatureStore) -> list[list[int]]:
-    """The token ids of each document, whose positions count from 0."""
-    rows = stores.all_rows(store)
-    found = []
-    for number in np.unique(rows.document):
-        here = rows.document == number
-        assert rows.position[here].tolist() == [*range(here.sum())]
-        found.append(rows.token[here].tolist())
-    return sorted(found)
-
-
 def recorded(
     texts: list[Tensor], folder: Path, config: ContinuousBatchingConfig, **options: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
@@ -247,7 +235,9 @@ def recorded(
     with attach(lm, axes_sae(32), at=2) as session, session.record(folder) as store:
         said = batch(lm, texts, config, **options)
     rows = {name: texts[int(name.split("_")[1])].tolist() for name in said}
-    return documents(store), sorted([*rows[name], *words[:-1]] for name, words in said.items())
+    return sorted(stores.documents(store)), sorted(
+        [*rows[name], *words[:-1]] for name, words in said.items()
+    )
 
 
 @pytest.mark.parametrize(

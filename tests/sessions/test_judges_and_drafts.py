@@ -12,25 +12,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
-from helpers.runs import WIDTH, check, plain, run, seen_runs, turn
+from helpers.runs import WIDTH, between_tokens, check, plain, run, seen_runs, turn
 from helpers.streams import Tokens
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import PreTrainedModel, StoppingCriteria
 
 INPUTS = tiny.padded(tiny.prompts(6, 4))
 SIDE = torch.stack(tiny.prompts(5, 5, 5, seed=8))
 STEPS = {"max_new_tokens": 3, "do_sample": False}
 PATH = "model.layers.2"
 PARTS = ("all", "prompt", "generated", "positions=[0, 2]", "positions=1:7:2")
-
-
-def _processor(act: Callable[[], Any]) -> dict[str, Any]:
-    class Judge(LogitsProcessor):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            act()
-            return scores
-
-    return {"logits_processor": [Judge()]}
 
 
 def _criterion(act: Callable[[], Any]) -> dict[str, Any]:
@@ -51,7 +42,7 @@ def _allowed(act: Callable[[], Any]) -> dict[str, Any]:
     return {"prefix_allowed_tokens_fn": lambda row, _: allowed if row else (act(), allowed)[1]}
 
 
-JUDGES = {f.__name__.strip("_"): f for f in (_processor, _criterion, _function, _allowed)}
+JUDGES = {f.__name__.strip("_"): f for f in (between_tokens, _criterion, _function, _allowed)}
 
 
 @pytest.mark.parametrize("asks", ["forward", "generate", "beams"])

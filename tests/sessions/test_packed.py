@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import stores, tiny, zoo
@@ -21,7 +20,7 @@ from helpers.streams import Tokens, counted
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
-from hf_switch_sae import EditError, FeatureStore, Steer, attach, find_residual_blocks
+from hf_switch_sae import EditError, Steer, attach, find_residual_blocks
 
 PATH = "model.layers.2"
 TEXTS = tiny.prompts(3, 4, 2)
@@ -259,17 +258,7 @@ def recorded(lm: PreTrainedModel, folder: Path, *calls: dict[str, Any]) -> list[
     ):
         for inputs in calls:
             lm(**inputs)
-    return documents(store)
-
-
-def documents(store: FeatureStore) -> list[list[int]]:
-    rows = stores.all_rows(store)
-    found = []
-    for number in np.unique(rows.document):
-        here = rows.document == number
-        assert rows.position[here].tolist() == [*range(here.sum())]
-        found.append(rows.token[here].tolist())
-    return found
+    return stores.documents(store)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

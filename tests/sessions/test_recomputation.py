@@ -19,7 +19,7 @@ from helpers import tiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_switch_sae import Ablate, Clamp, Patch, Scale, Session, Steer, attach
+from hf_switch_sae import Ablate, Clamp, EditError, Patch, Scale, Session, Steer, attach
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
@@ -391,3 +391,28 @@ def own_cases() -> Iterator[Any]:
 @pytest.mark.parametrize(("at", "way", "reentrant", "steps"), list(own_cases()))
 def test_checkpoints_of_the_users_own_repeat_the_edits(at, way, reentrant, steps):
     assert_same(own_way(at, way, reentrant, steps), own_way(at, None, reentrant, steps))
+
+
+def test_a_mask_that_checkpoint_knows_nothing_of_is_taken_for_no_other():
+    lm, masks = tiny.llama().double().train(), [torch.ones(2, 6), torch.ones(2, 6)]
+    masks[1][1, :3] = 0
+    block, x = lm.model.layers[0], torch.randn(2, 6, tiny.DIM, dtype=torch.float64)
+    x.requires_grad_()
+    call, arguments = type(block).__call__, {}
+
+    def again(stream: Tensor) -> Any:  # lives on, and gets the mask from elsewhere
+        return call(block, stream, **arguments)
+
+    def checkpointed(_: Any, stream: Tensor, **given: Any) -> Any:
+        arguments.update(given)
+        return checkpoint(again, stream, use_reentrant=False)
+
+    _as(block, checkpointed)
+    with attach(lm, tiny.sae_for(lm, 0), at="layers.0.resid_pre", allow_mismatch=True) as session:
+        session.edit(Scale(list(range(64)), 3.0))
+        losses = [
+            lm(inputs_embeds=x, attention_mask=mask, use_cache=False).logits.pow(2).mean()
+            for mask in masks
+        ]
+        with pytest.raises(EditError, match="a second time"):
+            losses[0].backward()

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import texts, tiny, zoo, zoo_more
-from helpers.runs import WIDTH, check, refused, run, turn
+from helpers.runs import WIDTH, between_tokens, check, refused, run, turn
 from helpers.scopes import axes_sae, shown, watched
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     GenerationMixin,
     LlamaForCausalLM,
-    LogitsProcessor,
     PreTrainedModel,
     pipeline,
 )
@@ -220,17 +219,6 @@ def test_a_row_is_refused_where_generate_takes_the_rows_one_by_one(how):
         with watched(lm.model.layers[2]) as changes, pytest.raises(Exception, match="rows can't"):
             root.generate(**INPUTS, **options)
     assert changes == []
-
-
-def between_tokens(act: Callable[[], Any]) -> dict[str, Any]:
-    """Options of a generate that calls `act` between two tokens."""
-
-    class Asked(LogitsProcessor):
-        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            act()
-            return scores
-
-    return {"logits_processor": [Asked()]}
 
 
 # Guidance and loops that the user hands to generate
